@@ -1,0 +1,60 @@
+# Two commands matter: `make paper` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+SCALE ?= quick
+WORKERS ?= 2
+NOTEBOOKS ?= 01_data 02_diffusion 03_ppo_guide 04_guidance
+
+BIN := .venv/bin
+# torch is demanded at its exact version in the same pip call as everything else: a looser demand could fetch another
+# build first, and those are large.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# The kernel is the one of .venv, even where the user has a kernel of the same name.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: help paper test lint lab figures notebooks clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "$(PYTHON) is not Python 3.11 to 3.13; name one that is: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "Setting up .venv (a few minutes, once) ..."
+	@$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt $(TORCH) -e '.[dev]'
+	@touch $@
+
+# `quick` is every notebook's default, so nothing is injected then and the run can be promoted by `make notebooks`.
+paper: .venv/.installed  ## the main job: run notebooks 01 to 04 (SCALE=quick) into runs/notebooks/
+	@mkdir -p runs/notebooks; start=$$(date +%s); \
+	for name in $(NOTEBOOKS); do \
+	  echo "== $$name, scale $(SCALE)"; begin=$$(date +%s); \
+	  $(BIN)/papermill -k python3 $(if $(filter-out quick,$(SCALE)),-p scale $(SCALE)) \
+	    notebooks/$$name.ipynb runs/notebooks/$$name.ipynb || { echo "== $$name FAILED, see runs/notebooks/$$name.ipynb" >&2; exit 1; }; \
+	  echo "== $$name took $$(( $$(date +%s) - begin )) s"; \
+	done; \
+	echo "== all notebooks took $$(( $$(date +%s) - start )) s; figures are in runs/figures/"
+
+lint: .venv/.installed  ## ruff, check and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# One thread a worker: torch's threads would fight over the cores. The notebooks run one at a time, with all of them.
+test: lint  ## lint, unit tests, then every notebook at ci scale
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not notebook" -n $(WORKERS)
+	$(BIN)/pytest -q -m notebook --durations=0
+
+lab: .venv/.installed  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+figures: .venv/.installed  ## copy a run's figures, and the data each was drawn from, into figures/
+	$(BIN)/python tools/promote.py --figures
+
+notebooks: .venv/.installed  ## clean a run's executed notebooks into notebooks/
+	$(BIN)/python tools/promote.py
+
+clean:  ## delete everything a run made (runs/) and the caches; .venv stays
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache
+	find pgdlib tests tools notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
