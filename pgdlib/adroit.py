@@ -1,0 +1,251 @@
+"""The simulator: Adroit Pen in batches, on D4RL's scale and the native one. Nothing else touches MuJoCo.
+
+An observation (45 numbers, environment space) is, with the slices of `OBS_SLICES`:
+hand joint angles, pen position, pen velocity (linear, angular), pen axis, target axis, pen-target position, pen-target axis.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+OBS_DIM, ACTION_DIM = 45, 24
+CONTROL_DT = 0.01  # s between observations (100 Hz)
+SUBSTEP_DT = 0.002  # s between physics steps
+N_SUBSTEPS = 5
+OBS_SLICES = {
+    "hand joints": slice(0, 24),
+    "pen position": slice(24, 27),
+    "pen linear velocity": slice(27, 30),
+    "pen angular velocity": slice(30, 33),
+    "pen axis": slice(33, 36),
+    "target axis": slice(36, 39),
+    "pen - target position": slice(39, 42),
+    "pen - target axis": slice(42, 45),
+}
+PEN_HEIGHT = 26  # index of the pen's height, m
+FALL_HEIGHT = 0.075  # m; below it the pen has fallen
+D4RL_HORIZON, NATIVE_HORIZON = 100, 200  # steps
+D4RL_RANDOM_RETURN, D4RL_EXPERT_RETURN = 96.262799, 3076.833073  # D4RL's reference returns of pen-*-v1
+
+
+def normalised_score(d4rl_return):
+    """D4RL's score (0 random, 100 expert) of a return on D4RL's scale. It has no meaning for a native return."""
+    return 100.0 * (d4rl_return - D4RL_RANDOM_RETURN) / (D4RL_EXPERT_RETURN - D4RL_RANDOM_RETURN)
+
+
+def outcome(obs):
+    """Reward, success and fall of the step that led to `obs` [..., 45]: in Adroit Pen all three are functions of it."""
+    distance = np.linalg.norm(obs[..., 39:42], axis=-1)
+    similarity = (obs[..., 33:36] * obs[..., 36:39]).sum(-1)
+    near, fallen = distance < 0.075, obs[..., PEN_HEIGHT] < FALL_HEIGHT
+    success = near & (similarity > 0.95)
+    reward = similarity - distance + 10.0 * (near & (similarity > 0.9)) + 50.0 * success - 5.0 * fallen
+    return reward, success, fallen
+
+
+def default_threads():
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@cache
+def _gym_env():
+    from gymnasium_robotics.envs.adroit_hand.adroit_pen import AdroitHandPenEnv
+
+    return AdroitHandPenEnv()
+
+
+def pen_rest_pose():
+    """Position [3] and rotation [3, 3] of the pen's body where all its joints are zero."""
+    import mujoco
+
+    body, matrix = _gym_env().model.body("Object"), np.empty(9)
+    mujoco.mju_quat2Mat(matrix, body.quat)
+    return body.pos, matrix.reshape(3, 3)
+
+
+def sample_targets(n, rng):
+    """Target orientations [n, 4] (quaternions) as the environment draws them: x and y Euler angles uniform in [-1, 1]."""
+    half = rng.uniform(-1.0, 1.0, (n, 2)) / 2
+    (cx, cy), (sx, sy) = np.cos(half).T, np.sin(half).T
+    return np.stack([cx * cy, sx * cy, cx * sy, sx * sy], -1)
+
+
+class PenBatch:
+    """`n` Adroit Pen simulations with a target each, stepped in closed loop on `threads` threads.
+
+    It gives the observations of the gym environment, fed the same targets and actions. As there, body positions in the
+    observation after a step lie one physics substep behind the joint angles.
+
+    MuJoCo puts a simulation that it cannot step (not finite, or too fast) back to the start and goes on. Here its
+    observations are NaN from then until its next `reset` or `set_state`; the others are untouched.
+    """
+
+    def __init__(self, n, threads=None):
+        from mujoco import mjtWarning as w
+        from mujoco.batch import Batch
+
+        env = _gym_env()
+        self.n = n
+        self._ctrl_mean, self._ctrl_range = env.act_mean, env.act_rng
+        self._pen, self._target = env.obj_body_id, env.target_obj_body_id
+        self._sites = env.obj_t_site_id, env.obj_b_site_id, env.tar_t_site_id, env.tar_b_site_id, env.eps_ball_site_id
+        self._batch = Batch(env.model, n, threads or default_threads())
+        self._warnings = self._batch.warning[..., 1]
+        self._fatal = [int(i) for i in (w.mjWARN_BADQPOS, w.mjWARN_BADQVEL, w.mjWARN_BADQACC, w.mjWARN_BADCTRL)]
+        self._broken = np.zeros(n, dtype=bool)
+        self._target_quat = self._batch.expand("body_quat")[:, self._target]
+        self._qpos, self._qvel, self._ctrl, self._warmstart, self._xpos, self._site = (
+            self._batch.bind(name) for name in ("qpos", "qvel", "ctrl", "qacc_warmstart", "xpos", "site_xpos")
+        )
+
+    def reset(self, targets, ids=None):
+        """Start an episode with `targets` [k, 4] in simulations `ids` (sorted; default all); their observations [k, 45]."""
+        ids = np.arange(self.n) if ids is None else np.asarray(ids)
+        self._target_quat[ids] = targets
+        self._batch.reset(ids.astype(np.int32))
+        self._broken[ids] = False
+        return self.observe()[ids]
+
+    def set_state(self, qpos, qvel, targets=None):
+        """Put every simulation into the state qpos, qvel [n, 30] (rad, m, s); the observations [n, 45]."""
+        self._qpos[:], self._qvel[:], self._warmstart[:] = qpos, qvel, 0.0
+        if targets is not None:
+            self._target_quat[:] = targets
+        self._broken[:] = False
+        return self._observe_after(self._batch.forward)
+
+    def state(self):
+        """Copies of qpos, qvel [n, 30] and of the targets [n, 4]."""
+        return self._qpos.copy(), self._qvel.copy(), self._target_quat.copy()
+
+    def step(self, actions):
+        """One control step (0.01 s) with `actions` [n, 24], clipped to [-1, 1]; the observations [n, 45]."""
+        self._ctrl[:] = self._ctrl_mean + np.clip(actions, -1.0, 1.0) * self._ctrl_range
+        return self._observe_after(self._batch.step, nstep=N_SUBSTEPS)
+
+    def _observe_after(self, call, **kwargs):
+        self._warnings[:] = 0
+        call(**kwargs)
+        self._broken |= self._warnings[:, self._fatal].any(1)
+        return self.observe()
+
+    def observe(self):
+        """The observations [n, 45] of the gym environment."""
+        pen_top, pen_bottom, target_top, target_bottom, goal = (self._site[:, i] for i in self._sites)
+        axis, target_axis = (
+            d / np.linalg.norm(d, axis=-1, keepdims=True) for d in (pen_top - pen_bottom, target_top - target_bottom)
+        )
+        position = self._xpos[:, self._pen]
+        obs = np.concatenate(
+            [
+                self._qpos[:, :24],
+                position,
+                self._qvel[:, -6:],
+                axis,
+                target_axis,
+                position - goal,
+                axis - target_axis,
+            ],
+            -1,
+        )
+        obs[self._broken] = np.nan
+        return obs
+
+
+@dataclass
+class Episodes:
+    """Rollouts of `n` whole native episodes of T steps; D4RL's returns follow from them."""
+
+    obs: np.ndarray  # [n, T + 1, 45]
+    actions: np.ndarray  # [n, T, 24], as the policy gave them (the simulator clips)
+    rewards: np.ndarray  # [n, T]
+    fallen: np.ndarray  # [n, T]
+    qpos: np.ndarray  # [n, T + 1, 30]
+    qvel: np.ndarray  # [n, T + 1, 30]
+    targets: np.ndarray  # [n, 4]
+
+    @property
+    def native_returns(self):
+        """[n]: the sum of all rewards."""
+        return self.rewards.sum(1)
+
+    @property
+    def d4rl_lengths(self):
+        """[n]: steps until D4RL ends the episode, by the fall or after 100."""
+        fallen = self.fallen[:, :D4RL_HORIZON]
+        return np.where(fallen.any(1), fallen.argmax(1) + 1, fallen.shape[1])
+
+    @property
+    def d4rl_returns(self):
+        """[n]: the sum of rewards until D4RL ends the episode, the falling step included."""
+        lived = np.arange(self.rewards.shape[1]) < self.d4rl_lengths[:, None]
+        return (self.rewards * lived).sum(1)
+
+
+def rollout(act, n, rng, horizon=NATIVE_HORIZON, targets=None, threads=None):
+    """`n` episodes of `horizon` steps side by side, with `act(obs [n, 45]) -> actions [n, 24]`, as `Episodes`."""
+    batch = PenBatch(n, threads)
+    targets = sample_targets(n, rng) if targets is None else targets
+    obs = [batch.reset(targets)]
+    states, actions = [batch.state()], []
+    for _ in range(horizon):
+        actions.append(np.asarray(act(obs[-1]), dtype=np.float64))
+        obs.append(batch.step(actions[-1]))
+        states.append(batch.state())
+    obs, actions = np.stack(obs, 1), np.stack(actions, 1)
+    rewards, _, fallen = outcome(obs[:, 1:])
+    qpos, qvel = (np.stack([s[i] for s in states], 1) for i in (0, 1))
+    return Episodes(obs, actions, rewards, fallen, qpos, qvel, targets)
+
+
+def advance(qpos, qvel, actions, threads=None, chunk=4096):
+    """One control step from each state qpos, qvel [n, 30] with `actions` [n, 24]: the next observations [n, 45].
+
+    The target's entries are those of an untouched target. A row is NaN where the state is outside the simulator's reach
+    (`within_reach`) or MuJoCo gives up on it.
+    """
+    reach = within_reach(qpos, qvel) & np.isfinite(actions).all(-1)
+    out = np.full((len(qpos), OBS_DIM), np.nan)
+    rows = np.flatnonzero(reach)
+    batch = PenBatch(min(chunk, len(rows)), threads) if len(rows) else None
+    for first in range(0, len(rows), chunk):
+        ids = rows[first : first + chunk]
+        padded = np.resize(ids, batch.n)  # the last chunk is filled up with rows again
+        batch.set_state(qpos[padded], qvel[padded])
+        out[ids] = batch.step(actions[padded])[: len(ids)]
+    return out
+
+
+def within_reach(qpos, qvel):
+    """[n]: whether the states qpos, qvel [n, 30] are such that simulating them means something.
+
+    Finite; hand joints at most 1 rad beyond their limits and slower than 100 rad/s; pen within 2 m of its origin and slower
+    than 50 m/s and 300 rad/s. In real data nothing comes near these bounds.
+    """
+    low, high = _gym_env().model.jnt_range[:24].T
+    hand, pen = qpos[:, :24], qpos[:, 24:27]
+    with np.errstate(invalid="ignore"):
+        near = ((hand > low - 1) & (hand < high + 1)).all(-1) & (np.abs(pen) < 2).all(-1)
+        slow = (np.abs(qvel) < np.repeat([100.0, 50.0, 300.0], [24, 3, 3])).all(-1)
+    return near & slow & np.isfinite(qpos).all(-1)
+
+
+def make_env(scale="d4rl", **kwargs):
+    """The gym environment: `native` (200 steps, never ends) or `d4rl` (100 steps, ends on the fall)."""
+    import gymnasium
+    from gymnasium_robotics.envs.adroit_hand.adroit_pen import AdroitHandPenEnv
+
+    class EndOnFall(gymnasium.Wrapper):
+        def step(self, action):
+            obs, reward, _, truncated, info = self.env.step(action)
+            return obs, reward, bool(obs[PEN_HEIGHT] < FALL_HEIGHT), truncated, info
+
+    horizons = {"d4rl": D4RL_HORIZON, "native": NATIVE_HORIZON}
+    if scale not in horizons:
+        raise ValueError(f"scale must be one of {', '.join(horizons)}; got {scale!r}")
+    env = AdroitHandPenEnv(**kwargs)
+    env = EndOnFall(env) if scale == "d4rl" else env
+    return gymnasium.wrappers.TimeLimit(env, horizons[scale])

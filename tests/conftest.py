@@ -1,0 +1,75 @@
+"""Every test process uses one thread for tensors: tests run side by side, and results must not depend on the machine.
+
+Here is also what test files share: actions to play, random data, real episodes, the shipped guide and its rollouts.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from pgdlib import adroit, data, pipeline
+
+torch.set_num_threads(1)
+
+
+def white(rng, n, steps):
+    """Independent actions, a third of them out of range: most pens fall."""
+    return rng.uniform(-1.5, 1.5, (n, steps, 24))
+
+
+def smooth(rng, n, steps, scale=0.8, memory=0.98):
+    """Slowly wandering actions, out of range at times: the pen stays in the hand for long and turns both ways."""
+    out = [rng.normal(size=(n, 24))]
+    for _ in range(steps - 1):
+        out.append(memory * out[-1] + np.sqrt(1 - memory**2) * rng.normal(size=(n, 24)))
+    return scale * np.stack(out, 1)
+
+
+def still(rng, n, steps):
+    """No action at all: the pen stays in the hand."""
+    return np.zeros((n, steps, 24))
+
+
+def replay(actions):
+    """A policy that ignores the observation and plays `actions` [n, T, 24] in order."""
+    steps = iter(actions.swapaxes(0, 1))
+    return lambda obs: next(steps)
+
+
+def toy(episodes, seed=0, **changes):
+    """Random `Trajectories` with `episodes` of such lengths; `changes` replaces tensors."""
+    n, generator = sum(episodes), torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = dict(obs=draw(n, 45), actions=draw(n, 24).tanh(), rewards=draw(n), terminals=torch.zeros(n), next_obs=draw(n, 45))
+    tensors["next_obs"][:, 26] = 0.075 + 0.1 * draw(n).abs()
+    return data.Trajectories(**{**tensors, "lengths": torch.tensor(episodes), "name": "toy", **changes})
+
+
+@pytest.fixture(scope="session", params=[white, smooth], ids=["white", "smooth"])
+def real(request):
+    """Sixteen native episodes of one kind of actions, for the reconstruction."""
+    rng = np.random.default_rng(2)
+    return adroit.rollout(replay(request.param(rng, 16, 200)), 16, rng)
+
+
+@pytest.fixture(scope="session")
+def guide():
+    """The shipped guide, whichever it is."""
+    return pipeline.load_guide()[0]
+
+
+@pytest.fixture(scope="session", params=["sampled", "mean"])
+def guided(request, guide):
+    """Sixteen D4RL-scale episodes of the shipped guide, acting by samples or by its mean."""
+    generator = torch.Generator().manual_seed(0) if request.param == "sampled" else None
+    return adroit.rollout(guide.act(generator), 16, np.random.default_rng(0), adroit.D4RL_HORIZON)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """An empty folder for everything that runs make."""
+    monkeypatch.setenv("PGD_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
