@@ -35,7 +35,7 @@ paper: .venv/.installed  ## the main job: run notebooks 01 to 04 (SCALE=quick) i
 	    notebooks/$$name.ipynb runs/notebooks/$$name.ipynb || { echo "== $$name FAILED, see runs/notebooks/$$name.ipynb" >&2; exit 1; }; \
 	  echo "== $$name took $$(( $$(date +%s) - begin )) s"; \
 	done; \
-	echo "== all notebooks took $$(( $$(date +%s) - start )) s; figures are in runs/figures/"
+	echo "== all notebooks took $$(( $$(date +%s) - start )) s; figures are in runs/figures/$(SCALE)/"
 
 lint: .venv/.installed  ## ruff, check and format
 	$(BIN)/ruff check .

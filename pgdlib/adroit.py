@@ -4,6 +4,8 @@ An observation (45 numbers, environment space) is, with the slices of `OBS_SLICE
 hand joint angles, pen position, pen velocity (linear, angular), pen axis, target axis, pen-target position, pen-target axis.
 """
 
+import contextlib
+import io
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -51,10 +53,15 @@ def default_threads():
 
 
 @cache
-def _gym_env():
-    from gymnasium_robotics.envs.adroit_hand.adroit_pen import AdroitHandPenEnv
+def _pen_class():
+    with contextlib.redirect_stderr(io.StringIO()):  # importing it prints a notice about other environments
+        from gymnasium_robotics.envs.adroit_hand.adroit_pen import AdroitHandPenEnv
+    return AdroitHandPenEnv
 
-    return AdroitHandPenEnv()
+
+@cache
+def _gym_env():
+    return _pen_class()()
 
 
 def pen_rest_pose():
@@ -236,7 +243,6 @@ def within_reach(qpos, qvel):
 def make_env(scale="d4rl", **kwargs):
     """The gym environment: `native` (200 steps, never ends) or `d4rl` (100 steps, ends on the fall)."""
     import gymnasium
-    from gymnasium_robotics.envs.adroit_hand.adroit_pen import AdroitHandPenEnv
 
     class EndOnFall(gymnasium.Wrapper):
         def step(self, action):
@@ -246,6 +252,6 @@ def make_env(scale="d4rl", **kwargs):
     horizons = {"d4rl": D4RL_HORIZON, "native": NATIVE_HORIZON}
     if scale not in horizons:
         raise ValueError(f"scale must be one of {', '.join(horizons)}; got {scale!r}")
-    env = AdroitHandPenEnv(**kwargs)
+    env = _pen_class()(**kwargs)
     env = EndOnFall(env) if scale == "d4rl" else env
     return gymnasium.wrappers.TimeLimit(env, horizons[scale])

@@ -3,9 +3,11 @@
 Here is also what test files share: actions to play, random data, real episodes, the shipped guide and its rollouts.
 """
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from stable_baselines3 import PPO
 
 from pgdlib import adroit, data, pipeline
 
@@ -46,6 +48,18 @@ def toy(episodes, seed=0, **changes):
     tensors = dict(obs=draw(n, 45), actions=draw(n, 24).tanh(), rewards=draw(n), terminals=torch.zeros(n), next_obs=draw(n, 45))
     tensors["next_obs"][:, 26] = 0.075 + 0.1 * draw(n).abs()
     return data.Trajectories(**{**tensors, "lengths": torch.tensor(episodes), "name": "toy", **changes})
+
+
+def sb3_zip(path, obs_dim=45, action_dim=24):
+    """An untrained Stable-Baselines3 PPO for such observations and actions, saved at `path`."""
+
+    class Nothing(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        action_space = gymnasium.spaces.Box(-1, 1, (action_dim,), np.float32)
+
+    model = PPO("MlpPolicy", Nothing(), n_steps=8, batch_size=8, device="cpu")
+    model.save(path)
+    return model
 
 
 @pytest.fixture(scope="session", params=[white, smooth], ids=["white", "smooth"])

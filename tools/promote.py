@@ -1,7 +1,7 @@
 """Promote a run into the repository: its executed notebooks, cleaned, and its figures. And check what was promoted.
 
     python tools/promote.py             runs/notebooks/*.ipynb -> notebooks/
-    python tools/promote.py --figures   runs/figures/*.png, with the CSV of the same name -> figures/
+    python tools/promote.py --figures   runs/figures/quick/*.png, with the CSV of the same name -> figures/
     python tools/promote.py --check     name everything wrong with notebooks/*.ipynb
 
 A promoted notebook is the committed one with the run's outputs put into its cells, so a run can change nothing else.
@@ -214,13 +214,13 @@ def promote_notebooks():
 
 
 def promote_figures():
-    pngs = sorted((ROOT / "runs/figures").glob("*.png"))
+    pngs = sorted((ROOT / "runs/figures/quick").glob("*.png"))
     for png in pngs:
         for path in (png, png.with_suffix(".csv")):
             if path.exists():
                 shutil.copyfile(path, ROOT / "figures" / path.name)
                 print(f"figures/{path.name}")
-    return [] if pngs else ["runs/figures/ holds no figure: run `make paper` first"]
+    return [] if pngs else ["runs/figures/quick/ holds no figure: run `make paper` first"]
 
 
 def main():

@@ -1,0 +1,265 @@
+"""Artifacts: whole or absent, verified on load, named by their inputs, made once."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from pgdlib import store
+
+CARD = {"kind": "toy", "list": [1, 2.5, None, True], "text": "λ ≈ 2", "nested": {"b": 1, "a": []}}
+TENSORS = {
+    "weights": torch.arange(12.0).reshape(3, 4).T,  # not contiguous
+    "ids": torch.tensor([2**40, -1]),
+    "mask": torch.tensor([True, False]),
+    "half": torch.tensor([1.5], dtype=torch.bfloat16),
+    "scalar": torch.tensor(3.0),
+    "empty": torch.zeros(0, 3),
+    "learnt": torch.nn.Parameter(torch.tensor([0.1, float("nan")])),
+}
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "folder" / "toy.safetensors"
+
+
+def names(folder):
+    """What a folder holds, but for lock files."""
+    return sorted(f.name for f in folder.iterdir() if not f.name.endswith(".lock"))
+
+
+def assert_same(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tensors[name], tensor.detach(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_roundtrip(path):
+    store.save(path, TENSORS, CARD)
+    tensors, card = store.load(path)
+    assert_same(tensors, TENSORS)
+    assert card == CARD
+    assert names(path.parent) == ["toy.safetensors"]
+    store.save(path, {"other": torch.ones(1)}, {})
+    assert store.load(path)[0].keys() == {"other"}
+
+
+def corrupt(path):
+    with pytest.raises(store.CorruptArtifact) as error:
+        store.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_flipped_bits_are_found(path):
+    """In the header, the card, the checksum and the tensors; every third bit, two or three of each byte."""
+    store.save(path, {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([7])}, {"n": 1, "x": 0.5})
+    whole = path.read_bytes()
+    for i in range(0, 8 * len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[i // 8] ^= 1 << i % 8
+        path.write_bytes(flipped)
+        try:
+            tensors, card = store.load(path)
+        except store.CorruptArtifact as error:
+            assert str(path) in str(error)
+        else:
+            pytest.fail(f"bit {i % 8} of byte {i // 8}, {whole[i // 8 : i // 8 + 1]}: loaded as {tensors}, {card}")
+
+
+def test_every_truncation_is_found(path):
+    store.save(path, TENSORS, CARD)
+    whole = path.read_bytes()
+    for length in [0, 1, 8, 9, *range(20, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        corrupt(path)
+    path.write_bytes(whole + b"x")
+    corrupt(path)
+
+
+def test_files_of_others_are_refused(path):
+    path.parent.mkdir()
+    for text in (b"", b"not safetensors " * 100, bytes(1000)):
+        path.write_bytes(text)
+        corrupt(path)
+    for metadata in (None, {"format": "pt"}, {"card": "{}"}, {"card": "{", "sha256": "0"}, {"card": "NaN", "sha256": "0"}):
+        safetensors.torch.save_file({"a": torch.ones(2)}, path, metadata=metadata)
+        corrupt(path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        store.load(path.parent / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="folder"):
+        store.load(path.parent)
+
+
+def test_a_card_that_is_not_plain_leaves_no_file(path):
+    for card in ({"x": float("nan")}, {"x": torch.ones(1)}):
+        with pytest.raises((ValueError, TypeError)):
+            store.save(path, TENSORS, card)
+        assert names(path.parent) == []
+
+
+def test_an_interrupted_save_leaves_the_old_file_or_none(path, monkeypatch):
+    def half(tensors, partial, metadata):
+        Path(partial).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    for old in (None, TENSORS):
+        if old:
+            store.save(path, old, CARD)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(safetensors.torch, "save_file", half)
+            store.save(path, {"new": torch.ones(3)}, {})
+        assert names(path.parent) == (["toy.safetensors"] if old else [])
+    assert_same(store.load(path)[0], TENSORS)
+
+
+def test_replacing_shows_the_file_only_when_it_is_whole(path):
+    path.parent.mkdir()
+    with store.replacing(path) as partial:
+        partial.write_text("new")
+        assert not path.exists() and partial.parent == path.parent
+    assert path.read_text() == "new"
+    with open(path) as reader:  # who reads the old file goes on reading it, whole
+        with store.replacing(path) as partial:
+            partial.write_text("even newer")
+        assert reader.read() == "new"
+    path.write_text("new")
+    with pytest.raises(ZeroDivisionError), store.replacing(path) as partial:
+        partial.write_text("newer")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "new" and names(path.parent) == ["toy.safetensors"]
+
+
+def maker(log, value=1.0, seconds=0.0):
+    """A `make` for `artifact` that leaves a line in the file `log` each time it runs."""
+
+    def make():
+        with open(log, "a") as f:
+            f.write(f"{os.getpid()}\n")
+        time.sleep(seconds)
+        return {"x": torch.tensor([value])}, {"value": value}
+
+    return make
+
+
+def test_an_artifact_is_made_once(path, tmp_path):
+    log = tmp_path / "log"
+    (first, card), (second, again) = (store.artifact(path, maker(log, value)) for value in (1.0, 2.0))
+    assert len(log.read_text().split()) == 1
+    assert_same(first, {"x": torch.tensor([1.0])})
+    assert_same(second, first)
+    assert card == again == {"value": 1.0, "versions": store.versions()}
+    assert card["versions"]["torch"] == torch.__version__
+
+
+def test_a_damaged_artifact_is_set_aside_and_made_again(path, tmp_path):
+    log, said = tmp_path / "log", []
+    store.artifact(path, maker(log))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    tensors, _ = store.artifact(path, maker(log), said.append)
+    assert_same(tensors, {"x": torch.tensor([1.0])})
+    assert len(log.read_text().split()) == 2
+    (aside,) = path.parent.glob("*.damaged")
+    assert aside.read_bytes()[:-1] == whole[:-1] and aside.read_bytes() != whole
+    assert str(path) in said[0] and aside.name in said[0]
+
+
+def test_what_fails_to_be_made_leaves_nothing(path, tmp_path):
+    def fail():
+        raise RuntimeError("no luck")
+
+    with pytest.raises(RuntimeError, match="no luck"):
+        store.artifact(path, fail)
+    assert names(path.parent) == []
+    store.artifact(path, maker(tmp_path / "log"))  # the lock is free again
+
+
+def wait_for(condition, seconds=20):
+    """Wait until `condition()` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def run(path, log, out, seconds):
+    """In a process of its own: the artifact's value, and what was reported, into the file `out`."""
+    said = []
+    tensors, _ = store.artifact(path, maker(log, seconds=seconds), said.append)
+    out.write_text(f"{float(tensors['x'])} {said}")
+
+
+def test_two_processes_at_once_make_it_once(path, tmp_path):
+    log, outs = tmp_path / "log", [tmp_path / "a", tmp_path / "b"]
+    both = [fork.Process(target=run, args=(path, log, out, 0.5)) for out in outs]
+    for p in both:
+        p.start()
+    for p in both:
+        p.join(20)
+        assert p.exitcode == 0
+    assert len(log.read_text().split()) == 1
+    texts = sorted(out.read_text() for out in outs)
+    assert texts[0].startswith("1.0 ['waiting") and texts[1] == "1.0 []"
+
+
+def test_the_waiter_takes_over_from_a_killed_holder(path, tmp_path):
+    log, out = tmp_path / "log", tmp_path / "out"
+    holder = fork.Process(target=run, args=(path, log, tmp_path / "never", 60))
+    holder.start()
+    wait_for(log.exists)
+    waiter = fork.Process(target=run, args=(path, log, out, 0))
+    waiter.start()
+    time.sleep(0.2)
+    assert waiter.is_alive() and not out.exists()
+    os.kill(holder.pid, signal.SIGKILL)
+    waiter.join(20)
+    assert waiter.exitcode == 0 and out.read_text().startswith("1.0 ['waiting")
+    assert log.read_text().split() == [str(holder.pid), str(waiter.pid)]
+    holder.join()
+
+
+def test_keys_change_with_every_input():
+    inputs = dict(steps=3, lr=0.1, name="a", flag=True, layers=[1, 2], nothing=None, nested={"x": 1})
+    changes = dict(steps=4, lr=0.2, name="b", flag=False, layers=[2, 1], nothing=0, nested={"x": 2})
+    keys = [store.key(**inputs), *(store.key(**{**inputs, k: v}) for k, v in changes.items()), store.key(**inputs, more=1)]
+    assert len(set(keys)) == len(keys)
+    assert all(len(k) == 12 and int(k, 16) >= 0 for k in keys)
+    assert store.key(**dict(reversed(inputs.items()))) == keys[0]
+    with pytest.raises(ValueError):
+        store.key(x=float("nan"))
+
+
+def test_code_version_changes_with_the_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PACKAGE", tmp_path)
+    (tmp_path / "a.py").write_text("x = 1")
+    (tmp_path / "b.py").write_text("y = 1")
+
+    def versions():
+        store.code_version.cache_clear()
+        return [store.code_version(*rooms) for rooms in (("a",), ("b",), ("a", "b"))]
+
+    before = versions()
+    assert len(set(before)) == 3 and versions() == before
+    (tmp_path / "b.py").write_text("y = 2")
+    changed = [x != y for x, y in zip(before, versions(), strict=True)]
+    store.code_version.cache_clear()
+    assert changed == [False, True, True]
+    with pytest.raises(FileNotFoundError):
+        store.code_version("c")
+
+
+def test_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PGD_RUNS", "elsewhere")
+    assert store.root() == tmp_path / "elsewhere"
+    monkeypatch.delenv("PGD_RUNS")
+    assert store.root() == Path(__file__).resolve().parent.parent / "runs"  # wherever we stand, in a checkout
+    monkeypatch.setattr(store, "PACKAGE", tmp_path / "site-packages" / "pgdlib")
+    assert store.root() == tmp_path / "runs"
