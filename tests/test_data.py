@@ -1,0 +1,468 @@
+"""Offline data against plain loops; Minari folders that are whole, damaged, missing, or of D4RL's form."""
+
+import contextlib
+import json
+import math
+import socket
+import sys
+import threading
+import time
+import types
+
+import gymnasium
+import minari
+import numpy as np
+import pytest
+import torch
+from conftest import replay, toy, white
+from minari.data_collector import EpisodeBuffer
+
+from pgdlib import adroit, data, pipeline, store
+
+
+def spans(trajectories):
+    """(start, end) of each episode."""
+    ends = np.cumsum(trajectories.lengths.tolist()).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+# Trajectories
+
+
+@pytest.mark.parametrize("key", ["obs", "actions", "rewards", "terminals", "next_obs"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused(key, value):
+    tensor = getattr(toy([3, 4]), key)
+    tensor.view(-1)[-1] = value
+    with pytest.raises(ValueError, match=f"'toy'.*{key}.*not finite"):
+        toy([3, 4], **{key: tensor})
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"obs": torch.zeros(7, 39)}, "not of Adroit Pen.*39"),
+        ({"actions": torch.zeros(7, 28)}, "not of Adroit Pen.*28"),
+        ({"next_obs": torch.zeros(7, 39)}, "39"),
+        ({"rewards": torch.zeros(7, 1)}, "rewards"),
+        ({"actions": torch.zeros(8, 24)}, "actions has 8 steps, the episodes together 7"),
+        ({"rewards": torch.zeros(6)}, "rewards has 6 steps"),
+        ({"lengths": torch.tensor([3, 3])}, "has 7 steps, the episodes together 6"),
+        ({"lengths": torch.tensor([3, 0, 4])}, "an empty one"),
+        ({"lengths": torch.tensor([-1, 8])}, "an empty one"),
+        ({"info": {"qpos": torch.zeros(8, 30)}}, "info.qpos has 8 steps"),
+        ({"info": {"qvel": torch.full((7, 30), math.nan)}}, "info.qvel"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(changes, reason):
+    with pytest.raises(ValueError, match=f"dataset 'toy'.*{reason}"):
+        toy([3, 4], **changes)
+
+
+def test_no_episode_is_refused():
+    empty = {k: v[:0] for k, v in toy([1]).tensors().items()}
+    with pytest.raises(ValueError, match="no episode"):
+        data.Trajectories.from_tensors(empty, "toy")
+
+
+def test_tensors_and_back():
+    mine = toy([3, 4], info={"qpos": torch.rand(7, 30)})
+    back = data.Trajectories.from_tensors(mine.tensors(), "toy")
+    assert back.name == "toy" and back.info.keys() == {"qpos"}
+    assert all(torch.equal(v, back.tensors()[k]) for k, v in mine.tensors().items())
+
+
+def test_episodes_starts_and_returns_against_a_loop():
+    mine = toy([5, 1, 120, 100, 7], info={"qpos": torch.rand(233, 30)})
+    assert mine.starts.tolist() == [start for start, _ in spans(mine)]
+    for horizon in (1, 7, 100, 1000):
+        expected = [sum(mine.rewards[s:e][:horizon].tolist()) for s, e in spans(mine)]
+        np.testing.assert_allclose(mine.returns(horizon), expected, atol=1e-4)
+    picked, order = mine.episodes(torch.tensor([3, 1, 1])), [3, 1, 1]
+    for key, tensor in mine.tensors().items():
+        if key != "lengths":
+            assert torch.equal(picked.tensors()[key], torch.cat([tensor[slice(*spans(mine)[i])] for i in order])), key
+    assert picked.lengths.tolist() == [100, 1, 1]
+
+
+def test_packed_channels():
+    packed = toy([2, 3]).packed()
+    mine = toy([2, 3])
+    assert packed.shape == (5, data.CHANNELS) == (5, 71)
+    parts = (packed[:, data.OBS], packed[:, data.ACTIONS], packed[:, data.REWARD], packed[:, data.TERMINAL])
+    for part, expected in zip(parts, (mine.obs, mine.actions, mine.rewards, mine.terminals), strict=True):
+        assert torch.equal(part, expected)
+
+
+def test_end_at_falls_against_a_loop():
+    rng = np.random.default_rng(0)
+    mine = toy(rng.integers(1, 30, 60).tolist())
+    falls = torch.from_numpy(rng.random(len(mine.rewards)) < 0.04)
+    mine.next_obs[falls, 26] = 0.0749
+    mine.terminals[::7] = 1.0  # whatever the file says of ends does not count
+    keep, lengths, ends = [], [], []
+    for start, end in spans(mine):
+        steps = []
+        for t in range(start, end):
+            steps.append(t)
+            if mine.next_obs[t, 26] < 0.075:
+                break
+        keep, lengths = keep + steps, [*lengths, len(steps)]
+        ends += [0.0] * (len(steps) - 1) + [float(mine.next_obs[steps[-1], 26] < 0.075)]
+    repaired, cut, dropped = data.end_at_falls(mine)
+    assert repaired.lengths.tolist() == lengths and repaired.terminals.tolist() == ends
+    for key in ("obs", "actions", "rewards", "next_obs"):
+        assert torch.equal(getattr(repaired, key), getattr(mine, key)[keep]), key
+    assert dropped == len(mine.rewards) - len(keep) > 0
+    assert cut == sum(a < b for a, b in zip(lengths, mine.lengths.tolist())) > 0
+    assert sum(ends) > cut  # some fell on their last step: nothing to cut there
+    again, cut, dropped = data.end_at_falls(repaired)
+    assert (cut, dropped) == (0, 0) and torch.equal(again.packed(), repaired.packed())
+
+
+def fingerprints(trajectories):
+    return [trajectories.packed()[s:e].numpy().tobytes() for s, e in spans(trajectories)]
+
+
+def test_split_keeps_copies_on_one_side():
+    unique = toy([10] * 12)
+    copied = unique.episodes(torch.arange(12).repeat(5)[torch.randperm(60, generator=torch.Generator().manual_seed(0))])
+    sides = set()
+    for seed in range(8):
+        train, val = (fingerprints(side) for side in data.split(copied, 0.25, seed))
+        assert not set(train) & set(val)
+        assert sorted(train + val) == sorted(fingerprints(copied))
+        assert len(set(val)) == 3 and len(val) == 15
+        assert [fingerprints(side) for side in data.split(copied, 0.25, seed)] == [train, val]
+        sides.add(frozenset(val))
+    assert len(sides) > 4
+
+
+def test_split_of_few_episodes():
+    for fraction, sizes in ((0.0, (2, 1)), (1.0, (1, 2)), (0.1, (2, 1))):  # no side is ever empty
+        assert tuple(len(side.lengths) for side in data.split(toy([4, 5, 6]), fraction, 0)) == sizes
+    one = toy([4]).episodes(torch.tensor([0, 0, 0]))
+    with pytest.raises(ValueError, match="'toy' holds 1 unique episode"):
+        data.split(one, 0.1, 0)
+
+
+# Normaliser
+
+
+@pytest.mark.parametrize("transform", ["raw", "arctanh"])
+def test_normaliser_there_and_back(transform):
+    packed = toy([400]).packed()
+    packed[:, 3] = 7.5  # never changes
+    packed[:, 10] *= 100
+    packed[5, data.TERMINAL] = 1
+    packed[:, data.ACTIONS] *= 0.99
+    normaliser = data.Normaliser(transform).fit(packed)
+    x = normaliser.normalise(packed)
+    np.testing.assert_allclose(x[:, :-1].mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.delete(x[:, :-1].std(0, unbiased=False).numpy(), 3), 1, atol=1e-3)
+    assert (x[:, 3] == 0).all() and x.isfinite().all()
+    assert x[:, data.TERMINAL].unique().tolist() == [-1, 1]
+    torch.testing.assert_close(normaliser.denormalise(x), packed, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(normaliser.obs(x), packed[:, :45], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(normaliser.actions(x), packed[:, 45:69], atol=1e-5, rtol=1e-4)
+    expected = torch.atanh(packed[:, 45]) if transform == "arctanh" else packed[:, 45]
+    torch.testing.assert_close(x[:, 45], (expected - expected.mean()) / expected.std(unbiased=False), atol=1e-4, rtol=1e-4)
+
+
+def test_actions_at_the_limits_stay_finite_under_arctanh():
+    packed = toy([50]).packed()
+    packed[:25, data.ACTIONS], packed[25:, data.ACTIONS] = 1.0, -1.0
+    normaliser = data.Normaliser("arctanh").fit(packed)
+    x = normaliser.normalise(packed)
+    assert x.isfinite().all()
+    torch.testing.assert_close(normaliser.actions(x), packed[:, data.ACTIONS], atol=2e-3, rtol=0)
+
+
+def test_statistics_travel_with_the_weights():
+    normaliser = data.Normaliser("arctanh").fit(toy([50]).packed())
+    assert normaliser.state_dict().keys() == {"mean", "std"} and not list(normaliser.parameters())
+    other = data.Normaliser("arctanh")
+    other.load_state_dict(normaliser.state_dict())
+    assert torch.equal(other.normalise(toy([9]).packed()), normaliser.normalise(toy([9]).packed()))
+    with pytest.raises(ValueError, match=r"transform='tanh'.*'raw' or 'arctanh'"):
+        data.Normaliser("tanh")
+
+
+@pytest.mark.parametrize("transform", ["raw", "arctanh"])
+def test_action_slope_is_the_derivative(transform):
+    normaliser = data.Normaliser(transform).fit(toy([50]).packed()).double()
+    x, h = torch.randn(4, 5, 71, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 1e-6
+    numeric = (normaliser.actions(x + h) - normaliser.actions(x - h)) / (2 * h)
+    torch.testing.assert_close(normaliser.action_slope(x), numeric, rtol=1e-7, atol=1e-9)
+
+
+# Windows
+
+
+@pytest.mark.parametrize("horizon", [2, 5, 8])
+def test_windows_stay_within_their_episode(horizon):
+    """One window of a short episode; of one that ends by a fall, some that reach up to half a window beyond its end."""
+    lengths, falls = [5, 1, 20, 4, 8, 7, 19, 5], [3, 6]
+    mine = toy(lengths)
+    mine.terminals[[spans(mine)[e][1] - 1 for e in falls]] = 1
+    mine.obs[:, 0] = torch.repeat_interleave(torch.arange(8.0), mine.lengths)
+    mine.obs[:, 1] = torch.cat([torch.arange(float(n)) for n in lengths])
+    windows = data.Windows(mine, data.Normaliser(), horizon)  # not fitted: changes nothing
+    x, mask = windows[torch.arange(len(windows))]
+    assert x.shape == (len(windows), horizon, 71) and mask.shape == x.shape[:2]
+    episode, step = x[..., 0], x[..., 1]
+    assert (episode == episode[:, :1]).all()
+    last = [n - horizon + (horizon // 2 if e in falls else 0) for e, n in enumerate(lengths)]
+    expected = {(e, first) for e in range(8) for first in range(max(0, last[e]) + 1)}
+    assert [(int(e), int(s)) for e, s in zip(episode[:, 0], step[:, 0])] == sorted(expected)
+    for w in range(len(windows)):
+        n = lengths[int(episode[w, 0])]
+        assert step[w].tolist() == [min(float(step[w, 0]) + k, n - 1) for k in range(horizon)]
+        assert mask[w].tolist() == [float(step[w, 0] + k < n) for k in range(horizon)]
+    seen = {(int(e), int(s)) for e, s in zip(episode[mask > 0], step[mask > 0])}
+    assert seen == {(e, s) for e, n in enumerate(lengths) for s in range(n)}
+
+
+def test_windows_are_normalised_and_a_horizon_of_one_is_refused():
+    mine = toy([9, 9])
+    normaliser = data.Normaliser("arctanh").fit(mine.packed())
+    x, _ = data.Windows(mine, normaliser, 3)[torch.tensor([8])]  # seven windows of the first episode, then one step on
+    assert torch.equal(x[0], normaliser.normalise(mine.packed())[10:13])
+    with pytest.raises(ValueError, match="horizon=1 is not allowed"):
+        data.Windows(mine, normaliser, 1)
+
+
+# Minari
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    """Two batches of short simulated episodes, with actions beyond the limits."""
+    rng = np.random.default_rng(0)
+    return [adroit.rollout(replay(white(rng, n, 20)), n, rng, 20) for n in (3, 2)]
+
+
+@pytest.fixture
+def folder(tmp_path, episodes):
+    return data.write_minari(tmp_path / "minari", "standin/pen/toy-v0", episodes, "a toy")
+
+
+def test_minari_roundtrip(folder, episodes, tmp_path):
+    assert folder == tmp_path / "minari/standin/pen/toy-v0"
+    assert [p.name for p in (tmp_path / "minari").iterdir()] == ["standin"]  # nothing half-written beside it
+    read, _ = data.from_minari(folder, "toy")
+    assert read.lengths.tolist() == [20] * 5 and read.name == "toy"
+    expected = {
+        "obs": [e.obs[:, :-1] for e in episodes],
+        "next_obs": [e.obs[:, 1:] for e in episodes],
+        "actions": [e.actions.clip(-1, 1) for e in episodes],
+        "rewards": [e.rewards for e in episodes],
+        "terminals": [np.zeros_like(e.rewards) for e in episodes],
+        "info.qpos": [e.qpos[:, :-1] for e in episodes],
+        "info.qvel": [e.qvel[:, :-1] for e in episodes],
+        "info.target": [np.repeat(e.targets[:, None], 20, 1) for e in episodes],
+    }
+    assert read.tensors().keys() == {*expected, "lengths"}
+    for key, batches in expected.items():
+        flat = np.concatenate([b.reshape(-1, *b.shape[2:]) for b in batches])
+        assert read.tensors()[key].dtype == torch.float32
+        np.testing.assert_allclose(read.tensors()[key], flat, rtol=1e-6, atol=1e-6, err_msg=key)
+
+
+def test_minari_itself_reads_what_we_write(folder, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder.parents[2]))
+    theirs = minari.load_dataset("standin/pen/toy-v0")
+    assert (theirs.total_episodes, theirs.total_steps) == (5, 100)
+    assert (theirs[4].observations.shape, theirs[4].truncations.tolist()) == ((21, 45), [False] * 19 + [True])
+
+
+def test_the_digest_follows_the_content(folder, episodes, tmp_path):
+    again = data.write_minari(tmp_path / "again", "standin/pen/toy-v0", episodes[:1], "a toy")
+    digests = [data.from_minari(f, "toy")[1] for f in (folder, folder, again)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, episodes, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "as it was")
+
+    def interrupted():
+        yield episodes[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_minari(tmp_path, "standin/pen/toy-v0", interrupted(), "a toy")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(minari.MinariDataset, "__init__", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+        data.write_minari(tmp_path, "standin/pen/toy-v0", episodes, "a toy")
+    assert list(tmp_path.rglob("*")) == []
+    assert data.os.environ["MINARI_DATASETS_PATH"] == "as it was"
+
+
+def damaged(folder):
+    with pytest.raises(store.CorruptArtifact) as error:
+        data.from_minari(folder, "toy")
+    assert str(folder) in str(error.value)
+
+
+def test_damaged_files_are_named(folder):
+    file, card = folder / "data/main_data.hdf5", folder / "data/metadata.json"
+    whole, text = file.read_bytes(), card.read_text()
+    for length in (0, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        damaged(folder)
+    for first in range(0, len(whole) - 1000, len(whole) // 25):  # some of these hit numbers, some the file's own tables
+        file.write_bytes(whole[:first] + bytes(b ^ 255 for b in whole[first : first + 600]) + whole[first + 600 :])
+        damaged(folder)
+    file.write_bytes(whole)
+    for broken in ("", text[:-1], json.dumps({k: v for k, v in json.loads(text).items() if k != "observation_space"})):
+        card.write_text(broken)
+        damaged(folder)
+    card.write_text(text)
+    data.from_minari(folder, "toy")
+    file.unlink()
+    damaged(folder)
+    with pytest.raises(FileNotFoundError, match=r"no Minari dataset at .*nowhere"):
+        data.from_minari(folder.parent / "nowhere", "toy")
+
+
+def write_d4rl(root, dataset):
+    """A Minari dataset in the form of D4RL's v2 files: 3 episodes, the pen of the second falls at its fifth of 12 steps."""
+    rng = np.random.default_rng(0)
+    buffers = []
+    for i, n in enumerate((10, 12, 8)):
+        obs = rng.normal(size=(n + 1, 45))
+        obs[:, 26] = 0.2
+        obs[5:, 26] -= 0.2 * (i == 1)
+        buffers.append(
+            EpisodeBuffer(
+                id=i,
+                observations=obs,
+                actions=rng.uniform(-1, 1, (n, 24)).astype(np.float32),
+                rewards=list(rng.normal(size=n)),
+                terminations=[False] * n,
+                truncations=[False] * (n - 1) + [True],
+                infos={"success": np.zeros(n + 1, dtype=bool)},
+            )
+        )
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning):
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        minari.create_dataset_from_buffers(
+            f"D4RL/pen/{dataset}-v2",
+            buffers,
+            observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (45,), np.float64),
+            action_space=gymnasium.spaces.Box(-1, 1, (24,), np.float32),
+        )
+    return [np.array(b.observations) for b in buffers]
+
+
+@pytest.fixture
+def d4rl(tmp_path, monkeypatch, runs):
+    """The folder in which Minari looks for datasets, empty, and no way to the network."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
+    return tmp_path / "datasets"
+
+
+@pytest.mark.parametrize("source", ["auto", "d4rl"])
+def test_d4rl_on_disk_is_found_and_cut_at_falls(d4rl, source):
+    obs = write_d4rl(d4rl, "human")
+    found = pipeline.load_data("human", source, 4_000)
+    assert found.is_d4rl and found.label == found.raw.name == "D4RL pen-human" and found.slug == "d4rl-human"
+    assert found.raw.lengths.tolist() == [10, 12, 8] and found.data.lengths.tolist() == [10, 5, 8]
+    assert (found.cut_episodes, found.dropped_steps) == (1, 7)
+    assert torch.nonzero(found.data.terminals)[:, 0].tolist() == [14]
+    np.testing.assert_allclose(found.data.obs, np.concatenate([obs[0][:10], obs[1][:5], obs[2][:8]]), rtol=1e-6)
+    again = pipeline.load_data("human", source, 4_000)
+    assert again.key == found.key and torch.equal(again.data.packed(), found.data.packed())
+
+
+def test_a_damaged_d4rl_file_is_named_and_not_replaced_by_a_stand_in(d4rl):
+    write_d4rl(d4rl, "human")
+    file = d4rl / "D4RL/pen/human-v2/data/main_data.hdf5"
+    file.write_bytes(file.read_bytes()[:5000])
+    for source in ("auto", "d4rl"):
+        with pytest.raises(store.CorruptArtifact, match="human-v2"):
+            pipeline.load_data("human", source, 4_000)
+
+
+@contextlib.contextmanager
+def server(answer):
+    """A web address whose server takes a connection and sends `answer`, or nothing at all for None."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        held = []
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(listening.accept()[0])
+                    if answer is not None:
+                        held[-1].recv(1000)
+                        held[-1].sendall(answer)
+                        held[-1].close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def pretend_hub(monkeypatch, address):
+    """As if huggingface_hub were installed, with its hub at `address`."""
+    hub = types.ModuleType("huggingface_hub")
+    hub.constants = types.ModuleType("huggingface_hub.constants")
+    hub.constants.ENDPOINT = address
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.constants", hub.constants)
+
+
+def refused_at_once(reason):
+    started = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=reason) as error:
+        pipeline.load_data("expert", "d4rl", 4_000)
+    assert time.monotonic() - started < 5
+    for part in ("D4RL/pen/expert-v2", "datasets", "minari download D4RL/pen/expert-v2", "minari[hf]", "source='local'"):
+        assert part in str(error.value), error.value
+
+
+def test_without_the_hub_package_d4rl_says_what_to_do(d4rl):
+    refused_at_once("needs the package huggingface_hub")
+    with pytest.raises(FileNotFoundError):
+        data.find_d4rl("expert", download=False)
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"nonsense\r\n\r\n", "closed", "not an address"], ids=str)
+def test_without_a_network_d4rl_says_what_to_do(d4rl, monkeypatch, answer):
+    with server(answer if isinstance(answer, bytes) else None) as address:
+        closed = socket.create_server(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        closed.close()
+        pretend_hub(monkeypatch, {"closed": f"http://127.0.0.1:{port}", "not an address": "hub"}.get(answer, address))
+        refused_at_once("cannot be reached")
+
+
+def test_offline_is_believed_at_once(d4rl, monkeypatch):
+    with server(b"HTTP/1.1 200 OK\r\n\r\n") as address:
+        pretend_hub(monkeypatch, address)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        refused_at_once("cannot be reached")
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"404 Not Found"])
+def test_a_failed_download_says_what_to_do(d4rl, monkeypatch, status):
+    class HubError(Exception):
+        """The hub's errors are not OSErrors."""
+
+    def fail(dataset_id):
+        raise HubError(f"{dataset_id}: no route")
+
+    monkeypatch.setattr(minari, "download_dataset", fail)
+    with server(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n") as address:
+        pretend_hub(monkeypatch, address)
+        refused_at_once("download failed: HubError: D4RL/pen/expert-v2: no route")
+
+
+def test_a_download_is_used(d4rl, monkeypatch):
+    monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: write_d4rl(d4rl, "human"))
+    with server(b"HTTP/1.1 200 OK\r\n\r\n") as address:
+        pretend_hub(monkeypatch, address)
+        assert pipeline.load_data("human", "auto", 4_000).is_d4rl
