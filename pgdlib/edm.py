@@ -1,0 +1,225 @@
+"""EDM (Karras et al. 2022) on trajectories: the denoiser, its training, and one sampler with a hook for guidance.
+
+Trajectories x are [B, T, 71] in normalised space; σ is the noise level.
+"""
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pgdlib import store
+from pgdlib.data import CHANNELS, TERMINAL, Normaliser
+from pgdlib.unet import UNet
+
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # Table 2; RHO: Karras et al., Table 1
+S_TMIN, S_TMAX, S_NOISE = 0.05, 50.0, 1.003  # Table 2
+P_MEAN, P_STD = -1.2, 1.2  # training noise, ln σ ~ N(P_MEAN, P_STD²): Karras et al., Table 1
+DIVERGED = 100.0  # a value this many std of the noised data away from its mean marks a trajectory as diverged
+
+
+class Denoiser(nn.Module):
+    """D(x; σ), the mean of the clean trajectory given the noised one x; it carries the data's normaliser."""
+
+    SIGMA_DATA = 1.0  # the std of normalised data
+
+    def __init__(self, horizon, features, blocks, kernel_size=3, transform="raw"):
+        super().__init__()
+        self.config = dict(horizon=horizon, features=features, blocks=blocks, kernel_size=kernel_size, transform=transform)
+        self.horizon = horizon
+        self.net = UNet(CHANNELS, features, blocks, kernel_size)
+        self.normaliser = Normaliser(transform)
+
+    def forward(self, x, sigma):
+        """Denoise x [B, T, 71] at noise levels sigma [B] or a number, all above zero (Eq. 7, Table 1 of Karras et al.)."""
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        s, d = sigma[:, None, None], self.SIGMA_DATA
+        c_skip = d**2 / (s**2 + d**2)
+        c_out = s * d / (s**2 + d**2).sqrt()
+        c_in = 1 / (s**2 + d**2).sqrt()
+        c_noise = sigma.log() / 4
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
+            out = self.net(c_in * x, c_noise)
+        return c_skip * x + c_out * out.to(x.dtype)
+
+
+@cache
+def has_bfloat16(device):
+    """Whether `device` multiplies bfloat16 matrices in hardware; the network then computes with them, all else in float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public name yet
+    return bool(supported and supported())
+
+
+def noise_levels(steps):
+    """σ_0 = SIGMA_MAX down to σ_{steps-1} = SIGMA_MIN, then 0: [steps + 1] (Eq. 5 of Karras et al.)."""
+    if steps < 2:
+        raise ValueError(f"steps={steps} is not allowed; it must be 2 or more")
+    i = torch.arange(steps, dtype=torch.float64) / (steps - 1)
+    sigmas = (SIGMA_MAX ** (1 / RHO) + i * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+@torch.no_grad()
+def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dtype=torch.float32, progress=None):
+    """Draw trajectories `shape` = (B, T, C) with `denoise(x, σ)`; returns them and which have diverged [B].
+
+    Algorithm 2 of Karras et al. (Heun's method with churn), `steps` steps. `guide(x, denoised, σ, step)` gives a shift:
+    added to x before the step if `guide.on == "noised"` (then `denoised` is None), or to every denoised estimate if
+    `guide.on == "denoised"`. Values beyond `DIVERGED` std are clamped, so that a guide that diverges is counted, not fatal.
+    """
+    noised = guide if guide is not None and guide.on == "noised" else None
+    shifted = guide if guide is not None and guide.on == "denoised" else None
+
+    def estimate(x, sigma, step):
+        denoised = denoise(x, sigma)
+        return denoised if shifted is None else denoised + shifted(x, denoised, sigma, step)
+
+    def randn():
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    sigmas = noise_levels(steps).tolist()
+    gamma = min(churn / steps, math.sqrt(2) - 1)
+    x = randn() * sigmas[0]
+    diverged = torch.zeros(shape[0], dtype=torch.bool, device=device)
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        if noised is not None:
+            x = x + noised(x, None, sigma, step)
+        x, out_of_range = _clamp(x, sigma)
+        diverged |= out_of_range
+        # Raise the noise level for a moment (lines 4 to 6), then step from the raised point.
+        sigma_hat, x_hat = sigma, x
+        if gamma > 0 and S_TMIN <= sigma <= S_TMAX:
+            sigma_hat = sigma * (1 + gamma)
+            x_hat = x + math.sqrt(sigma_hat**2 - sigma**2) * S_NOISE * randn()
+        d = (x_hat - estimate(x_hat, sigma_hat, step)) / sigma_hat
+        x = x_hat + (sigma_next - sigma_hat) * d
+        if sigma_next > 0:
+            d_next = (x - estimate(x, sigma_next, step)) / sigma_next
+            x = x_hat + (sigma_next - sigma_hat) * (d + d_next) / 2
+        if progress is not None:
+            progress(step + 1, steps)
+    x, out_of_range = _clamp(x, 0.0)
+    return x, diverged | out_of_range
+
+
+def _clamp(x, sigma):
+    """x within DIVERGED std of data noised to σ, and which trajectories were not."""
+    limit = DIVERGED * math.sqrt(sigma**2 + Denoiser.SIGMA_DATA**2)
+    out_of_range = ~(x.abs() <= limit).flatten(1).all(1)
+    return x.nan_to_num(0.0).clamp(-limit, limit), out_of_range
+
+
+def loss(denoiser, x, mask, sigma, generator):
+    """EDM loss of each trajectory [B] (Karras et al., Table 1): x [B, T, 71], mask [B, T], σ [B].
+
+    Steps beyond the end of an episode are masked, all but their terminal flag, which stays set: so the end is not lost among
+    the other channels, where it would be one value in thousands.
+    """
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    error = (denoiser(x + sigma[:, None, None] * noise, sigma) - x).square()
+    counted = mask[..., None].repeat(1, 1, x.shape[-1])
+    counted[..., TERMINAL] = 1.0
+    weight = (sigma**2 + denoiser.SIGMA_DATA**2) / (sigma * denoiser.SIGMA_DATA) ** 2
+    return weight * (error * counted).sum((1, 2)) / counted.sum((1, 2))
+
+
+@torch.no_grad()
+def validation_loss(denoiser, windows, sigmas, count, seed):
+    """The EDM loss at each of `sigmas` [L], over the same `count` windows and noises: [L]."""
+    generator = torch.Generator(windows.steps.device).manual_seed(seed)
+    ids = torch.randint(len(windows), (count,), generator=generator, device=windows.steps.device)
+    x, mask = windows[ids]
+    return torch.stack(
+        [
+            loss(denoiser, x, mask, torch.full((count,), float(s), device=x.device), _seeded(x.device, seed, 0)).mean()
+            for s in sigmas
+        ]
+    )
+
+
+@dataclass
+class Training:
+    """How to train a denoiser; Adam, cosine schedule after a warm-up over a tenth of the steps, EMA of the weights."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int = 0
+    ema: float = 0.999
+
+
+def train(denoiser, windows, how, checkpoint=None, save_every=120.0, report=lambda step, loss: None):
+    """Train `denoiser` in place; returns its EMA copy and the training loss of every step, a tensor [steps].
+
+    With a `checkpoint` path, the state is written there every `save_every` seconds, and a run that finds it goes on from it
+    to the same weights that an uninterrupted run has: each step's randomness depends only on the seed and the step.
+    """
+    device = windows.steps.device
+    ema = copy.deepcopy(denoiser).requires_grad_(False)
+    optimiser = torch.optim.Adam(denoiser.net.parameters(), how.learning_rate, fused=True)
+    first, losses = 0, torch.zeros(how.steps)
+    if checkpoint is not None and Path(checkpoint).exists():
+        first = _restore(checkpoint, denoiser, ema, optimiser, losses, how)
+    saved = time.monotonic()
+    for step in range(first, how.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = how.learning_rate * _schedule(step, how.steps)
+        generator = _seeded(device, how.seed, step)
+        ids = torch.randint(len(windows), (how.batch_size,), generator=generator, device=device)
+        x, mask = windows[ids]
+        sigma = (P_MEAN + P_STD * torch.randn(len(x), generator=generator, device=device)).exp()
+        value = loss(denoiser, x, mask, sigma, generator).mean()
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        decay = min(how.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.net.parameters()), list(denoiser.net.parameters()), 1 - decay)
+        losses[step] = value.detach()
+        report(step + 1, losses)
+        if checkpoint is not None and time.monotonic() - saved > save_every:
+            _save(checkpoint, denoiser, ema, optimiser, losses, how, step + 1)
+            saved = time.monotonic()
+    return ema, losses
+
+
+def _schedule(step, steps):
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return 0.1 + 0.9 * step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _seeded(device, seed, step):
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % 2**63)
+
+
+def _save(path, denoiser, ema, optimiser, losses, how, step):
+    tensors = {f"{n}.{k}": v for n, m in (("model", denoiser), ("ema", ema)) for k, v in m.state_dict().items()}
+    for i, state in optimiser.state_dict()["state"].items():
+        tensors.update({f"adam.{i}.{k}": v for k, v in state.items()})
+    store.save(path, {**tensors, "losses": losses}, dict(step=step, how=vars(how), config=denoiser.config))
+
+
+def _restore(path, denoiser, ema, optimiser, losses, how):
+    tensors, card = store.load(path)
+    if card["how"] != vars(how) or card["config"] != denoiser.config:
+        raise ValueError(f"checkpoint {path} is of another training: {card['how']}, {card['config']}")
+    for name, module in (("model", denoiser), ("ema", ema)):
+        prefix = f"{name}."
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith("adam."):
+            _, i, field = key.split(".")
+            state.setdefault(int(i), {})[field] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    losses.copy_(tensors["losses"])
+    return card["step"]
