@@ -1,0 +1,184 @@
+"""Dynamics error: floors on real transitions, errors of a known size, the mask, and what the simulator cannot reach."""
+
+import functools
+
+import numpy as np
+import pytest
+from conftest import still
+from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
+
+from pgdlib import adroit, dynamics
+from pgdlib.dynamics import DynamicsError, dynamics_error, predict
+
+ONES = np.ones(45)
+MOVING = np.r_[0:36, 39:42]  # what a step of the simulator gives, whatever the target
+
+
+def pairs(episodes, n=8, steps=60, first=0):
+    """obs [n, steps, 45] and actions [n, steps, 24] of real episodes, from step `first` on."""
+    return tuple(x[:n, first : first + steps].copy() for x in (episodes.obs, episodes.actions))
+
+
+@pytest.fixture(scope="module")
+def quiet():
+    """Four trajectories of 12 steps, the pen at rest in the hand."""
+    rng = np.random.default_rng(0)
+    actions = still(rng, 4, 12) + 0.1 * rng.normal(size=(4, 1, 24))
+    return pairs(adroit.rollout(lambda obs: actions[:, 0], 4, rng, 40), 4, 40)
+
+
+def ordered(obs, actions):
+    """The mean errors on real data, from the best estimator to the worst."""
+    errors = {e: dynamics_error(obs, actions, ONES, e).plain for e in dynamics.ESTIMATORS}
+    assert all(np.isfinite(e).all() and e.shape == (len(obs),) for e in errors.values())
+    ours, theirs, nothing = (errors[e].mean() for e in dynamics.ESTIMATORS)
+    assert ours <= 1e-3 and ours < nothing / 10 and nothing < theirs
+
+
+def test_floors_on_random_episodes(real):
+    ordered(*pairs(real))
+
+
+def test_floors_on_the_guides_episodes(guided):
+    ordered(*pairs(guided, 16, 100))
+
+
+def test_still_predicts_what_is(real):
+    obs, actions = pairs(real)
+    np.testing.assert_array_equal(predict(obs, actions, "still"), obs[:, :-1])
+    error = dynamics_error(obs, actions, ONES, "still")
+    np.testing.assert_allclose(error.squared, np.diff(obs, axis=1) ** 2)
+
+
+def test_appendix_b_is_gyms_step_from_a_pen_at_zero(real):
+    obs, actions = pairs(real, 2, 4)
+    predicted = predict(obs, actions, "appendix_b")
+    env = AdroitHandPenEnv()
+    for i in range(2):
+        for t in range(3):
+            state = {"qpos": np.r_[obs[i, t, :24], np.zeros(6)], "qvel": np.zeros(30), "desired_orien": real.targets[i]}
+            env.reset(seed=0, options={"initial_state_dict": state})
+            np.testing.assert_allclose(predicted[i, t, MOVING], env.step(actions[i, t])[0][MOVING], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["reconstructed", "appendix_b"])
+def test_the_target_keeps_its_place(real, estimator):
+    obs, actions = pairs(real, 3, 5)
+    predicted = predict(obs, actions, estimator)
+    assert predicted.shape == (3, 4, 45)
+    np.testing.assert_array_equal(predicted[..., 36:39], obs[:, :-1, 36:39])
+    np.testing.assert_allclose(predicted[..., 42:45], predicted[..., 33:36] - obs[:, :-1, 36:39], atol=1e-12)
+    moved = obs.copy()
+    moved[..., 36:39] = 0.5
+    np.testing.assert_array_equal(predict(moved, actions, estimator)[..., MOVING], predicted[..., MOVING])
+
+
+def test_an_error_of_known_size_is_measured_exactly(real):
+    """The pen's velocity after the last step is off by δ: nothing else is predicted from it, so δ² is added there alone."""
+    obs, actions = pairs(real)
+    variance = np.linspace(0.5, 9, 45)
+    delta = np.array([3.0, -4, 5, 10, -20, 30])
+    wrong = obs.copy()
+    wrong[:, -1, 27:33] += delta
+    before, after = (dynamics_error(o, actions, variance) for o in (obs, wrong))
+    np.testing.assert_array_equal(before.squared[:, :-1], after.squared[:, :-1])
+    own = predict(obs, actions)[:, -1, 27:33] - obs[:, -1, 27:33]  # what the reconstruction is off by itself
+    added = (after.squared - before.squared)[:, -1]
+    np.testing.assert_allclose(added[:, 27:33], delta**2 - 2 * own * delta, atol=1e-9)
+    np.testing.assert_array_equal(np.delete(added, np.r_[27:33], 1), 0)
+    steps = 45 * 59
+    np.testing.assert_allclose(after.plain - before.plain, (delta**2).sum() / steps, rtol=0.02)
+    expected = (delta**2 / variance[27:33]).sum() / steps
+    np.testing.assert_allclose(after.normalised - before.normalised, expected, rtol=0.02)
+
+
+def test_means_against_loops():
+    rng = np.random.default_rng(0)
+    squared, variance = rng.random((5, 7, 45)), rng.random(45) + 0.1
+    squared[1] = np.nan
+    squared[2, 4:] = np.nan
+    error = DynamicsError(squared, variance)
+    rows = {i: squared[i, : 4 if i == 2 else 7] for i in (0, 2, 3, 4)}
+    for i, row in rows.items():
+        assert error.plain[i] == pytest.approx(row.mean()) and error.normalised[i] == pytest.approx((row / variance).mean())
+    assert np.isnan(error.plain[1]) and np.isnan(error.normalised[1])
+    steps = np.concatenate(list(rows.values()))
+    groups = error.by_group()
+    assert groups.keys() == adroit.OBS_SLICES.keys()
+    for name, s in adroit.OBS_SLICES.items():
+        assert groups[name] == pytest.approx((steps / variance)[:, s].mean())
+
+
+def test_a_dimension_that_never_changes_is_not_divided_by_zero(real):
+    obs, actions = pairs(real, 2, 5)
+    variance = np.where(np.arange(45) < 3, 0.0, 1.0)
+    np.testing.assert_allclose(dynamics_error(obs, actions, variance).normalised, dynamics_error(obs, actions, ONES).plain)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("estimator", dynamics.ESTIMATORS)
+@pytest.mark.parametrize("garbage", ["noise", np.nan, 1e9])
+def test_dead_steps_do_not_count(real, estimator, garbage):
+    """Trajectories that end: whatever stands after their end, the error is that of the trajectory cut there."""
+    obs, actions = pairs(real, 7, 20, first=60)
+    lengths, rng = [20, 17, 9, 3, 4, 2, 1], np.random.default_rng(0)
+    alive = (np.arange(20) < np.array(lengths)[:, None]).astype(float)
+    for values in (obs, actions):
+        noise = rng.normal(size=values.shape) * 3
+        values[alive == 0] = noise[alive == 0] if garbage == "noise" else garbage
+    error = dynamics_error(obs, actions, ONES, estimator, alive)
+    for i, n in enumerate(lengths[:-1]):
+        expected = dynamics_error(obs[i : i + 1, :n], actions[i : i + 1, :n], ONES, estimator)
+        np.testing.assert_allclose(error.squared[i, : n - 1], expected.squared[0], rtol=1e-6, atol=1e-15)
+        assert np.isnan(error.squared[i, n - 1 :]).all()
+        assert error.plain[i] == pytest.approx(expected.plain[0])
+    assert np.isnan(error.plain[6])  # one step has no successor
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("estimator", ["reconstructed", "appendix_b"])
+def test_what_cannot_be_judged_is_nan_and_nothing_else(quiet, estimator, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo logs its warnings in the working folder
+    obs, actions = quiet
+    clean = dynamics_error(obs, actions, ONES, estimator).plain
+    assert np.isfinite(clean).all()
+    for t, dims, value in (
+        (5, slice(0, 45), np.nan),
+        (5, slice(0, 45), np.inf),
+        (5, slice(3, 4), 30.0),  # a joint far beyond its limits
+        (0, slice(3, 4), np.nan),
+        (-1, slice(29, 30), np.nan),
+        (-1, slice(29, 30), np.inf),
+    ):
+        broken = obs.copy()
+        broken[1, t, dims] = value
+        error = dynamics_error(broken, actions, ONES, estimator).plain
+        assert np.isnan(error[1]), (t, dims, value)
+        np.testing.assert_array_equal(np.delete(error, 1), np.delete(clean, 1))
+    wild = actions.copy()
+    wild[1, 7, 3] = np.nan
+    error = dynamics_error(obs, wild, ONES, estimator).plain
+    assert np.isnan(error[1])
+    np.testing.assert_array_equal(np.delete(error, 1), np.delete(clean, 1))
+
+
+def test_too_fast_for_the_simulator(quiet):
+    obs, actions = quiet
+    obs = obs.copy()
+    obs[2, 6, 32] = 301.0  # the pen's spin
+    assert np.isnan(dynamics_error(obs, actions, ONES).plain).tolist() == [False, False, True, False]
+    assert np.isfinite(dynamics_error(obs, actions, ONES, "appendix_b").plain).all()  # it does not look at velocities
+
+
+def test_an_unknown_estimator_is_named(quiet):
+    with pytest.raises(ValueError, match=r"estimator='guess'.*reconstructed, appendix_b, still"):
+        dynamics_error(*quiet, ONES, "guess")
+
+
+@pytest.mark.parametrize("estimator", ["reconstructed", "appendix_b"])
+def test_chunks_and_threads_change_nothing(real, estimator, monkeypatch):
+    obs, actions = pairs(real, 3, 11)
+    whole = predict(obs, actions, estimator, threads=1)
+    np.testing.assert_array_equal(predict(obs, actions, estimator, threads=3), whole)
+    monkeypatch.setattr(adroit, "advance", functools.partial(adroit.advance, chunk=7))
+    np.testing.assert_array_equal(predict(obs, actions, estimator), whole)
