@@ -1,0 +1,201 @@
+"""What the notebooks share: the guide, the data and the denoiser, loaded from `runs/` or made."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pgdlib import adroit, collect, data, edm, metrics, store
+from pgdlib.policies import GaussianPolicy, from_sb3_zip
+
+SHIPPED_GUIDE = store.PACKAGE / "assets" / "ppo_pen.safetensors"
+DEMONSTRATOR = store.PACKAGE / "assets" / "ppo_pen_demonstrator.safetensors"  # another seed, a fifth of the steps
+
+
+def device_of(name):
+    """The torch device for `name`: "auto", "cpu" or "cuda"."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def load_guide(guide="shipped"):
+    """(policy, card) of a guide: "shipped", a .safetensors that `save_guide` wrote, or a Stable-Baselines3 PPO .zip.
+
+    Raises ValueError that names the parameter `guide` for a file that is missing, damaged, or of another environment.
+    """
+    path = SHIPPED_GUIDE if guide == "shipped" else Path(guide)
+    if not path.is_file():
+        raise ValueError(
+            f"guide={guide!r} is not a file; it must be 'shipped', a .safetensors guide or a Stable-Baselines3 .zip"
+        )
+    if path.suffix == ".zip":
+        policy = from_sb3_zip(path, adroit.OBS_DIM, adroit.ACTION_DIM)
+        return policy.requires_grad_(False), dict(kind="guide", source=path.name)
+    try:
+        tensors, card = store.load(path)
+        policy = GaussianPolicy(**card["config"])
+        policy.load_state_dict(tensors)
+    except (store.CorruptArtifact, KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"guide={guide!r} cannot be used: {e}") from e
+    found = policy.config["obs_dim"], policy.config["action_dim"]
+    if found != (adroit.OBS_DIM, adroit.ACTION_DIM):
+        raise ValueError(
+            f"guide={guide!r} is a policy of another environment: {found[0]} observations and {found[1]} actions; needed are "
+            f"{adroit.OBS_DIM} and {adroit.ACTION_DIM}"
+        )
+    return policy.requires_grad_(False), card
+
+
+def save_guide(path, policy, card):
+    """Write a `GaussianPolicy` with its card to `path`."""
+    store.save(path, policy.state_dict(), {**card, "kind": "guide", "config": policy.config, "versions": store.versions()})
+
+
+def train_guide(steps, seed):
+    """(policy, card) of a guide trained with PPO for `steps` environment steps; kept in runs/guides/."""
+    from pgdlib import ppo
+
+    path = (
+        store.root()
+        / "guides"
+        / f"ppo-{store.key(steps=steps, seed=seed, code=store.code_version('adroit', 'ppo'))}.safetensors"
+    )
+
+    def make():
+        with tqdm(total=steps, desc="training PPO", unit=" steps", mininterval=5) as bar:
+
+            def report(done, mean, se):
+                bar.update(done - bar.n)
+                bar.set_postfix_str(f"return {mean:.0f} ± {se:.0f}")
+
+            model, curve = ppo.train(seed=seed, steps=steps, report=report)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save(Path(folder) / "model.zip")
+            policy = from_sb3_zip(Path(folder) / "model.zip", adroit.OBS_DIM, adroit.ACTION_DIM)
+        card = dict(kind="guide", config=policy.config, parameters={**ppo.DEFAULTS, "steps": steps}, seed=seed, curve=curve)
+        return policy.state_dict(), {**card, **_evaluation(policy)}
+
+    store.artifact(path, make)
+    return load_guide(path)
+
+
+def _evaluation(policy, episodes=200):
+    """The guide's return on D4RL's scale, mean and sampled actions, with 95% intervals over `episodes` episodes."""
+    card = {"evaluation episodes": episodes}
+    for name, generator in (("mean action", None), ("sampled action", torch.Generator().manual_seed(1))):
+        returns = adroit.rollout(policy.act(generator), episodes, np.random.default_rng(1), adroit.D4RL_HORIZON).d4rl_returns
+        card[f"return, {name}"] = "{:.0f} [{:.0f}, {:.0f}]".format(*metrics.interval(returns))
+    return card
+
+
+@dataclass
+class Dataset:
+    """A dataset that is ready for training, and where it comes from."""
+
+    data: data.Trajectories  # episodes end at falls
+    raw: data.Trajectories  # as the file holds them
+    is_d4rl: bool
+    key: str  # names the content
+    cut_episodes: int
+    dropped_steps: int
+
+    @property
+    def label(self):
+        """What titles, tables and file names call the data."""
+        return self.data.name
+
+    @property
+    def slug(self):
+        """The label as part of a file name."""
+        return self.label.lower().replace(" pen-", "-").replace("stand-in", "standin")
+
+
+def load_data(dataset, source, steps):
+    """The `Dataset` human, cloned or expert. `source`: "d4rl", "local" (the stand-in), or "auto": D4RL if it can be had.
+
+    `steps` is the size of the stand-ins cloned and expert; human always has 25 episodes of 200 steps.
+    """
+    folder = None
+    if source in ("auto", "d4rl"):
+        try:
+            folder = data.find_d4rl(dataset)
+        except FileNotFoundError:
+            if source == "d4rl":
+                raise
+            print(f"D4RL's {dataset} data is not on disk and cannot be downloaded (source='d4rl' says why): using the stand-in")
+    is_d4rl = folder is not None
+    name = f"D4RL pen-{dataset}" if is_d4rl else f"stand-in pen-{dataset}"
+    if folder is None:
+        folder = _stand_in(dataset, steps)
+    started = time.time()
+    cache = store.root() / "data" / f"{dataset}-{'d4rl' if is_d4rl else 'standin'}-{_file_key(folder)}.safetensors"
+    tensors, _ = store.artifact(cache, lambda: (data.from_minari(folder, name)[0].tensors(), dict(kind="data", name=name)))
+    raw = data.Trajectories.from_tensors(tensors, name)
+    repaired, cut, dropped = data.end_at_falls(raw)
+    print(f"{name}: {len(raw.lengths):,} episodes, {len(raw.rewards):,} steps, read in {time.time() - started:.0f} s")
+    return Dataset(repaired, raw, is_d4rl, cache.stem, cut, dropped)
+
+
+def _file_key(folder):
+    """Names the file of a Minari dataset by path, size and time of change, which is quick; its digest goes into the card."""
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted((Path(folder) / "data").glob("*"))]
+    return store.key(folder=str(folder), files=stats)
+
+
+def _stand_in(dataset, steps):
+    steps = 5_000 if dataset == "human" else steps
+    policy, card = load_guide(SHIPPED_GUIDE if dataset == "expert" else DEMONSTRATOR)
+    inputs = dict(steps=steps, policy=card, code=store.code_version("adroit", "policies", "collect"))
+    folder = store.root() / "minari" / f"{dataset}-{store.key(**inputs)}"
+    place = folder / "standin" / "pen" / f"{dataset}-v0"
+    with store.lock(folder):
+        if not place.exists():
+            with tqdm(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
+                collect.write(dataset, folder, policy, steps, lambda done: bar.update(round(100 * done) - bar.n))
+    return place
+
+
+def train_val(dataset):
+    """(training, validation) episodes: a tenth of the unique episodes is kept back."""
+    return data.split(dataset.data, 0.1, seed=0)
+
+
+def load_denoiser(dataset, p, device):
+    """(EMA denoiser, losses [steps]) trained on the training side of `dataset` with the settings `p`; made if missing.
+
+    `p` has horizon, features, blocks, kernel_size, train_steps, batch_size, learning_rate, epochs, transform and seed.
+    """
+    train_data, _ = train_val(dataset)
+    steps = p.train_steps or round(p.epochs * len(train_data.rewards) / (p.horizon * p.batch_size))
+    config = dict(horizon=p.horizon, features=p.features, blocks=p.blocks, kernel_size=p.kernel_size, transform=p.transform)
+    how = edm.Training(steps, p.batch_size, p.learning_rate, p.seed)
+    code = store.code_version("unet", "edm", "data")
+    name = f"{dataset.key}-{p.scale}-{store.key(data=dataset.key, config=config, how=vars(how), code=code)}"
+    checkpoint = store.root() / "checkpoints" / f"{name}.safetensors"
+
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(p.seed)
+            denoiser = edm.Denoiser(**config)
+        denoiser.normaliser.fit(train_data.packed())
+        denoiser.to(device)
+        windows = data.Windows(train_data, denoiser.normaliser, p.horizon, device)
+        with tqdm(total=steps, desc=f"training the denoiser on {dataset.label}", mininterval=5) as bar:
+
+            def report(step, losses):
+                bar.update(step - bar.n)
+
+            ema, losses = edm.train(denoiser, windows, how, checkpoint, report=report)
+        checkpoint.unlink(missing_ok=True)
+        return {**ema.state_dict(), "losses": losses}, dict(
+            kind="denoiser", config=config, how=vars(how), data=dataset.label, data_key=dataset.key, scale=p.scale
+        )
+
+    tensors, card = store.artifact(store.root() / "denoisers" / f"{name}.safetensors", make)
+    losses = tensors.pop("losses")
+    denoiser = edm.Denoiser(**card["config"])
+    denoiser.load_state_dict(tensors)
+    return denoiser.to(device).eval().requires_grad_(False), losses

@@ -1,0 +1,234 @@
+"""The notebooks through papermill, at `ci` scale: they run, they do what they are asked, they refuse what they must.
+
+All runs are subprocesses, two at once, begun by the first test that needs one; only those that the selected tests need. Runs
+with one folder of artifacts share them, and wait for one another's.
+"""
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import sb3_zip
+
+from pgdlib import pipeline, store
+from tools import promote
+
+pytestmark = pytest.mark.notebook
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+
+# name -> (folder of artifacts, working folder, notebook, parameters beside `scale`); GUIDES is a folder
+GOOD = {
+    "01": ("shared", NOTEBOOKS, "01_data.ipynb", "-p dataset human -p horizon 12"),
+    "03": ("shared", ROOT, "notebooks/03_ppo_guide.ipynb", ""),
+    "02": ("shared", ROOT, "notebooks/02_diffusion.ipynb", "-p dataset human -p train_steps 7 -p samples 6"),
+    "04": ("shared", ROOT, "notebooks/04_guidance.ipynb", "-p lam 2.0 -p dataset human -y lams:\xa0[0.5,1.0]"),
+    "04 alone": ("alone", NOTEBOOKS, "04_guidance.ipynb", "-p lam 2.0"),
+    "04 arctanh": (
+        "shared",
+        ROOT,
+        "notebooks/04_guidance.ipynb",
+        "-p lam 1.0 -p dataset expert -p transform arctanh -y lams:\xa0[1.5]",
+    ),
+    "03 of a zip": ("zip", ROOT, "notebooks/03_ppo_guide.ipynb", "-p guide GUIDES/ppo.zip -p episodes 7"),
+    "03 trained anew": ("anew", ROOT, "notebooks/03_ppo_guide.ipynb", "-p retrain True -p seed 3 -p episodes 5"),
+}
+# name -> (notebook, parameter, what the message says)
+BAD = {
+    "unknown": ("04_guidance", "-p lamb 2.0", "unknown parameter lamb=2.0; this notebook takes lam, dataset, "),
+    "negative": ("04_guidance", "-p lam -1", "parameter lam=-1 is not allowed; it must be a number of at least 0"),
+    "text": ("04_guidance", "-p lam abc", "parameter lam='abc' is not allowed; it must be a number of at least 0"),
+    "no λ": ("04_guidance", "-y lams:\xa0[]", "parameter lams=[] is not allowed; it must be a list, not empty, of a number"),
+    "dataset": ("01_data", "-p dataset pen", "parameter dataset='pen' is not allowed; it must be one of 'human', 'cloned', "),
+    "seed": ("01_data", f"-p seed {10**20}", f"parameter seed={10**20} is not allowed; it must be a whole number from 0 to "),
+    "scale": (
+        "02_diffusion",
+        "-p scale huge",
+        "parameter scale='huge' is not allowed; it must be one of 'ci', 'quick', 'paper'",
+    ),
+    "device": (
+        "02_diffusion",
+        "-p device cuda",
+        "parameter device='cuda' is not allowed here: PyTorch finds no CUDA device; use",
+    ),
+    "no guide": (
+        "04_guidance",
+        "-p guide GUIDES/none.zip",
+        "none.zip' is not a file; it must be 'shipped', a .safetensors gui",
+    ),
+    "half a guide": ("04_guidance", "-p guide GUIDES/half.safetensors", "half.safetensors' cannot be used: "),
+    "other guide": ("03_ppo_guide", "-p guide GUIDES/walker.zip", "17 observations and 6 actions; needed are 45 and 24"),
+}
+
+
+@dataclass
+class Run:
+    """A finished run."""
+
+    code: int
+    stderr: str
+    output: Path  # the executed notebook
+    artifacts: Path  # its PGD_RUNS
+
+    @property
+    def cells(self):
+        return [c for c in nbformat.read(self.output, as_version=4).cells if c.cell_type == "code"]
+
+    @property
+    def text(self):
+        """All that the notebook printed, or showed as HTML."""
+        outputs = [o for cell in self.cells for o in cell.outputs]
+        return "\n".join(o.get("text", "") + o.get("data", {}).get("text/html", "") for o in outputs)
+
+    def table(self, name):
+        """The table beside a figure."""
+        assert (self.artifacts / "figures/ci" / f"{name}.png").read_bytes()[1:4] == b"PNG"
+        return pd.read_csv(self.artifacts / "figures/ci" / f"{name}.csv")
+
+    def files(self, pattern="*"):
+        """What lies in the folder of artifacts, but for lock files."""
+        return [f for f in self.artifacts.rglob(pattern) if f.is_file() and not f.name.endswith(".lock")]
+
+
+def papermill(folder, notebook, output, artifacts, parameters):
+    """Run `papermill notebook output ...` as a user would, in the working folder `folder`."""
+    env = {
+        "PGD_RUNS": artifacts,
+        "MINARI_DATASETS_PATH": artifacts / "no D4RL data here",
+        "HF_HUB_OFFLINE": "1",
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [Path(sys.executable).with_name("papermill"), notebook, output, "-k", "python3", *parameters]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {k: str(v) for k, v in env.items()},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return Run(done.returncode, done.stderr, output, artifacts)
+
+
+@pytest.fixture(scope="module")
+def started(request, tmp_path_factory):
+    """name -> the future of its `Run`, for all names that selected tests have."""
+    base = tmp_path_factory.mktemp("notebooks")
+    sb3_zip(base / "ppo.zip")
+    sb3_zip(base / "walker.zip", 17, 6)
+    whole = pipeline.SHIPPED_GUIDE.read_bytes()
+    (base / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        futures = {}
+        for name in [n for n in [*GOOD, *BAD] if n in wanted]:
+            if name in GOOD:
+                artifacts, folder, notebook, parameters = GOOD[name]
+                parameters = f"-p scale ci {parameters}"
+            else:
+                artifacts, folder, (notebook, parameters, _) = name, ROOT, BAD[name]
+                notebook = f"notebooks/{notebook}.ipynb"
+            given = [p.replace("GUIDES", str(base)).replace("\xa0", " ") for p in parameters.split(" ") if p]
+            futures[name] = pool.submit(papermill, folder, notebook, base / f"{name}.ipynb", base / artifacts, given)
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+@pytest.fixture
+def run(started, name):
+    return started[name].result()
+
+
+def named(*names):
+    return pytest.mark.parametrize("name", names)
+
+
+@named(*GOOD)
+def test_it_runs(run):
+    assert run.code == 0, run.stderr[-3000:]
+    assert all(c.execution_count for c in run.cells if c.source)
+    assert not [f for f in run.artifacts.rglob("*") if "partial" in f.name or "damaged" in f.name]
+    assert not run.files("checkpoints/*")
+
+
+@named("01")
+def test_01_tells_of_the_dataset_it_was_given(run):
+    assert "stand-in pen-human" in run.text and "(5000, 45)" in run.text
+    assert len(run.table("01_returns_standin-human")) == 25
+    floors = run.table("01_floors_standin-human").set_index("group").loc["pen angular velocity"]
+    assert 10 * floors["reconstructed"] < floors["still"] < floors["appendix_b"]
+    assert "(256, 12, 71)" in run.text  # a batch of windows
+
+
+@named("02")
+def test_02_trains_and_draws_as_asked(run):
+    assert 7 in [store.load(file)[1]["how"]["steps"] for file in run.files("denoisers/human-standin-*")]
+    assert "7 training steps" in run.text and "6 trajectories" in run.text
+    assert len(run.table("02_training_standin-human")) == 10
+    assert set(run.table("02_dynamics_standin-human")) == {"group", "generated", "still (real data)", "floor (real data)"}
+
+
+@named("03")
+def test_03_shows_the_shipped_guide(run):
+    _, card = pipeline.load_guide()
+    assert len(run.table("03_learning_curve")) == len(card["curve"])
+    returns = run.table("03_returns")
+    assert len(returns) == 20 and returns["guide, mean action"].mean() > 3000 > 500 > returns["random actions"].mean()
+
+
+@named("03 of a zip")
+def test_03_takes_a_stable_baselines3_zip(run):
+    returns = run.table("03_returns")
+    assert len(returns) == 7 and returns["guide, mean action"].mean() < 1000  # an untrained one
+    assert "ppo.zip" in run.text and "Returns over 7 episodes" in run.text
+
+
+@named("03 trained anew")
+def test_03_trains_anew(run):
+    assert len(run.files("guides/*.safetensors")) == 1
+    steps = run.table("03_learning_curve")["steps"].tolist()
+    assert steps[0] == 0 and steps[-1] >= 2_048 and len(run.table("03_returns")) == 5
+
+
+@named("04", "04 alone", "04 arctanh")
+def test_04_sweeps_the_lams_it_was_given(run, name):
+    own = promote.parameters(promote.read(NOTEBOOKS / "04_guidance.ipynb"))["lams"]
+    slug, lams = {
+        "04": ("human", [0.5, 1, 2]),
+        "04 alone": ("cloned", [2, *own]),
+        "04 arctanh": ("expert", [1, 1.5]),
+    }[name]
+    sweep = run.table(f"04_figure1_standin-{slug}").set_index("lam")
+    assert f"stand-in pen-{slug}" in run.text
+    assert sweep.index.tolist() == sorted({0, *lams})
+    likelihood = sweep["log_likelihood.mean"]
+    assert likelihood[1] > likelihood[0] and (sweep.loc[:1.5, "diverged"] == 0).all()
+    assert np.isfinite(likelihood).all() and (likelihood.loc[2:] < likelihood[1]).all()
+
+
+@named("04 alone")
+def test_04_makes_what_it_misses(run):
+    folders = {f.relative_to(run.artifacts).parts[0] for f in run.files()}
+    assert folders == {"minari", "data", "denoisers", "figures"}
+    assert len(run.files("denoisers/*")) == 1
+
+
+@named(*BAD)
+def test_bad_input_is_named_and_nothing_is_made(run, name):
+    if name == "device" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    *_, message = BAD[name]
+    assert run.code == 1
+    assert message in run.stderr, run.stderr[-3000:]
+    assert not run.files()

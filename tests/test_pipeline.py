@@ -1,0 +1,340 @@
+"""What the notebooks share is made once, found again, made anew when its inputs change, and never used when damaged."""
+
+import functools
+import os
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import sb3_zip, toy
+
+from pgdlib import adroit, collect, data, edm, params, pipeline, ppo, store
+from pgdlib.policies import GaussianPolicy
+
+
+def kept(folder):
+    """All files that a run made, but for lock files."""
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and not f.name.endswith(".lock"))
+
+
+def interrupted(*given, **named):
+    raise KeyboardInterrupt
+
+
+# The guide
+
+
+def small_policy(obs_dim=45, action_dim=24):
+    torch.manual_seed(0)
+    return GaussianPolicy(obs_dim, action_dim, hidden=[8])
+
+
+def test_the_shipped_guide_returns_3600():
+    """THE GUIDE THAT SHIPS, not any guide: 200 D4RL-scale episodes of its mean action, and what its card says of it."""
+    policy, card = pipeline.load_guide("shipped")
+    returns = adroit.rollout(policy.act(), 200, np.random.default_rng(2024), adroit.D4RL_HORIZON).d4rl_returns
+    assert returns.mean() >= 3600
+    mean, low, high = (float(v) for v in card["return, mean action"].translate(str.maketrans("[,]", "   ")).split())
+    assert low >= 3600 and low < mean < high
+    assert abs(returns.mean() - mean) < 3.3 * np.hypot(returns.std() / np.sqrt(200), (high - low) / 2 / 1.96)
+    assert card["parameters"]["steps"] >= 1e6 and len(card["curve"]) > 5 and {"seed", "versions"} <= set(card)
+
+
+def test_the_shipped_guide_is_of_this_environment_and_frozen(guide):
+    assert (guide.config["obs_dim"], guide.config["action_dim"]) == (45, 24)
+    assert not any(p.requires_grad for p in guide.parameters())
+
+
+def test_a_saved_guide_is_loaded(tmp_path):
+    mine = small_policy()
+    pipeline.save_guide(tmp_path / "mine.safetensors", mine, {"note": "toy"})
+    policy, card = pipeline.load_guide(str(tmp_path / "mine.safetensors"))
+    obs = torch.randn(5, 45)
+    assert torch.equal(policy(obs)[0], mine(obs)[0]) and not policy.log_std.requires_grad
+    assert card["note"] == "toy" and card["versions"]["torch"] == torch.__version__
+
+
+def test_a_stable_baselines3_zip_is_loaded(tmp_path):
+    model, obs = sb3_zip(tmp_path / "ppo.zip"), torch.randn(5, 45)
+    policy, _ = pipeline.load_guide(str(tmp_path / "ppo.zip"))
+    expected = model.policy.get_distribution(obs).distribution.mean
+    torch.testing.assert_close(policy(obs)[0], expected.detach(), rtol=1e-5, atol=1e-6)
+    assert not policy.log_std.requires_grad
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def good_guide(path):
+    pipeline.save_guide(path, small_policy(), {})
+
+
+def flip(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 4]))
+
+
+def with_card(card):
+    return lambda path: store.save(path, small_policy().state_dict(), card)
+
+
+# file name -> (how it is made, what the message says)
+BAD_GUIDES = {
+    "missing.safetensors": (lambda path: None, "not a file; it must be 'shipped', a .safetensors guide or a .*zip"),
+    "missing.zip": (lambda path: None, "not a file"),
+    "folder.zip": (lambda path: path.mkdir(), "not a file"),
+    "cut.safetensors": (lambda path: (good_guide(path), cut(path)), "damaged"),
+    "flipped.safetensors": (lambda path: (good_guide(path), flip(path)), "checksum"),
+    "cut.zip": (lambda path: (sb3_zip(path), cut(path)), "not a readable"),
+    "empty.zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a readable"),
+    "text.pt": (lambda path: path.write_text("weights, honestly"), "no artifact of ours"),
+    "walker.zip": (lambda path: sb3_zip(path, 17, 6), "another environment, with 17 observations and 6 actions"),
+    "walker.safetensors": (
+        lambda path: pipeline.save_guide(path, small_policy(17, 6), {}),
+        "another environment: 17 observations and 6 actions; needed are 45 and 24",
+    ),
+    "foreign.safetensors": (lambda path: safetensors.torch.save_file({"w": torch.ones(3)}, path), "no artifact of ours"),
+    "no config.safetensors": (with_card({}), "cannot be used.*config"),
+    "list.safetensors": (with_card([1]), "cannot be used"),
+    "shape.safetensors": (with_card({"config": {**small_policy().config, "hidden": [9]}}), "cannot be used"),
+    "denoiser.safetensors": (with_card({"config": edm.Denoiser(8, 8, 2).config}), "cannot be used"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GUIDES)
+def test_a_bad_guide_is_named(tmp_path, name):
+    make, reason = BAD_GUIDES[name]
+    make(tmp_path / name)
+    path = str(tmp_path / name)
+    with pytest.raises(ValueError, match=reason) as error:
+        pipeline.load_guide(path)
+    assert str(error.value).startswith(f"guide={path!r} ")
+
+
+@pytest.fixture
+def tiny_ppo(monkeypatch):
+    """PPO's defaults, its evaluations and the episodes made small; the calls of `ppo.train` are listed."""
+    calls, train = [], ppo.train
+    monkeypatch.setattr(ppo, "DEFAULTS", {**ppo.DEFAULTS, "n_envs": 8, "n_steps": 32, "n_epochs": 1, "batch_size": 256})
+    monkeypatch.setattr(pipeline._evaluation, "__defaults__", (4,))
+    monkeypatch.setattr(adroit, "D4RL_HORIZON", 10)
+    monkeypatch.setattr(ppo, "train", lambda **how: calls.append(how) or train(**how))
+    return calls
+
+
+def test_a_guide_is_trained_once(runs, tiny_ppo, monkeypatch):
+    policy, card = pipeline.train_guide(2_048, seed=3)
+    (file,) = kept(runs)
+    assert file.startswith("guides/")
+    again, card_again = pipeline.train_guide(2_048, seed=3)
+    assert len(tiny_ppo) == 1 and card == card_again
+    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values(), strict=True))
+    assert card["parameters"]["steps"] == 2_048 and card["seed"] == 3 and card["evaluation episodes"] == 4
+    assert [point[0] for point in card["curve"]] == [0, 2_048]
+    assert policy.obs_mean.abs().max() > 0  # the normalisation came along
+    loaded, _ = pipeline.load_guide(str(runs / file))
+    assert torch.equal(loaded.log_std, policy.log_std)
+    for steps, seed in ((2_048, 4), (2_304, 3)):  # another guide each
+        monkeypatch.setattr(ppo, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.train_guide(steps, seed)
+    assert kept(runs) == [file]
+
+
+# The data
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """D4RL's data is neither here nor to be had."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_the_stand_in_is_collected_once_and_says_what_it_is(runs, offline, monkeypatch, capsys):
+    first = pipeline.load_data("human", "auto", 4_000)
+    assert "using the stand-in" in capsys.readouterr().out
+    assert (first.is_d4rl, first.label, first.slug) == (False, "stand-in pen-human", "standin-human")
+    assert first.raw.lengths.tolist() == [200] * 25 and {"qpos", "qvel"} <= set(first.raw.info)
+    assert first.dropped_steps == 5_000 - len(first.data.rewards) and first.data.terminals.sum() >= first.cut_episodes
+    files = kept(runs)
+    assert not [f for f in files if "partial" in f]
+    monkeypatch.setattr(collect, "write", None)
+    monkeypatch.setattr(data, "from_minari", None)
+    again = pipeline.load_data("human", "local", 9_000)  # human has one size
+    assert again.key == first.key and torch.equal(again.data.packed(), first.data.packed()) and kept(runs) == files
+    train, val = pipeline.train_val(again)
+    assert len(train.lengths) + len(val.lengths) == 25 and len(val.lengths) == 2
+
+
+def test_the_size_of_a_stand_in_is_part_of_its_name(runs, offline, monkeypatch):
+    asked = []
+
+    def write(dataset, folder, guide, steps, report):
+        asked.append((dataset, steps))
+        demonstrator, _ = pipeline.load_guide(pipeline.SHIPPED_GUIDE if dataset == "expert" else pipeline.DEMONSTRATOR)
+        assert torch.equal(guide.log_std, demonstrator.log_std)
+        batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(steps), 5)
+        return data.write_minari(folder, f"standin/pen/{dataset}-v0", [batch], "toy")
+
+    monkeypatch.setattr(collect, "write", write)
+    keys = [pipeline.load_data(d, "local", n).key for d, n in (("expert", 4_000), ("expert", 5_000), ("cloned", 4_000))]
+    assert asked == [("expert", 4_000), ("expert", 5_000), ("cloned", 4_000)] and len(set(keys)) == 3
+    pipeline.load_data("expert", "local", 4_000)
+    assert len(asked) == 3
+
+
+def test_the_key_of_data_names_its_content_not_its_place(tmp_path, offline, monkeypatch):
+    keys = []
+    for place, seed in (("a", 0), ("b", 0), ("c", 1)):
+        monkeypatch.setenv("PGD_RUNS", str(tmp_path / place))
+        batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(seed), 5)
+        monkeypatch.setattr(collect, "human", lambda *given, batch=batch: batch)
+        keys.append(pipeline.load_data("human", "local", 4_000).key)
+    assert keys[0] == keys[1] != keys[2]
+    (file,) = (tmp_path / "c").rglob("main_data.hdf5")
+    os.utime(file, (0, 0))  # as a copy might have it
+    assert pipeline.load_data("human", "local", 4_000).key == keys[2]
+
+
+def test_an_interrupted_collection_leaves_nothing(runs, offline, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collect, "human", interrupted)
+        pipeline.load_data("human", "local", 4_000)
+    assert kept(runs) == []
+
+
+def test_a_damaged_stand_in_is_named(runs, offline, monkeypatch):
+    batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
+    monkeypatch.setattr(collect, "human", lambda *a: batch)
+    pipeline.load_data("human", "local", 4_000)
+    (file,) = runs.rglob("main_data.hdf5")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(store.CorruptArtifact, match="human-v0"):
+        pipeline.load_data("human", "local", 4_000)
+
+
+# The denoiser
+
+
+def dataset(key="toy-1", seed=0):
+    trajectories = toy([40, 30, 50, 20, 40, 20, 30, 40, 50, 40], seed)
+    return pipeline.Dataset(trajectories, trajectories, False, key, 0, 0)
+
+
+def settings(**changes):
+    own = dict(transform="raw", seed=0, scale="ci", train_steps=4, batch_size=4, features=8, horizon=8)
+    return SimpleNamespace(**{**params.settings("ci"), **own, **changes})
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The denoiser trainings that took place."""
+    calls, train = [], edm.train
+    monkeypatch.setattr(edm, "train", lambda *a, **k: calls.append(a) or train(*a, **k))
+    return calls
+
+
+CPU = torch.device("cpu")
+
+
+def assert_same(a, b):
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for (name, mine), theirs in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_a_denoiser_is_trained_once(runs, trainings):
+    torch.manual_seed(1)
+    first, losses = pipeline.load_denoiser(dataset(), settings(), CPU)
+    torch.manual_seed(2)
+    again, losses_again = pipeline.load_denoiser(dataset(), settings(), CPU)
+    assert len(trainings) == 1 and torch.equal(losses, losses_again) and losses.shape == (4,)
+    assert_same(first, again)
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    (file,) = kept(runs)
+    assert file.startswith("denoisers/toy-1-ci-")
+    train, val = pipeline.train_val(dataset())
+    torch.testing.assert_close(again.normaliser.mean[:69], train.packed().mean(0)[:69], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(again.normaliser.mean[:69], toy([1]).packed().mean(0)[:69]) and len(val.lengths) == 1
+    (runs / file).unlink()
+    torch.manual_seed(3)
+    assert_same(first, pipeline.load_denoiser(dataset(), settings(), CPU)[0])  # the global random state does not enter
+
+
+def test_every_input_makes_another_denoiser(runs, trainings):
+    changes = dict(
+        horizon=12,
+        features=16,
+        blocks=1,
+        kernel_size=5,
+        train_steps=5,
+        batch_size=5,
+        learning_rate=2e-3,
+        transform="arctanh",
+        seed=1,
+    )
+    pipeline.load_denoiser(dataset(), settings(), CPU)
+    for key, value in changes.items():
+        denoiser, _ = pipeline.load_denoiser(dataset(), settings(**{key: value}), CPU)
+        assert denoiser.config.get(key, value) == value
+    pipeline.load_denoiser(dataset("toy-2", seed=1), settings(), CPU)
+    assert len(trainings) == len(kept(runs)) == len(changes) + 2
+
+
+def test_epochs_give_the_steps_where_none_are_set(runs):
+    train, _ = pipeline.train_val(dataset())
+    _, losses = pipeline.load_denoiser(dataset(), settings(train_steps=None, epochs=2), CPU)
+    assert len(losses) == round(2 * len(train.rewards) / (8 * 4))
+
+
+def test_a_damaged_denoiser_is_set_aside_and_trained_again(runs, trainings, capsys):
+    first, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
+    (file,) = kept(runs)
+    (runs / file).write_bytes((runs / file).read_bytes()[:-5])
+    again, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
+    assert_same(first, again)
+    assert len(trainings) == 2 and file in capsys.readouterr().out and len(kept(runs)) == 2
+
+
+def interrupt_training(runs):
+    """A training of four steps that was interrupted in its third; its checkpoint."""
+
+    def interrupt(step, losses):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    train = functools.partial(edm.train, save_every=0.0)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(edm, "train", lambda *a, report: train(*a, report=interrupt))
+        pipeline.load_denoiser(dataset(), settings(), CPU)
+    (checkpoint,) = kept(runs)
+    assert checkpoint.startswith("checkpoints/")
+    return runs / checkpoint
+
+
+def test_an_interrupted_training_goes_on(runs, monkeypatch):
+    interrupt_training(runs)
+    steps, train = [], edm.train
+    with monkeypatch.context() as patch:
+        patch.setattr(edm, "train", lambda *a, report: train(*a, report=lambda step, losses: steps.append(step)))
+        resumed, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
+    assert steps == [3, 4]
+    (file,) = kept(runs)  # the checkpoint is gone
+    (runs / file).unlink()
+    assert_same(resumed, pipeline.load_denoiser(dataset(), settings(), CPU)[0])
+
+
+def test_a_damaged_checkpoint_is_named(runs):
+    cut(interrupt_training(runs))
+    with pytest.raises(store.CorruptArtifact, match="checkpoints"):
+        pipeline.load_denoiser(dataset(), settings(), CPU)
+
+
+def test_devices():
+    assert pipeline.device_of("cpu") == CPU
+    assert pipeline.device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
