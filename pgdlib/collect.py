@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pgdlib import adroit, data
+from pgdlib import adroit, minari_files
 from pgdlib.policies import GaussianPolicy
 
 HUMAN_EPISODES = 25
@@ -23,8 +23,8 @@ CHUNK = 256  # episodes simulated side by side
 class Demonstrator:
     """A policy acting through an imperfect body: late, with tremor, and with a sluggishness that differs by episode.
 
-    a_t = (1 - g) mean(s_{t - delay}) + g a_{t-1} + tremor_t, where g in [0, sluggishness] is drawn for each episode and
-    tremor is an Ornstein-Uhlenbeck process: stationary std `tremor`, correlation time `memory` steps.
+    a_t = b_t + tremor_t, b_t = (1 - g) mean(s_{t - delay}) + g b_{t-1}, where g in [0, sluggishness] is drawn for each episode
+    and tremor is an Ornstein-Uhlenbeck process: stationary std `tremor`, correlation time `memory` steps.
     """
 
     policy: GaussianPolicy
@@ -111,7 +111,7 @@ def write(dataset, folder, policy, steps, report=lambda done: None, seed=0):
     else:
         batches = {"expert": expert, "cloned": cloned}[dataset](policy, steps, seed, report)
     text = f"Local stand-in for D4RL's pen {dataset} data; not D4RL. {__doc__}"
-    return data.write_minari(folder, f"standin/pen/{dataset}-v0", batches, text)
+    return minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", batches, text)
 
 
 def _rollouts(act, episodes, rng, report):

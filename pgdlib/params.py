@@ -57,7 +57,7 @@ def number(low=-math.inf, high=math.inf):
     )
 
 
-def integer(low, high=math.inf):
+def integer(low, high=2**32 - 1):
     """Accept a whole number from `low` to `high`."""
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high, f"a whole number {_range(low, high)}"
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pgdlib import adroit, collect, data, edm, metrics, store
+from pgdlib import adroit, collect, data, edm, metrics, minari_files, store
 from pgdlib.policies import GaussianPolicy, from_sb3_zip
 
 SHIPPED_GUIDE = store.PACKAGE / "assets" / "ppo_pen.safetensors"
@@ -121,7 +121,7 @@ def load_data(dataset, source, steps):
     folder = None
     if source in ("auto", "d4rl"):
         try:
-            folder = data.find_d4rl(dataset)
+            folder = minari_files.find_d4rl(dataset)
         except FileNotFoundError:
             if source == "d4rl":
                 raise
@@ -131,18 +131,15 @@ def load_data(dataset, source, steps):
     if folder is None:
         folder = _stand_in(dataset, steps)
     started = time.time()
-    cache = store.root() / "data" / f"{dataset}-{'d4rl' if is_d4rl else 'standin'}-{_file_key(folder)}.safetensors"
-    tensors, _ = store.artifact(cache, lambda: (data.from_minari(folder, name)[0].tensors(), dict(kind="data", name=name)))
+    key = store.key(content=minari_files.digest(folder), code=store.code_version("data", "minari_files"))
+    cache = store.root() / "data" / f"{dataset}-{'d4rl' if is_d4rl else 'standin'}-{key}.safetensors"
+    tensors, _ = store.artifact(
+        cache, lambda: (minari_files.from_minari(folder, name)[0].tensors(), dict(kind="data", name=name))
+    )
     raw = data.Trajectories.from_tensors(tensors, name)
     repaired, cut, dropped = data.end_at_falls(raw)
     print(f"{name}: {len(raw.lengths):,} episodes, {len(raw.rewards):,} steps, read in {time.time() - started:.0f} s")
     return Dataset(repaired, raw, is_d4rl, cache.stem, cut, dropped)
-
-
-def _file_key(folder):
-    """Names the file of a Minari dataset by path, size and time of change, which is quick; its digest goes into the card."""
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted((Path(folder) / "data").glob("*"))]
-    return store.key(folder=str(folder), files=stats)
 
 
 def _stand_in(dataset, steps):

@@ -178,9 +178,10 @@ def _sweep(ax, sweep, estimator, floor, on_policy):
     twin.spines["right"].set_visible(True)
     lams = sweep["lam"].to_numpy()
     ax.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
-    ticks = [v for v in (0, 0.02, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 10) if v <= lams.max()]
+    top = lams[np.isfinite(lams)].max(initial=0.0)
+    ticks = [v for v in (0, 0.02, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 10) if v <= top]
     ax.set_xticks(ticks, [f"{v:g}" for v in ticks])
-    ax.set_xlim(0, 1.03 * lams.max() or 1.0)
+    ax.set_xlim(0, 1.03 * top or 1.0)
     for axis, name, colour in ((ax, estimator, MODEL), (twin, "log_likelihood", DATA)):
         mean, low, high = (sweep[f"{name}.{k}"].to_numpy() for k in ("mean", "low", "high"))
         axis.fill_between(lams, low, high, color=colour, alpha=0.25, linewidth=0)
@@ -200,7 +201,7 @@ def _sweep(ax, sweep, estimator, floor, on_policy):
         twin.set_ylim(low - 0.25 * (high - low) - 0.02, high + 0.1 * (high - low) + 0.02)
     if (sweep["diverged"] > 0).any():
         first = sweep["lam"][sweep["diverged"] > 0].min()
-        ax.axvspan(first, lams.max(), color="black", alpha=0.07, linewidth=0)
+        ax.axvspan(first, 1.03 * top, color="black", alpha=0.07, linewidth=0)
         ax.text(first, 0.5, "diverged", transform=ax.get_xaxis_transform(), rotation=90, ha="right", va="center")
 
 

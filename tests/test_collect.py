@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgdlib import adroit, collect, data
+from pgdlib import adroit, collect, data, minari_files
 from pgdlib.collect import Demonstrator
 
 
@@ -24,7 +24,7 @@ def files(guide, quick_clone, tmp_path_factory):
     """name -> `Trajectories` of the stand-in's file."""
     root = tmp_path_factory.mktemp("minari")
     return {
-        name: data.from_minari(collect.write(name, root, guide, steps), f"stand-in {name}")[0]
+        name: minari_files.from_minari(collect.write(name, root, guide, steps), f"stand-in {name}")[0]
         for name, steps in (("human", 0), ("cloned", 4_000), ("expert", 450))
     }
 

@@ -60,7 +60,7 @@ def test_injected_values_pass():
         ("dataset", ["human"], "'human'"),
         ("source", "web", "one of 'auto', 'd4rl', 'local'"),
         ("scale", "huge", "one of 'ci', 'quick', 'paper'"),
-        ("seed", -1, "a whole number of at least 0"),
+        ("seed", -1, "a whole number from 0 to 4294967295"),
         ("seed", 1.0, "a whole number"),
         ("seed", False, "a whole number"),
         ("guide", "", "a text that is not empty"),
@@ -71,7 +71,7 @@ def test_injected_values_pass():
         ("lams", [1.0, math.nan], "a list"),
         ("lams", "[1.0]", "a list"),
         ("lams", 1.0, "a list"),
-        ("samples", 1, "a whole number of at least 2, or None for the scale's own value"),
+        ("samples", 1, "a whole number from 2 to 4294967295, or None for the scale's own value"),
         ("samples", 2.5, "a whole number"),
     ],
 )

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from conftest import sb3_zip, toy
 
-from pgdlib import adroit, collect, data, edm, params, pipeline, ppo, store
+from pgdlib import adroit, collect, edm, minari_files, params, pipeline, ppo, store
 from pgdlib.policies import GaussianPolicy
 
 
@@ -164,7 +164,7 @@ def test_the_stand_in_is_collected_once_and_says_what_it_is(runs, offline, monke
     files = kept(runs)
     assert not [f for f in files if "partial" in f]
     monkeypatch.setattr(collect, "write", None)
-    monkeypatch.setattr(data, "from_minari", None)
+    monkeypatch.setattr(minari_files, "from_minari", None)
     again = pipeline.load_data("human", "local", 9_000)  # human has one size
     assert again.key == first.key and torch.equal(again.data.packed(), first.data.packed()) and kept(runs) == files
     train, val = pipeline.train_val(again)
@@ -179,7 +179,7 @@ def test_the_size_of_a_stand_in_is_part_of_its_name(runs, offline, monkeypatch):
         demonstrator, _ = pipeline.load_guide(pipeline.SHIPPED_GUIDE if dataset == "expert" else pipeline.DEMONSTRATOR)
         assert torch.equal(guide.log_std, demonstrator.log_std)
         batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(steps), 5)
-        return data.write_minari(folder, f"standin/pen/{dataset}-v0", [batch], "toy")
+        return minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", [batch], "toy")
 
     monkeypatch.setattr(collect, "write", write)
     keys = [pipeline.load_data(d, "local", n).key for d, n in (("expert", 4_000), ("expert", 5_000), ("cloned", 4_000))]

@@ -40,6 +40,7 @@ def clouds(lams=(0.0, 1.0), n=5, value=None):
 
 
 FLOORS = {"reconstructed": 1e-3, "appendix_b": 0.5}
+NOTHING = {f"{name}.{k}": math.nan for name in ("log_likelihood", *FLOORS) for k in ("mean", "low", "high")}
 GROUPS = {g: {"ours": 1e-3, "theirs": 0.5, "still": 0.0} for g in adroit.OBS_SLICES}
 
 # name -> (arguments, the x label of every axis that has one)
@@ -170,7 +171,7 @@ def test_figure_1_shows_both_estimators_with_floors_and_divergence():
         "training": (np.array([0.5]), [1.0], [math.nan], [0.5]),
         "channels": ([np.full((1, 1), math.nan)], [np.zeros((0, 1))], ["none generated"]),
         "quantiles": (np.full((1, 71), math.nan), np.zeros((1, 71))),
-        "figure_1": (clouds((0.0,), 1, math.nan), sweep((0.0,), (1,)) * math.nan, FLOORS, math.nan),
+        "figure_1": (clouds((0.0,), 1, math.nan), sweep((0.0,), (1,)).assign(**NOTHING), FLOORS, math.nan),
         "figure_1, one": (clouds((0.0,), 1), sweep((0.0,), (1,)), {"reconstructed": math.nan}, 0.0),
         "sharpness": (np.full(1, math.nan), np.zeros(1)),
         "guided_pair": ({0.0: (np.zeros((1, 24)), np.full((1, 24), math.nan), np.zeros((1, 45)))},),

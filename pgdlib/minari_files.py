@@ -1,0 +1,153 @@
+"""Minari datasets: finding D4RL's, reading any, writing the stand-ins."""
+
+import hashlib
+import http.client
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pgdlib import store
+from pgdlib.adroit import ACTION_DIM, OBS_DIM
+from pgdlib.data import Trajectories
+
+D4RL_IDS = {name: f"D4RL/pen/{name}-v2" for name in ("human", "cloned", "expert")}
+
+
+def from_minari(folder, name):
+    """The `Trajectories` of the Minari dataset in `folder` (the one that holds `data/`), and a digest of its file."""
+    import minari
+
+    folder = Path(folder)
+    if not any((folder / "data").glob("*")):
+        raise FileNotFoundError(f"no Minari dataset at {folder}")
+    found = digest(folder)
+    written = folder / "sha256"  # `write_minari` leaves it; HDF5 itself has no checksum
+    if written.exists() and written.read_text() != found:
+        raise store.CorruptArtifact(f"the Minari dataset at {folder} is damaged: its checksum does not hold")
+    try:
+        episodes = list(minari.MinariDataset(folder / "data").iterate_episodes())
+        columns = {
+            "obs": [e.observations[:-1] for e in episodes],
+            "actions": [e.actions for e in episodes],
+            "rewards": [e.rewards for e in episodes],
+            "terminals": [e.terminations for e in episodes],
+            "next_obs": [e.observations[1:] for e in episodes],
+        }
+        for key in ("qpos", "qvel", "target"):
+            if episodes and key in (episodes[0].infos or {}):
+                columns[f"info.{key}"] = [e.infos[key][:-1] for e in episodes]
+        tensors = {k: torch.from_numpy(np.concatenate(v).astype(np.float32)) for k, v in columns.items()}
+        lengths = torch.tensor([len(e.rewards) for e in episodes], dtype=torch.int64)
+        return Trajectories.from_tensors({**tensors, "lengths": lengths}, name), found
+    except Exception as e:  # a damaged file breaks HDF5 and Minari in a dozen ways
+        raise store.CorruptArtifact(f"the Minari dataset at {folder} cannot be used: {type(e).__name__}: {e}") from e
+
+
+def digest(folder):
+    """12 hex digits that name the content of the Minari dataset in `folder`, wherever it lies."""
+    files = sorted((Path(folder) / "data").glob("*"))
+    return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files if f.is_file())).hexdigest()[:12]
+
+
+def find_d4rl(dataset, download=True):
+    """The folder of Minari's copy of D4RL pen-`dataset`, downloaded if it is not on disk.
+
+    Raises FileNotFoundError, at once, if it is not on disk and cannot be downloaded; the message says what to do.
+    """
+    from minari.storage import get_dataset_path
+
+    folder = Path(get_dataset_path(D4RL_IDS[dataset]))
+    if (folder / "data").exists():
+        return folder
+    here = f"D4RL data {D4RL_IDS[dataset]} is not in {folder.parents[2]}"
+    if not download:
+        raise FileNotFoundError(here)
+    advice = (
+        f"With a network, run `minari download {D4RL_IDS[dataset]}` (it needs pip install 'minari[hf]'), or copy its folder "
+        f"there; or use source='local', the stand-in"
+    )
+    try:
+        from huggingface_hub.constants import ENDPOINT
+    except ImportError:
+        raise FileNotFoundError(f"{here}, and downloading it needs the package huggingface_hub. {advice}.") from None
+    if not _reachable(ENDPOINT):
+        raise FileNotFoundError(f"{here}, and {ENDPOINT} cannot be reached to download it. {advice}.")
+    import minari
+
+    try:
+        minari.download_dataset(D4RL_IDS[dataset])
+    except Exception as e:  # the hub's client raises errors of many unrelated types
+        raise FileNotFoundError(f"{here}, and its download failed: {type(e).__name__}: {e}. {advice}.") from e
+    return folder
+
+
+def _reachable(url, timeout=3.0):
+    """Whether a web server answers at `url`, with whatever status."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
+    try:
+        urllib.request.urlopen(url, timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, http.client.HTTPException, ValueError):  # ValueError: HF_ENDPOINT is no address
+        return False
+    return True
+
+
+def write_minari(folder, dataset_id, episodes, description):
+    """Write batches of `adroit.Episodes` as a Minari dataset at folder/dataset_id, whole or not at all; its folder.
+
+    qpos, qvel [T + 1, 30] and target [T + 1, 4] (quaternion) are stored as infos.
+    """
+    import gymnasium
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    buffers = []
+    for batch in episodes:
+        for i in range(len(batch.targets)):
+            n = len(batch.rewards[i])
+            buffers.append(
+                EpisodeBuffer(
+                    id=len(buffers),
+                    observations=batch.obs[i],
+                    actions=batch.actions[i].clip(-1.0, 1.0),
+                    rewards=list(batch.rewards[i]),
+                    terminations=[False] * n,
+                    truncations=[False] * (n - 1) + [True],
+                    infos={"qpos": batch.qpos[i], "qvel": batch.qvel[i], "target": np.tile(batch.targets[i], (n + 1, 1))},
+                )
+            )
+    box = gymnasium.spaces.Box
+    place = Path(folder) / dataset_id
+    partial = Path(folder) / f".partial-{os.getpid()}-{time.time_ns()}"
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(partial)  # the only way to tell Minari where to write
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Minari's, about authors and links that a local file does not have
+            minari.create_dataset_from_buffers(
+                dataset_id,
+                buffers,
+                observation_space=box(-np.inf, np.inf, (OBS_DIM,), np.float64),
+                action_space=box(-1.0, 1.0, (ACTION_DIM,), np.float64),
+                description=description,
+                data_format="hdf5",
+            )
+        (partial / dataset_id / "sha256").write_text(digest(partial / dataset_id))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / dataset_id, place)
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
+        shutil.rmtree(partial, ignore_errors=True)
+    return place

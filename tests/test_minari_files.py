@@ -1,0 +1,252 @@
+"""Minari folders that are whole, damaged, missing, or of D4RL's form."""
+
+import contextlib
+import json
+import socket
+import sys
+import threading
+import time
+import types
+
+import gymnasium
+import minari
+import numpy as np
+import pytest
+import torch
+from conftest import replay, white
+from minari.data_collector import EpisodeBuffer
+
+from pgdlib import adroit, minari_files, pipeline, store
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    """Two batches of short simulated episodes, with actions beyond the limits."""
+    rng = np.random.default_rng(0)
+    return [adroit.rollout(replay(white(rng, n, 20)), n, rng, 20) for n in (3, 2)]
+
+
+@pytest.fixture
+def folder(tmp_path, episodes):
+    return minari_files.write_minari(tmp_path / "minari", "standin/pen/toy-v0", episodes, "a toy")
+
+
+def test_minari_roundtrip(folder, episodes, tmp_path):
+    assert folder == tmp_path / "minari/standin/pen/toy-v0"
+    assert [p.name for p in (tmp_path / "minari").iterdir()] == ["standin"]  # nothing half-written beside it
+    read, _ = minari_files.from_minari(folder, "toy")
+    assert read.lengths.tolist() == [20] * 5 and read.name == "toy"
+    expected = {
+        "obs": [e.obs[:, :-1] for e in episodes],
+        "next_obs": [e.obs[:, 1:] for e in episodes],
+        "actions": [e.actions.clip(-1, 1) for e in episodes],
+        "rewards": [e.rewards for e in episodes],
+        "terminals": [np.zeros_like(e.rewards) for e in episodes],
+        "info.qpos": [e.qpos[:, :-1] for e in episodes],
+        "info.qvel": [e.qvel[:, :-1] for e in episodes],
+        "info.target": [np.repeat(e.targets[:, None], 20, 1) for e in episodes],
+    }
+    assert read.tensors().keys() == {*expected, "lengths"}
+    for key, batches in expected.items():
+        flat = np.concatenate([b.reshape(-1, *b.shape[2:]) for b in batches])
+        assert read.tensors()[key].dtype == torch.float32
+        np.testing.assert_allclose(read.tensors()[key], flat, rtol=1e-6, atol=1e-6, err_msg=key)
+
+
+def test_minari_itself_reads_what_we_write(folder, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder.parents[2]))
+    theirs = minari.load_dataset("standin/pen/toy-v0")
+    assert (theirs.total_episodes, theirs.total_steps) == (5, 100)
+    assert (theirs[4].observations.shape, theirs[4].truncations.tolist()) == ((21, 45), [False] * 19 + [True])
+
+
+def test_the_digest_follows_the_content(folder, episodes, tmp_path):
+    again = minari_files.write_minari(tmp_path / "again", "standin/pen/toy-v0", episodes[:1], "a toy")
+    digests = [minari_files.from_minari(f, "toy")[1] for f in (folder, folder, again)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, episodes, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "as it was")
+
+    def interrupted():
+        yield episodes[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        minari_files.write_minari(tmp_path, "standin/pen/toy-v0", interrupted(), "a toy")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(minari.MinariDataset, "__init__", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+        minari_files.write_minari(tmp_path, "standin/pen/toy-v0", episodes, "a toy")
+    assert list(tmp_path.rglob("*")) == []
+    assert minari_files.os.environ["MINARI_DATASETS_PATH"] == "as it was"
+
+
+def damaged(folder):
+    with pytest.raises(store.CorruptArtifact) as error:
+        minari_files.from_minari(folder, "toy")
+    assert str(folder) in str(error.value)
+
+
+def test_damaged_files_are_named(folder):
+    file, card = folder / "data/main_data.hdf5", folder / "data/metadata.json"
+    whole, text = file.read_bytes(), card.read_text()
+    for length in (0, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        damaged(folder)
+    for first in range(0, len(whole) - 1000, len(whole) // 25):  # some of these hit numbers, some the file's own tables
+        file.write_bytes(whole[:first] + bytes(b ^ 255 for b in whole[first : first + 600]) + whole[first + 600 :])
+        damaged(folder)
+    file.write_bytes(whole)
+    for broken in ("", text[:-1], json.dumps({k: v for k, v in json.loads(text).items() if k != "observation_space"})):
+        card.write_text(broken)
+        damaged(folder)
+    card.write_text(text)
+    minari_files.from_minari(folder, "toy")
+    file.unlink()
+    damaged(folder)
+    with pytest.raises(FileNotFoundError, match=r"no Minari dataset at .*nowhere"):
+        minari_files.from_minari(folder.parent / "nowhere", "toy")
+
+
+def write_d4rl(root, dataset):
+    """A Minari dataset in the form of D4RL's v2 files: 3 episodes, the pen of the second falls at its fifth of 12 steps."""
+    rng = np.random.default_rng(0)
+    buffers = []
+    for i, n in enumerate((10, 12, 8)):
+        obs = rng.normal(size=(n + 1, 45))
+        obs[:, 26] = 0.2
+        obs[5:, 26] -= 0.2 * (i == 1)
+        buffers.append(
+            EpisodeBuffer(
+                id=i,
+                observations=obs,
+                actions=rng.uniform(-1, 1, (n, 24)).astype(np.float32),
+                rewards=list(rng.normal(size=n)),
+                terminations=[False] * n,
+                truncations=[False] * (n - 1) + [True],
+                infos={"success": np.zeros(n + 1, dtype=bool)},
+            )
+        )
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning):
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        minari.create_dataset_from_buffers(
+            f"D4RL/pen/{dataset}-v2",
+            buffers,
+            observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (45,), np.float64),
+            action_space=gymnasium.spaces.Box(-1, 1, (24,), np.float32),
+        )
+    return [np.array(b.observations) for b in buffers]
+
+
+@pytest.fixture
+def d4rl(tmp_path, monkeypatch, runs):
+    """The folder in which Minari looks for datasets, empty, and no way to the network."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
+    return tmp_path / "datasets"
+
+
+@pytest.mark.parametrize("source", ["auto", "d4rl"])
+def test_d4rl_on_disk_is_found_and_cut_at_falls(d4rl, source):
+    obs = write_d4rl(d4rl, "human")
+    found = pipeline.load_data("human", source, 4_000)
+    assert found.is_d4rl and found.label == found.raw.name == "D4RL pen-human" and found.slug == "d4rl-human"
+    assert found.raw.lengths.tolist() == [10, 12, 8] and found.data.lengths.tolist() == [10, 5, 8]
+    assert (found.cut_episodes, found.dropped_steps) == (1, 7)
+    assert torch.nonzero(found.data.terminals)[:, 0].tolist() == [14]
+    np.testing.assert_allclose(found.data.obs, np.concatenate([obs[0][:10], obs[1][:5], obs[2][:8]]), rtol=1e-6)
+    again = pipeline.load_data("human", source, 4_000)
+    assert again.key == found.key and torch.equal(again.data.packed(), found.data.packed())
+
+
+def test_a_damaged_d4rl_file_is_named_and_not_replaced_by_a_stand_in(d4rl):
+    write_d4rl(d4rl, "human")
+    file = d4rl / "D4RL/pen/human-v2/data/main_data.hdf5"
+    file.write_bytes(file.read_bytes()[:5000])
+    for source in ("auto", "d4rl"):
+        with pytest.raises(store.CorruptArtifact, match="human-v2"):
+            pipeline.load_data("human", source, 4_000)
+
+
+@contextlib.contextmanager
+def server(answer):
+    """A web address whose server takes a connection and sends `answer`, or nothing at all for None."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        held = []
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(listening.accept()[0])
+                    if answer is not None:
+                        held[-1].recv(1000)
+                        held[-1].sendall(answer)
+                        held[-1].close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def pretend_hub(monkeypatch, address):
+    """As if huggingface_hub were installed, with its hub at `address`."""
+    hub = types.ModuleType("huggingface_hub")
+    hub.constants = types.ModuleType("huggingface_hub.constants")
+    hub.constants.ENDPOINT = address
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.constants", hub.constants)
+
+
+def refused_at_once(reason):
+    started = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=reason) as error:
+        pipeline.load_data("expert", "d4rl", 4_000)
+    assert time.monotonic() - started < 5
+    for part in ("D4RL/pen/expert-v2", "datasets", "minari download D4RL/pen/expert-v2", "minari[hf]", "source='local'"):
+        assert part in str(error.value), error.value
+
+
+def test_without_the_hub_package_d4rl_says_what_to_do(d4rl):
+    refused_at_once("needs the package huggingface_hub")
+    with pytest.raises(FileNotFoundError):
+        minari_files.find_d4rl("expert", download=False)
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"nonsense\r\n\r\n", "closed", "not an address"], ids=str)
+def test_without_a_network_d4rl_says_what_to_do(d4rl, monkeypatch, answer):
+    with server(answer if isinstance(answer, bytes) else None) as address:
+        closed = socket.create_server(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        closed.close()
+        pretend_hub(monkeypatch, {"closed": f"http://127.0.0.1:{port}", "not an address": "hub"}.get(answer, address))
+        refused_at_once("cannot be reached")
+
+
+def test_offline_is_believed_at_once(d4rl, monkeypatch):
+    with server(b"HTTP/1.1 200 OK\r\n\r\n") as address:
+        pretend_hub(monkeypatch, address)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        refused_at_once("cannot be reached")
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"404 Not Found"])
+def test_a_failed_download_says_what_to_do(d4rl, monkeypatch, status):
+    class HubError(Exception):
+        """The hub's errors are not OSErrors."""
+
+    def fail(dataset_id):
+        raise HubError(f"{dataset_id}: no route")
+
+    monkeypatch.setattr(minari, "download_dataset", fail)
+    with server(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n") as address:
+        pretend_hub(monkeypatch, address)
+        refused_at_once("download failed: HubError: D4RL/pen/expert-v2: no route")
+
+
+def test_a_download_is_used(d4rl, monkeypatch):
+    monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: write_d4rl(d4rl, "human"))
+    with server(b"HTTP/1.1 200 OK\r\n\r\n") as address:
+        pretend_hub(monkeypatch, address)
+        assert pipeline.load_data("human", "auto", 4_000).is_d4rl
