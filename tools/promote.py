@@ -215,6 +215,7 @@ def promote_notebooks():
 
 def promote_figures():
     pngs = sorted((ROOT / "runs/figures/quick").glob("*.png"))
+    (ROOT / "figures").mkdir(exist_ok=True)
     for png in pngs:
         for path in (png, png.with_suffix(".csv")):
             if path.exists():
