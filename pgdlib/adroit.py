@@ -146,18 +146,8 @@ class PenBatch:
             d / np.linalg.norm(d, axis=-1, keepdims=True) for d in (pen_top - pen_bottom, target_top - target_bottom)
         )
         position = self._xpos[:, self._pen]
-        obs = np.concatenate(
-            [
-                self._qpos[:, :24],
-                position,
-                self._qvel[:, -6:],
-                axis,
-                target_axis,
-                position - goal,
-                axis - target_axis,
-            ],
-            -1,
-        )
+        parts = [self._qpos[:, :24], position, self._qvel[:, -6:], axis, target_axis, position - goal, axis - target_axis]
+        obs = np.concatenate(parts, -1)
         obs[self._broken] = np.nan
         return obs
 
