@@ -145,7 +145,7 @@ def load_data(dataset, source, steps):
 def _stand_in(dataset, steps):
     steps = 5_000 if dataset == "human" else steps
     policy, card = load_guide(SHIPPED_GUIDE if dataset == "expert" else DEMONSTRATOR)
-    inputs = dict(steps=steps, policy=card, code=store.code_version("adroit", "policies", "collect"))
+    inputs = dict(steps=steps, policy=card, code=store.code_version("adroit", "policies", "minari_files", "collect"))
     folder = store.root() / "minari" / f"{dataset}-{store.key(**inputs)}"
     place = folder / "standin" / "pen" / f"{dataset}-v0"
     with store.lock(folder):
