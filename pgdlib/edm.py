@@ -67,7 +67,7 @@ def noise_levels(steps):
 
 
 @torch.no_grad()
-def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dtype=torch.float32, progress=None):
+def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dtype=torch.float32):
     """Draw trajectories `shape` = (B, T, C) with `denoise(x, σ)`; returns them and which have diverged [B].
 
     Algorithm 2 of Karras et al. (Heun's method with churn), `steps` steps. `guide(x, denoised, σ, step)` gives a shift:
@@ -103,8 +103,6 @@ def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dt
         if sigma_next > 0:
             d_next = (x - estimate(x, sigma_next, step)) / sigma_next
             x = x_hat + (sigma_next - sigma_hat) * (d + d_next) / 2
-        if progress is not None:
-            progress(step + 1, steps)
     x, out_of_range = _clamp(x, 0.0)
     return x, diverged | out_of_range
 
