@@ -58,11 +58,8 @@ def train_guide(steps, seed):
     """(policy, card) of a guide trained with PPO for `steps` environment steps; kept in runs/guides/."""
     from pgdlib import ppo
 
-    path = (
-        store.root()
-        / "guides"
-        / f"ppo-{store.key(steps=steps, seed=seed, code=store.code_version('adroit', 'ppo'))}.safetensors"
-    )
+    key = store.key(steps=steps, seed=seed, code=store.code_version("adroit", "ppo"))
+    path = store.root() / "guides" / f"ppo-{key}.safetensors"
 
     def make():
         with tqdm(total=steps, desc="training PPO", unit=" steps", mininterval=5) as bar:
