@@ -1,16 +1,20 @@
 """Every test process uses one thread for tensors: tests run side by side, and results must not depend on the machine.
 
-Here is also what test files share: actions to play, random data, real episodes, the shipped guide and its rollouts.
+Here is also what test files share: actions to play, random data, real episodes, the shipped guide and its rollouts, and what
+is to be seen in figures.
 """
 
 import gymnasium
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from stable_baselines3 import PPO
 
-from pgdlib import adroit, data, pipeline
+from pgdlib import adroit, data, pipeline, plots
 
+matplotlib.use("agg")
 torch.set_num_threads(1)
 
 
@@ -38,6 +42,11 @@ def replay(actions):
     return lambda obs: next(steps)
 
 
+def pairs(episodes, n=8, steps=60, first=0):
+    """obs [n, steps, 45] and actions [n, steps, 24] of real episodes, from step `first` on."""
+    return tuple(x[:n, first : first + steps].copy() for x in (episodes.obs, episodes.actions))
+
+
 def toy(episodes, seed=0, **changes):
     """Random `Trajectories` with `episodes` of such lengths; `changes` replaces tensors."""
     n, generator = sum(episodes), torch.Generator().manual_seed(seed)
@@ -62,6 +71,47 @@ def sb3_zip(path, obs_dim=45, action_dim=24):
     return model
 
 
+def kept(folder):
+    """All files in a folder and below that a run made, but for lock files."""
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and not f.name.endswith(".lock"))
+
+
+def cut(path):
+    """Leave half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+TITLE = "on stand-in pen-toy"
+
+
+def drawn(figures, name, *arguments, **named):
+    """The figure that the module `figures` makes, rendered: what cannot be drawn fails here."""
+    fig = getattr(figures, name)(*arguments, title=TITLE, **named)
+    assert isinstance(fig, matplotlib.figure.Figure)
+    fig.canvas.draw()
+    return fig
+
+
+def texts(fig):
+    """All texts of a figure."""
+    return [t.get_text() for t in fig.findobj(matplotlib.text.Text)]
+
+
+def line(ax, label):
+    """[n, 2]: the points of the one line that has this label."""
+    (found,) = [ln for ln in ax.get_lines() if ln.get_label() == label]
+    return found.get_xydata()
+
+
+@pytest.fixture
+def style():
+    """The style of all figures; none is left open."""
+    plots.use_style()
+    yield
+    plt.close("all")
+    plt.rcdefaults()
+
+
 @pytest.fixture(scope="session", params=[white, smooth], ids=["white", "smooth"])
 def real(request):
     """Sixteen native episodes of one kind of actions, for the reconstruction."""
@@ -80,6 +130,14 @@ def guided(request, guide):
     """Sixteen D4RL-scale episodes of the shipped guide, acting by samples or by its mean."""
     generator = torch.Generator().manual_seed(0) if request.param == "sampled" else None
     return adroit.rollout(guide.act(generator), 16, np.random.default_rng(0), adroit.D4RL_HORIZON)
+
+
+@pytest.fixture(scope="session")
+def quiet():
+    """Four trajectories of 40 steps, the pen at rest in the hand: obs and actions, not to be changed."""
+    rng = np.random.default_rng(0)
+    actions = 0.1 * rng.normal(size=(4, 24))
+    return pairs(adroit.rollout(lambda obs: actions, 4, rng, 40), 4, 40)
 
 
 @pytest.fixture

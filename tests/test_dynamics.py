@@ -1,30 +1,17 @@
-"""Dynamics error: floors on real transitions, errors of a known size, the mask, and what the simulator cannot reach."""
+"""Dynamics error of a step: floors on real data, errors of a known size, ends, the simulator's reach."""
 
 import functools
 
 import numpy as np
 import pytest
-from conftest import still
+from conftest import pairs
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 
 from pgdlib import adroit, dynamics
-from pgdlib.dynamics import DynamicsError, dynamics_error, predict
+from pgdlib.dynamics import DynamicsError, dynamics_error, inject, predict
 
 ONES = np.ones(45)
 MOVING = np.r_[0:36, 39:42]  # what a step of the simulator gives, whatever the target
-
-
-def pairs(episodes, n=8, steps=60, first=0):
-    """obs [n, steps, 45] and actions [n, steps, 24] of real episodes, from step `first` on."""
-    return tuple(x[:n, first : first + steps].copy() for x in (episodes.obs, episodes.actions))
-
-
-@pytest.fixture(scope="module")
-def quiet():
-    """Four trajectories of 12 steps, the pen at rest in the hand."""
-    rng = np.random.default_rng(0)
-    actions = still(rng, 4, 12) + 0.1 * rng.normal(size=(4, 1, 24))
-    return pairs(adroit.rollout(lambda obs: actions[:, 0], 4, rng, 40), 4, 40)
 
 
 def ordered(obs, actions):
@@ -107,6 +94,11 @@ def test_means_against_loops():
     assert groups.keys() == adroit.OBS_SLICES.keys()
     for name, s in adroit.OBS_SLICES.items():
         assert groups[name] == pytest.approx((steps / variance)[:, s].mean())
+    np.testing.assert_allclose(error.by_dimension(), steps.mean(0) / variance)
+    np.testing.assert_allclose(
+        error.by_step(), [np.mean([r[t] / variance for r in rows.values() if t < len(r)]) for t in range(7)]
+    )
+    assert error.unjudged == 1  # the one without any step; the one that ends has an error
 
 
 def test_a_dimension_that_never_changes_is_not_divided_by_zero(real):
@@ -182,3 +174,44 @@ def test_chunks_and_threads_change_nothing(real, estimator, monkeypatch):
     np.testing.assert_array_equal(predict(obs, actions, estimator, threads=3), whole)
     monkeypatch.setattr(adroit, "advance", functools.partial(adroit.advance, chunk=7))
     np.testing.assert_array_equal(predict(obs, actions, estimator), whole)
+
+
+@pytest.mark.parametrize("dims", [None, slice(24, 30), [3, 26, 34]])
+def test_injected_noise_has_its_size_and_leaves_an_observation(real, dims):
+    obs, variance, size = real.obs, real.obs.var((0, 1)), 0.05
+    kept = obs.copy()
+    noisy = inject(obs, size, np.random.default_rng(0), variance, **({} if dims is None else dict(dims=dims)))
+    np.testing.assert_array_equal(obs, kept)
+    hit = np.arange(45)[slice(0, 36) if dims is None else dims]
+    straight = [d for d in hit if d < 33]
+    noise = noisy - obs
+    np.testing.assert_allclose(noise[..., straight].std((0, 1)), size * np.sqrt(variance[straight]), rtol=0.05)  # 3216 draws
+    np.testing.assert_allclose(np.corrcoef(noise[..., straight].reshape(-1, len(straight)).T), np.eye(len(straight)), atol=0.1)
+    assert (noise[..., 33:36] != 0).any() == (hit > 32).any()
+    np.testing.assert_array_equal(noise[..., [d for d in range(33) if d not in hit]], 0)
+    np.testing.assert_array_equal(noise[..., 36:39], 0)
+    np.testing.assert_allclose(np.linalg.norm(noisy[..., 33:36], axis=-1), 1, atol=1e-9)
+    np.testing.assert_allclose(noisy[..., 42:45], noisy[..., 33:36] - noisy[..., 36:39], atol=1e-9)
+    np.testing.assert_allclose(noisy[..., 39:42] - obs[..., 39:42], noise[..., 24:27], atol=1e-9)
+
+
+def test_injected_noise_follows_the_seed_and_has_no_place_in_the_target(real):
+    args = real.obs[:2], 0.1
+    first, again, other = (inject(*args, np.random.default_rng(s), ONES) for s in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other)[..., :36].all()
+    np.testing.assert_array_equal(inject(real.obs, 0.0, np.random.default_rng(0), ONES), real.obs)
+    with pytest.raises(ValueError, match="first 36"):
+        inject(*args, np.random.default_rng(0), ONES, dims=[2, 36])
+
+
+def test_appendix_b_does_not_see_what_reconstruction_sees(guided):
+    """Noise of a hundredth of the data's spread: four times the floor or more for one, nothing for the other."""
+    obs, actions = pairs(guided, 8, 32, first=20)
+    variance = obs.var((0, 1))
+    noisy = inject(obs, 0.01, np.random.default_rng(0), variance)
+    rise = {
+        e: np.divide(*(dynamics_error(o, actions, variance, e).normalised.mean() for o in (noisy, obs)))
+        for e in ("reconstructed", "appendix_b")
+    }
+    assert rise["reconstructed"] > 4 and rise["appendix_b"] == pytest.approx(1, abs=0.01)

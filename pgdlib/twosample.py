@@ -1,0 +1,105 @@
+"""Do two sets of trajectories visit the same states? Energy distance (Székely and Rizzo, 2004) and a permutation test."""
+
+import torch
+
+BLOCK = 32  # trajectories whose distances to all others are held at once
+
+
+@torch.no_grad()
+def energy_distance(x, y, scale, generator, permutations=500, steps_each=32):
+    """(E, p, q): squared energy distance of the states of trajectories x [n, T, D] and y [m, T', D], p-value, null quantile.
+
+    Any space; the states are divided by `scale` [D], the data's standard deviations, and E is in that unit. The steps of a
+    trajectory depend on each other, so a trajectory counts as one draw: D_ij is the mean distance of a step of i from a
+    step of j, and E = 2 mean D_xy - mean D_xx - mean D_yy. The last two are over i != j (U-statistics): E is unbiased, zero
+    in the mean if nothing differs, and may be negative.
+
+    p = (1 + #{E of permuted trajectories >= E}) / (1 + permutations); q is the 95% quantile of the permuted E.
+    Of more than `steps_each` steps, that many count, evenly spread from the first to the last. All must belong to the
+    trajectory: let one that ended repeat its last state, on both sides alike. Trajectories that depend on each other (copies,
+    windows of one episode) make p too small.
+    """
+    x, y, scale = _checked(x, y, scale)
+    if permutations < 1 or steps_each < 1:
+        raise ValueError(f"permutations={permutations} and steps_each={steps_each} must be 1 or more")
+    n, total = len(x), len(x) + len(y)
+    distances = _mean_distances([_spread(v, steps_each) / scale for v in (x, y)])
+    # A permutation is a row of ones and zeros: which of the pooled trajectories play the part of x. The first is the truth.
+    ranks = torch.rand(permutations, total, generator=generator, dtype=torch.float64).argsort(1)
+    sides = torch.cat([torch.arange(total)[None], ranks]) < n
+    values = _energies(distances, sides.double())
+    value, null = values[0], values[1:]
+    # Sides that are the same sets add up in another order: what is equal but for rounding counts as equal.
+    above = (null >= value - 1e-10 * distances.mean()).sum()
+    return float(value), (1 + int(above)) / (1 + permutations), float(null.quantile(0.95))
+
+
+def _checked(x, y, scale):
+    """x [n, T, D], y [m, T', D] and scale [D] as double tensors on the CPU, that can be compared."""
+    x, y, scale = (torch.as_tensor(v).detach().cpu().double() for v in (x, y, scale))
+    if x.dim() != 3 or y.dim() != 3 or scale.shape != x.shape[2:] or scale.shape != y.shape[2:]:
+        raise ValueError(
+            f"x, y and scale must be [n, T, D], [m, T', D] and [D]; got {[*x.shape]}, {[*y.shape]} and {[*scale.shape]}"
+        )
+    if min(len(x), len(y)) < 2 or min(x.shape[1], y.shape[1]) < 1:
+        raise ValueError(f"x and y must hold 2 or more trajectories, of a step or more; got {[*x.shape]} and {[*y.shape]}")
+    if not (x.isfinite().all() and y.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
+        raise ValueError("x, y and scale must be finite, and scale positive")
+    return x, y, scale
+
+
+def _spread(x, steps):
+    """x [n, T, D] at `steps` evenly spread steps, or all if there are no more."""
+    if x.shape[1] <= steps:
+        return x
+    return x[:, torch.linspace(0, x.shape[1] - 1, steps, dtype=torch.float64).round().long()]
+
+
+def _mean_distances(sides):
+    """[N, N]: mean distance of the steps of each pair of the trajectories of all `sides` [n, k, D]; zero on the diagonal."""
+    centre = torch.cat([s.flatten(0, 1) for s in sides]).mean(0)  # the matmul form of a distance loses digits far from zero
+    blocks = [b for s in sides for b in (s - centre).split(BLOCK)]
+    rows = []
+    for i, a in enumerate(blocks):
+        row = [torch.zeros(len(a), len(b), dtype=a.dtype) for b in blocks[:i]]
+        for b in blocks[i:]:
+            pairs = torch.cdist(a.flatten(0, 1), b.flatten(0, 1), compute_mode="use_mm_for_euclid_dist")
+            row.append(pairs.reshape(len(a), a.shape[1], len(b), b.shape[1]).mean((1, 3)))
+        rows.append(torch.cat(row, 1))
+    upper = torch.cat(rows).triu(1)
+    return upper + upper.T
+
+
+def _energies(distances, x):
+    """[P]: E of each row of x [P, N], 1 for the trajectories on x's side and 0 for those on y's."""
+    n, sums = x.sum(1), x @ distances
+    m = x.shape[1] - n
+    xx = (sums * x).sum(1)
+    xy = sums.sum(1) - xx
+    yy = distances.sum() - xx - 2 * xy
+    return 2 * xy / (n * m) - xx / (n * (n - 1)) - yy / (m * (m - 1))
+
+
+@torch.no_grad()
+def coverage(reference, generated, scale, neighbours=5, steps_each=8):
+    """The share of the states of `reference` [n, T, D] that have a state of `generated` [m, T', D] near (Naeem et al. 2020).
+
+    Near is no farther than the state's own `neighbours`-th nearest neighbour among the states of other reference
+    trajectories, after division by `scale` [D]. Of each trajectory `steps_each` evenly spread steps count. A sample of the
+    reference's own distribution, of the same size, covers 1 - 2**-neighbours of it, about.
+    """
+    reference, generated, scale = _checked(reference, generated, scale)
+    centre = reference.flatten(0, 1).mean(0)  # distances lose digits far from zero
+    ours, theirs = (_spread(v, steps_each) for v in (reference, generated))
+    if not 1 <= neighbours <= (others := (len(ours) - 1) * ours.shape[1]):
+        raise ValueError(f"neighbours={neighbours} must be 1 to {others}, the states of other reference trajectories")
+    ids = torch.arange(len(ours)).repeat_interleave(ours.shape[1])
+    ours, theirs = (((v - centre) / scale).flatten(0, 1) for v in (ours, theirs))
+    radius = torch.cat(
+        [
+            torch.cdist(part, ours).masked_fill(own[:, None] == ids, torch.inf).kthvalue(neighbours, 1).values
+            for part, own in zip(ours.split(512), ids.split(512))
+        ]
+    )
+    nearest = torch.cat([torch.cdist(part, theirs).amin(1) for part in ours.split(512)])
+    return float((nearest <= radius).double().mean())
