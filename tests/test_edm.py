@@ -1,4 +1,4 @@
-"""The sampler against closed forms for Gaussian data, the loss against its known value, training against its interruption."""
+"""The loss against its known value, training against its interruption."""
 
 import math
 
@@ -7,109 +7,6 @@ import torch
 
 from pgdlib import data, edm
 from pgdlib.unet import UNet
-
-
-def gaussian_denoiser(x, sigma):
-    """The exact denoiser of N(0, 1) data."""
-    return x / (1 + sigma**2)
-
-
-def predicted_variance(steps, churn):
-    """Every step of Algorithm 2 is linear in x for Gaussian data, so the variance follows a recursion."""
-    rho, i = 7.0, range(steps)
-    sigmas = [(80 ** (1 / rho) + k / (steps - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho for k in i] + [0.0]
-    variance = 80.0**2
-    for s, s_next in zip(sigmas, sigmas[1:], strict=False):
-        s_hat = s
-        if 0.05 <= s <= 50:
-            s_hat = s * (1 + min(churn / steps, math.sqrt(2) - 1))
-            variance += (s_hat**2 - s**2) * 1.003**2
-        slope = s_hat / (1 + s_hat**2)
-        factor = 1 + (s_next - s_hat) * slope
-        if s_next:
-            slope_next = factor * s_next / (1 + s_next**2)
-            factor = 1 + (s_next - s_hat) * (slope + slope_next) / 2
-        variance *= factor**2
-    return variance
-
-
-@pytest.mark.parametrize("steps, churn", [(18, 0.0), (18, 5.0), (64, 12.8), (32, 80.0), (256, 80.0)])
-def test_variance_follows_the_recursion(steps, churn):
-    generator = torch.Generator().manual_seed(0)
-    x, diverged = edm.sample(gaussian_denoiser, (4000, 5, 10), steps, churn, generator, dtype=torch.float64)
-    expected = predicted_variance(steps, churn)
-    # The variance of n Gaussian values has relative standard error sqrt(2 / n); 4.5 of them allow for five tests.
-    assert x.var().item() == pytest.approx(expected, rel=4.5 * math.sqrt(2 / x.numel()))
-    assert not diverged.any()
-
-
-def test_order_of_convergence_is_two():
-    """Without churn the sampler solves an ODE, whose solution for N(0, 1) data is x(0) = x(σ_max) / sqrt(1 + σ_max²)."""
-    errors = []
-    for steps in (40, 80, 160):
-        x, _ = edm.sample(gaussian_denoiser, (1, 1, 1), steps, 0.0, torch.Generator().manual_seed(3), dtype=torch.float64)
-        start = torch.randn((1, 1, 1), generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 80
-        errors.append(abs(x / (start / math.sqrt(1 + 80**2)) - 1).item())
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
-    assert orders == pytest.approx([2, 2], abs=0.15)
-
-
-def test_noise_levels_end_points():
-    sigmas = edm.noise_levels(400)
-    assert sigmas[0] == pytest.approx(80) and sigmas[399] == pytest.approx(0.002) and sigmas[400] == 0
-    assert (sigmas.diff() < 0).all()
-    with pytest.raises(ValueError, match="steps=1"):
-        edm.noise_levels(1)
-
-
-class Shift:
-    """A guide that adds a constant to one channel."""
-
-    def __init__(self, on, size):
-        self.on, self.size, self.seen = on, size, []
-
-    def __call__(self, x, denoised, sigma, step):
-        self.seen.append((sigma, denoised is None))
-        shift = torch.zeros_like(x)
-        shift[..., 0] = self.size
-        return shift
-
-
-def test_a_denoised_shift_moves_the_mean():
-    """Shifting every denoised estimate (1 / (1 + σ²)) x by (1 - 1 / (1 + σ²)) m is exactly the denoiser of N(m, 1) data."""
-
-    class Mean(Shift):
-        def __call__(self, x, denoised, sigma, step):
-            return super().__call__(x, denoised, sigma, step) * (1 - 1 / (1 + sigma**2))
-
-    x, _ = edm.sample(gaussian_denoiser, (2000, 4, 2), 40, 0.0, torch.Generator().manual_seed(0), guide=Mean("denoised", 3.0))
-    shrink = math.sqrt(predicted_variance(40, 0.0)) / 80  # x - m shrinks by this; x starts at mean 0, not m
-    assert x[..., 0].mean().item() == pytest.approx(3.0 * (1 - shrink), abs=0.05)
-    assert x[..., 1].mean().item() == pytest.approx(0.0, abs=0.05)
-
-
-def test_a_noised_shift_comes_once_a_step_and_sees_no_estimate():
-    guide = Shift("noised", 0.0)
-    unguided, _ = edm.sample(gaussian_denoiser, (3, 4, 2), 12, 4.0, torch.Generator().manual_seed(0))
-    guided, _ = edm.sample(gaussian_denoiser, (3, 4, 2), 12, 4.0, torch.Generator().manual_seed(0), guide=guide)
-    assert torch.equal(unguided, guided)
-    assert [s for s, _ in guide.seen] == pytest.approx(edm.noise_levels(12)[:-1].tolist())
-    assert all(none for _, none in guide.seen)
-
-
-@pytest.mark.parametrize("size", [1e30, math.inf, math.nan])
-def test_divergence_is_finite_and_counted(size):
-    class One(Shift):
-        def __call__(self, x, denoised, sigma, step):
-            shift = torch.zeros_like(x)
-            shift[1] = self.size
-            return shift
-
-    x, diverged = edm.sample(gaussian_denoiser, (3, 4, 2), 12, 0.0, torch.Generator().manual_seed(0), guide=One("noised", size))
-    alone, _ = edm.sample(gaussian_denoiser, (3, 4, 2), 12, 0.0, torch.Generator().manual_seed(0))
-    assert diverged.tolist() == [False, True, False]
-    assert x.isfinite().all()
-    assert torch.equal(x[[0, 2]], alone[[0, 2]])
 
 
 def small_denoiser(horizon=8):

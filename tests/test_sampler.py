@@ -1,0 +1,177 @@
+"""The sampler against closed forms for Gaussian data, and guides that are counted."""
+
+import math
+
+import pytest
+import torch
+
+from pgdlib import sampler
+
+
+def gaussian_denoiser(x, sigma):
+    """The exact denoiser of N(0, 1) data."""
+    return x / (1 + sigma**2)
+
+
+def predicted_variance(steps, churn):
+    """Every step of Algorithm 2 is linear in x for Gaussian data, so the variance follows a recursion."""
+    rho, i = 7.0, range(steps)
+    sigmas = [(80 ** (1 / rho) + k / (steps - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho for k in i] + [0.0]
+    variance = 80.0**2
+    for s, s_next in zip(sigmas, sigmas[1:], strict=False):
+        s_hat = s
+        if 0.05 <= s <= 50:
+            s_hat = s * (1 + min(churn / steps, math.sqrt(2) - 1))
+            variance += (s_hat**2 - s**2) * 1.003**2
+        slope = s_hat / (1 + s_hat**2)
+        factor = 1 + (s_next - s_hat) * slope
+        if s_next:
+            slope_next = factor * s_next / (1 + s_next**2)
+            factor = 1 + (s_next - s_hat) * (slope + slope_next) / 2
+        variance *= factor**2
+    return variance
+
+
+@pytest.mark.parametrize("steps, churn", [(18, 0.0), (18, 5.0), (64, 12.8), (32, 80.0), (256, 80.0)])
+def test_variance_follows_the_recursion(steps, churn):
+    generator = torch.Generator().manual_seed(0)
+    x, diverged = sampler.sample(gaussian_denoiser, (4000, 5, 10), steps, churn, generator, dtype=torch.float64)
+    expected = predicted_variance(steps, churn)
+    # The variance of n Gaussian values has relative standard error sqrt(2 / n); 4.5 of them allow for five tests.
+    assert x.var().item() == pytest.approx(expected, rel=4.5 * math.sqrt(2 / x.numel()))
+    assert not diverged.any()
+
+
+def test_order_of_convergence_is_two():
+    """Without churn the sampler solves an ODE, whose solution for N(0, 1) data is x(0) = x(σ_max) / sqrt(1 + σ_max²)."""
+    errors = []
+    for steps in (40, 80, 160):
+        x, _ = sampler.sample(gaussian_denoiser, (1, 1, 1), steps, 0.0, torch.Generator().manual_seed(3), dtype=torch.float64)
+        start = torch.randn((1, 1, 1), generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 80
+        errors.append(abs(x / (start / math.sqrt(1 + 80**2)) - 1).item())
+    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert orders == pytest.approx([2, 2], abs=0.15)
+
+
+def test_noise_levels_end_points():
+    sigmas = sampler.noise_levels(400)
+    assert sigmas[0] == pytest.approx(80) and sigmas[399] == pytest.approx(0.002) and sigmas[400] == 0
+    assert (sigmas.diff() < 0).all()
+    with pytest.raises(ValueError, match="steps=1"):
+        sampler.noise_levels(1)
+
+
+class Shift:
+    """A guide that adds a constant to one channel."""
+
+    def __init__(self, on, size):
+        self.on, self.size, self.seen = on, size, []
+
+    def __call__(self, x, denoised, sigma, step):
+        self.seen.append((sigma, denoised is None))
+        shift = torch.zeros_like(x)
+        shift[..., 0] = self.size
+        return shift
+
+
+def test_a_denoised_shift_moves_the_mean():
+    """Shifting every denoised estimate (1 / (1 + σ²)) x by (1 - 1 / (1 + σ²)) m is exactly the denoiser of N(m, 1) data."""
+
+    class Mean(Shift):
+        def __call__(self, x, denoised, sigma, step):
+            return super().__call__(x, denoised, sigma, step) * (1 - 1 / (1 + sigma**2))
+
+    x, _ = sampler.sample(
+        gaussian_denoiser, (2000, 4, 2), 40, 0.0, torch.Generator().manual_seed(0), guide=Mean("denoised", 3.0)
+    )
+    shrink = math.sqrt(predicted_variance(40, 0.0)) / 80  # x - m shrinks by this; x starts at mean 0, not m
+    assert x[..., 0].mean().item() == pytest.approx(3.0 * (1 - shrink), abs=0.05)
+    assert x[..., 1].mean().item() == pytest.approx(0.0, abs=0.05)
+
+
+def test_a_noised_shift_comes_once_a_step_and_sees_no_estimate():
+    guide = Shift("noised", 0.0)
+    unguided, _ = sampler.sample(gaussian_denoiser, (3, 4, 2), 12, 4.0, torch.Generator().manual_seed(0))
+    guided, _ = sampler.sample(gaussian_denoiser, (3, 4, 2), 12, 4.0, torch.Generator().manual_seed(0), guide=guide)
+    assert torch.equal(unguided, guided)
+    assert [s for s, _ in guide.seen] == pytest.approx(sampler.noise_levels(12)[:-1].tolist())
+    assert all(none for _, none in guide.seen)
+
+
+@pytest.mark.parametrize("size", [1e30, math.inf, math.nan])
+def test_divergence_is_finite_and_counted(size):
+    class One(Shift):
+        def __call__(self, x, denoised, sigma, step):
+            shift = torch.zeros_like(x)
+            shift[1] = self.size
+            return shift
+
+    x, diverged = sampler.sample(
+        gaussian_denoiser, (3, 4, 2), 12, 0.0, torch.Generator().manual_seed(0), guide=One("noised", size)
+    )
+    alone, _ = sampler.sample(gaussian_denoiser, (3, 4, 2), 12, 0.0, torch.Generator().manual_seed(0))
+    assert diverged.tolist() == [False, True, False]
+    assert x.isfinite().all()
+    assert torch.equal(x[[0, 2]], alone[[0, 2]])
+
+
+# The multistep solver
+
+
+def multistep(steps, seed=3, shape=(1, 1, 1), **more):
+    generator = torch.Generator().manual_seed(seed)
+    return sampler.sample(gaussian_denoiser, shape, steps, 0.0, generator, dtype=torch.float64, solver="multistep", **more)[0]
+
+
+def test_multistep_has_order_two():
+    """Each halving of the steps' length quarters the error against the closed form."""
+    start = torch.randn((1, 1, 1), generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 80
+    exact = start / math.sqrt(1 + 80**2)
+    errors = [abs(multistep(steps) / exact - 1).item() for steps in (80, 160, 320)]
+    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert orders == pytest.approx([2, 2], abs=0.2) and errors[-1] < 1e-3
+
+
+def test_multistep_is_the_published_update():
+    """DPM-Solver++(2M) in the half-log-SNR l = -log σ: x' = σ'/σ x - (exp(-h) - 1) D, D with its last change over 2r."""
+    levels = sampler.noise_levels(9).tolist()
+    x = torch.randn((2, 3, 4), generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 80
+    denoised, l_before = [], None
+    for sigma, following in zip(levels[:-1], levels[1:-1]):
+        denoised.append(torch.tanh(x / (1 + sigma)))
+        h = math.log(sigma) - math.log(following)
+        guess = denoised[-1]
+        if l_before is not None:
+            r = (-math.log(sigma) - l_before) / h
+            guess = (1 + 1 / (2 * r)) * denoised[-1] - 1 / (2 * r) * denoised[-2]
+        l_before = -math.log(sigma)
+        x = following / sigma * x - math.expm1(-h) * guess
+    expected = torch.tanh(x / (1 + levels[-2]))
+    generator = torch.Generator().manual_seed(5)
+    found, _ = sampler.sample(
+        lambda x, s: torch.tanh(x / (1 + s)), (2, 3, 4), 9, 0, generator, dtype=torch.float64, solver="multistep"
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_multistep_evaluates_once_a_step_and_hears_both_kinds_of_guide():
+    calls = []
+
+    def counted(x, sigma):
+        calls.append(sigma)
+        return gaussian_denoiser(x, sigma)
+
+    sampler.sample(counted, (1, 1, 1), 12, 0.0, torch.Generator().manual_seed(0), solver="multistep")
+    assert calls == sampler.noise_levels(12)[:-1].tolist()
+    plain = multistep(12, shape=(3, 4, 2))
+    for on in ("noised", "denoised"):
+        guide = Shift(on, 1.0)
+        guided = multistep(12, shape=(3, 4, 2), guide=guide)
+        assert len(guide.seen) == 12 and (guided[..., 0] > plain[..., 0]).all() and torch.equal(guided[..., 1], plain[..., 1])
+
+
+def test_solvers_that_cannot_be_are_named():
+    with pytest.raises(ValueError, match=r"solver='euler' is not allowed.*'heun', 'multistep'"):
+        sampler.sample(gaussian_denoiser, (1, 1, 1), 8, 0.0, torch.Generator(), solver="euler")
+    with pytest.raises(ValueError, match=r"churn=5.0 is not allowed with solver='multistep'"):
+        sampler.sample(gaussian_denoiser, (1, 1, 1), 8, 5.0, torch.Generator(), solver="multistep")
