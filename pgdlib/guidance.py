@@ -1,49 +1,183 @@
 """Guidance: pushing the actions of a trajectory, while it is denoised, toward a target policy.
 
-A rule is a function (x, denoised, σ, step) -> shift of x [B, T, 71], normalised space, that moves action channels only.
+A rule is a pure function of trajectories x [B, T, 71] (normalised space) that gives a shift of their actions [B, T, 24];
+a `Guide` puts one into the sampler. Below, a, μ and s are an action, the policy's mean and its std, σ is the noise level, all
+in normalised units. Rules need a policy with a differentiable `log_prob(obs, actions)`; for a Gaussian one (`is_gaussian`)
+they are closed forms.
 """
+
+import math
 
 import torch
 
 from pgdlib.data import ACTIONS
 
+RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
+NOISED = ("explicit", "annealed")  # rules that are taken on noised trajectories by default
 
-class Explicit:
-    """The paper's rule (Eq. 3): before each denoising step, a += λ ∇_a log π(a|s), at the noised states and actions.
 
-    With units="natural" the gradient is preconditioned by the policy's own variance, which makes it the natural gradient in
-    the policy's mean: for a Gaussian policy a += λ (μ(s) - a). λ then has no unit and means the same for every policy; this
-    step is a contraction for λ < 2. With units="raw" it is the gradient in normalised actions as it stands, whose limit is
-    2 (std/d)² for a policy of standard deviation std and actions of standard deviation d in the data, dimension by dimension.
-    The first `warmup` steps, at the highest noise, are not guided.
+class Guide:
+    """A rule with its policy and its weight, as a hook for `sampler.sample`.
+
+    rule      of `RULES`
+    lam       the guidance weight λ: a number, or one for each trajectory [B]; 0 is no guidance. Not comparable across rules.
+    steps     of the sampler; only the normalised rules look at it
+    warmup    steps at the highest noise that are not guided
+    units     "natural" or "raw", for explicit, proximal and annealed: whether λ counts in the policy's own variance
+    on        "noised" or "denoised": whether the rule is taken on the noised trajectory, before every step, as the paper's
+              is, or on every denoised estimate. The default is noised for `NOISED`, denoised for the others.
     """
 
-    on = "noised"
+    def __init__(self, rule, policy, normaliser, lam, steps, warmup=0, units="natural", on=None):
+        on = on or ("noised" if rule in NOISED else "denoised")
+        for name, value, allowed in (
+            ("rule", rule, RULES),
+            ("units", units, ("natural", "raw")),
+            ("on", on, ("noised", "denoised")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not allowed; it must be one of {', '.join(map(repr, allowed))}")
+        self.lam = torch.as_tensor(lam, dtype=torch.float32)
+        if self.lam.ndim > 1 or not (self.lam.isfinite() & (self.lam >= 0)).all():
+            raise ValueError(f"lam={lam!r} is not allowed; it must be one number or one a trajectory, finite and at least 0")
+        if units == "natural" and rule in ("explicit", "proximal", "annealed") and not is_gaussian(policy):
+            raise ValueError(f"units='natural' is not allowed for rule={rule!r} and a policy that is not Gaussian; use 'raw'")
+        self.rule, self.policy, self.normaliser, self.units, self.on = rule, policy, normaliser, units, on
+        self.steps, self.warmup = steps, warmup
 
-    def __init__(self, policy, normaliser, lam, warmup, units="natural"):
-        if units not in ("natural", "raw"):
-            raise ValueError(f"units={units!r} is not allowed; it must be 'natural' or 'raw'")
-        self.policy, self.normaliser, self.lam, self.warmup, self.units = policy, normaliser, lam, warmup, units
-
+    @torch.no_grad()
     def __call__(self, x, denoised, sigma, step):
+        """The shift [B, T, 71] of x or of the denoised estimate at noise level `sigma` and `step`."""
         shift = torch.zeros_like(x)
-        if step >= self.warmup and self.lam != 0:
-            shift[..., ACTIONS] = self.lam * action_gradient(self.policy, self.normaliser, x, self.units)
+        if step < self.warmup or not self.lam.any():
+            return shift
+        at, lam = x if self.on == "noised" else denoised, self.lam.to(x)
+        lam = lam[:, None, None] if lam.ndim else lam
+        args = self.policy, self.normaliser, at
+        if self.rule == "explicit":
+            actions = explicit(*args, lam, self.units)
+        elif self.rule == "proximal":
+            actions = proximal(*args, lam, self.units)
+        elif self.rule == "smoothed":
+            actions = smoothed(*args, lam, sigma)
+        elif self.rule == "annealed":
+            actions = annealed(*args, lam, sigma, self.units)
+        else:
+            bump = 0.3 if self.rule == "normalised_cosine" else 0.0
+            actions = normalised(*args, lam * schedule(step, self.steps, bump))
+        shift[..., ACTIONS] = torch.where(lam > 0, actions, 0.0)
         return shift
+
+
+def explicit(policy, normaliser, x, lam, units="natural"):
+    """The paper's rule (Eq. 3): λ ∇_a log π(a|s).
+
+    With units="natural" the gradient is preconditioned by the policy's own variance, which makes it the natural gradient in
+    the policy's mean: for a Gaussian policy λ (μ - a). λ then has no unit and means the same for every policy; repeated, the
+    step is a contraction for λ < 2. With units="raw" it is λ (μ - a) / s², with the limit 2 s² in each action dimension.
+    """
+    return lam * action_gradient(policy, normaliser, x, units)
+
+
+def normalised(policy, normaliser, x, lam):
+    """λ g / |g| with g = ∇_a log π, its norm over a whole trajectory: the form of the authors' later code."""
+    gradient = action_gradient(policy, normaliser, x, "raw")
+    return lam * gradient / (gradient.square().sum((1, 2), keepdim=True).sqrt() + 1e-6)
+
+
+def schedule(step, steps, bump):
+    """1 - k/N + bump sin(π(k+1)/N) at step k of N, none on the last: the authors' later λ schedule, with bump 0 or 0.3."""
+    if step >= steps - 1:
+        return 0.0
+    return 1 - step / steps + bump * math.sin(math.pi * (step + 1) / steps)
+
+
+def proximal(policy, normaliser, x, lam, units="natural"):
+    """The implicit step: to argmin |a' - a|² / (2 λ) - log π(a'|s), stable for every λ, for λ to infinity the policy's mean.
+
+    For a Gaussian policy λ/(λ + s²) (μ - a), and in natural units, where λ counts in s², λ/(1 + λ) (μ - a).
+    """
+    return nearby(policy, normaliser, x, lam, units) - x[..., ACTIONS]
+
+
+def smoothed(policy, normaliser, x, lam, sigma):
+    """The score of the policy convolved with the noise level, as an implicit step of weight λ: stable for every λ.
+
+    For a Gaussian policy the score is (μ - a) / (s² + σ²), a shift of the denoised estimate by f (μ - a) with
+    f = σ² / (s² + σ²); the implicit step is λf/(1 + λf) (μ - a). It fades where the noise is below the policy's own std. For
+    other policies the Moreau envelope of -log π stands in for the convolution: equal for a Gaussian, and its implicit step is
+    known, λ/(1 + λ) of the way to the proximal point of weight (1 + λ) σ².
+    """
+    return lam / (1 + lam) * (nearby(policy, normaliser, x, (1 + lam) * sigma**2, "raw") - x[..., ACTIONS])
+
+
+def annealed(policy, normaliser, x, lam, sigma, units="natural"):
+    """The proximal step with the weight λ √(σ / (1 + σ)): like the paper's, but gentler as the noise falls below the data.
+
+    By then the states have settled and can no longer follow. The form was found on the fronts of notebook 04, not derived.
+    """
+    return proximal(policy, normaliser, x, lam * math.sqrt(sigma / (1 + sigma)), units)
 
 
 def action_gradient(policy, normaliser, x, units):
     """∇ log π(a|s) by the normalised actions of x [B, T, 71]: [B, T, 24]; in natural units times the policy's variance.
 
-    The step a + std² ∇_a log π ends at a Gaussian policy's mean; natural units take it in environment space and give its end's
+    The step a + s² ∇_a log π ends at a Gaussian policy's mean; natural units take it in environment space and give its end's
     distance in normalised actions, which arctanh, that has no slope to divide by where actions saturate, leaves finite.
     """
     obs, actions = normaliser.obs(x).detach(), normaliser.actions(x).detach()
-    with torch.enable_grad():
-        actions.requires_grad_()
-        (gradient,) = torch.autograd.grad(policy.log_prob(obs, actions).sum(), actions)
-    if units == "raw":
-        return gradient * normaliser.action_slope(x).detach()
+    if units == "natural":
+        with torch.no_grad():
+            return normaliser.normalise_actions(policy(obs)[0]) - x[..., ACTIONS]
+    return _gradient(policy, obs, actions) * normaliser.action_slope(x).detach()
+
+
+def nearby(policy, normaliser, x, weight, units):
+    """argmin_a' |a' - a|² / (2 weight) - log π(a'|s): [B, T, 24], normalised; weight a number or [B, 1, 1].
+
+    In natural units the weight counts in the policy's variance. It is worked out in environment space, where the policy lives.
+    """
     with torch.no_grad():
-        _, std = policy(obs)
-        return normaliser.normalise_actions(actions + std.square() * gradient) - x[..., ACTIONS]
+        obs, actions = normaliser.obs(x), normaliser.actions(x)
+        if is_gaussian(policy):
+            mean, std = policy(obs)
+            weight = weight * (std.square() if units == "natural" else normaliser.action_slope(x).square())
+            nearest = actions + (mean - actions) / (1 + std.square() / weight)  # for an infinite weight too
+        else:
+            nearest = newton(policy, obs, actions, weight * normaliser.action_slope(x).square())
+        return normaliser.normalise_actions(nearest)
+
+
+def newton(policy, obs, actions, weight, iterations=32):
+    """Solve a - actions = weight ∇ log π(a|obs) for a [..., 24], all in environment space, by damped Newton steps.
+
+    The curvature of log π is taken dimension by dimension from the last two gradients, and bounded where log π is not
+    concave. Steps are at most 1 long, the reach of an action, then 2 and so on until one goes too far, then half of that one.
+    """
+    a, gradient = actions, _gradient(policy, obs, actions)
+    probe = 1e-2  # for the first curvature
+    curvature = (gradient - _gradient(policy, obs, a + probe)) / probe
+    step, reach, growth = torch.zeros_like(a), torch.full_like(a, 0.5), torch.full_like(a, 2.0)
+    for _ in range(iterations):
+        newest = (actions + weight * gradient - a) / (1 + weight * curvature).clamp_min(0.1)
+        too_far = newest * step < 0
+        growth = torch.where(too_far, 1.0, growth)
+        reach = torch.where(too_far, step.abs() / 2, growth * reach)
+        step = newest.clamp(-reach, reach)
+        before, a = gradient, a + step
+        gradient = _gradient(policy, obs, a)
+        moved = step.abs() > 1e-6  # of smaller steps the difference of gradients says nothing
+        curvature = torch.where(moved, (before - gradient) / torch.where(moved, step, 1.0), curvature)
+    return a
+
+
+def is_gaussian(policy):
+    """Whether `policy(obs)` gives the mean and std of a diagonal Gaussian."""
+    return getattr(policy, "is_gaussian", False)
+
+
+def _gradient(policy, obs, actions):
+    with torch.enable_grad():
+        actions = actions.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(policy.log_prob(obs, actions).sum(), actions)
+    return gradient

@@ -1,4 +1,4 @@
-"""Gaussian policies that carry their observation normalisation, and their import from Stable-Baselines3."""
+"""Gaussian policies that carry their observation normalisation, stacks of them, and their import from Stable-Baselines3."""
 
 import io
 import json
@@ -17,6 +17,8 @@ class GaussianPolicy(nn.Module):
     Observations and actions are in environment space; (s - obs_mean) / obs_std, clipped to ±obs_clip, enters the network.
     Actions are not squashed: the environment clips them.
     """
+
+    is_gaussian = True  # a call gives mean and std
 
     def __init__(self, obs_dim, action_dim, hidden=(256, 256), activation="tanh", obs_clip=10.0):
         super().__init__()
@@ -62,6 +64,40 @@ class GaussianPolicy(nn.Module):
             return actions.cpu().numpy()
 
         return choose
+
+
+def sharpened(policy, factor):
+    """A copy of a `GaussianPolicy` whose std is `factor` times as large; the mean is the same."""
+    other = GaussianPolicy(**policy.config).to(policy.log_std)
+    other.load_state_dict({**policy.state_dict(), "log_std": policy.log_std.detach() + math.log(factor)})
+    return other.requires_grad_(False)
+
+
+class Stacked:
+    """S policies as one, each for its own block of the batch: B must be a multiple of S, the first B/S rows are the first's."""
+
+    def __init__(self, policies):
+        self.policies = list(policies)
+        if not self.policies:
+            raise ValueError("policies=[] is not allowed; it must hold at least one policy")
+        self.is_gaussian = all(getattr(p, "is_gaussian", False) for p in self.policies)
+
+    def __call__(self, obs):
+        """Mean and std [B, ..., action_dim] at `obs` [B, ..., obs_dim]; Gaussian policies only."""
+        each = [policy(o) for policy, o in zip(self.policies, self._blocks(obs), strict=True)]
+        return tuple(torch.cat(parts) for parts in zip(*each, strict=True))
+
+    def log_prob(self, obs, actions):
+        """log π(a|s) [B, ...] of each row under its own policy; differentiable in both."""
+        blocks = zip(self.policies, self._blocks(obs), self._blocks(actions), strict=True)
+        return torch.cat([policy.log_prob(o, a) for policy, o, a in blocks])
+
+    def _blocks(self, x):
+        if len(x) % len(self.policies):
+            raise ValueError(
+                f"batch={len(x)} is not allowed; it must be a multiple of the {len(self.policies)} stacked policies"
+            )
+        return x.chunk(len(self.policies))
 
 
 def from_sb3_zip(path, obs_dim, action_dim):

@@ -16,7 +16,7 @@ import torch
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from pgdlib.policies import GaussianPolicy, from_sb3_zip
+from pgdlib.policies import GaussianPolicy, Stacked, from_sb3_zip, sharpened
 from pgdlib.ppo import ObservationNormaliser
 
 OBS, ACTIONS = 7, 3
@@ -107,6 +107,86 @@ def test_samples_and_act(policy):
     assert isinstance(drawn[0], np.ndarray) and drawn[0].shape == (100_000, ACTIONS)
     assert (drawn[0] == drawn[1]).all() and (drawn[0] == samples.detach().numpy()).all() and (drawn[0] != drawn[2]).any()
     np.testing.assert_array_equal(policy.act()(obs[:3].numpy()), policy(obs[:3])[0].detach().numpy())
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 4.0])
+def test_a_sharpened_policy_has_another_std_and_the_same_mean(policy, batch, factor):
+    """In the number format of the policy, which stays as it is."""
+    policy, (obs, actions) = policy.double(), (x.double() for x in batch)
+    policy.obs_clip = policy.config["obs_clip"] = math.inf
+    kept, sharp = {k: v.clone() for k, v in policy.state_dict().items()}, sharpened(policy, factor)
+    mean, std = policy(1e3 * obs)
+    assert torch.equal(sharp(1e3 * obs)[0], mean) and sharp.config == policy.config and sharp.is_gaussian
+    expected = torch.distributions.Independent(torch.distributions.Normal(mean, factor * std), 1).log_prob(actions)
+    torch.testing.assert_close(sharp.log_prob(1e3 * obs, actions), expected)
+    assert not any(p.requires_grad for p in sharp.parameters()) and all(p.requires_grad for p in policy.parameters())
+    for parameter in sharp.parameters():  # a copy: neither changes the other
+        parameter.zero_()
+    assert all(torch.equal(v, kept[k]) for k, v in policy.state_dict().items())
+
+
+class NotGaussian:
+    """A policy known by its `log_prob` alone."""
+
+    def log_prob(self, obs, actions):
+        return -(1 + (actions - obs[..., :ACTIONS]).square()).sqrt().sum(-1)
+
+
+@pytest.fixture
+def policies():
+    return [randomise(GaussianPolicy(OBS, ACTIONS, hidden=[8]), seed=seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (3, 2, 5)])
+def test_stacked_policies_each_have_their_block_of_the_batch(policies, shape):
+    generator = torch.Generator().manual_seed(1)
+    obs, actions = torch.randn(*shape, OBS, generator=generator), torch.randn(*shape, ACTIONS, generator=generator)
+    stacked = Stacked(iter(policies))
+    (mean, std), log_prob = stacked(obs), stacked.log_prob(obs, actions)
+    assert stacked.is_gaussian and mean.shape == std.shape == actions.shape and log_prob.shape == shape
+    rows = shape[0] // 3
+    for row in range(shape[0]):
+        own = policies[row // rows]
+        for found, expected in zip((mean, std), own(obs[row])):
+            torch.testing.assert_close(found[row], expected)
+        torch.testing.assert_close(log_prob[row], own.log_prob(obs[row], actions[row]))
+        other = policies[row // rows - 1]
+        assert not torch.allclose(mean[row], other(obs[row])[0], atol=1e-2)
+        assert not torch.allclose(log_prob[row], other.log_prob(obs[row], actions[row]), atol=1e-2)
+
+
+def test_stacked_log_prob_is_differentiable_in_both(policies):
+    stacked, generator = Stacked([p.double() for p in policies]), torch.Generator().manual_seed(1)
+    both = [torch.randn(3, n, generator=generator, dtype=torch.float64, requires_grad=True) for n in (OBS, ACTIONS)]
+    assert torch.autograd.gradcheck(stacked.log_prob, both)
+
+
+def test_a_stack_is_gaussian_if_all_its_policies_are(policies):
+    assert Stacked(policies).is_gaussian and Stacked(policies[:1]).is_gaussian
+    for kinds in ([NotGaussian()], [*policies, NotGaussian()], [NotGaussian(), *policies]):
+        assert not Stacked(kinds).is_gaussian
+    assert Stacked([Stacked(policies[:2]), policies[2]]).is_gaussian
+    assert not Stacked([Stacked([policies[0], NotGaussian()]), policies[2]]).is_gaussian
+
+
+def test_a_mixed_stack_has_a_log_prob(policies, batch):
+    obs, actions = (x[:4] for x in batch)
+    mixed = Stacked([policies[0], NotGaussian()]).log_prob(obs, actions)
+    torch.testing.assert_close(mixed[:2], policies[0].log_prob(obs[:2], actions[:2]))
+    torch.testing.assert_close(mixed[2:], NotGaussian().log_prob(obs[2:], actions[2:]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 7])
+def test_a_batch_that_cannot_be_shared_out(policies, rows):
+    obs, actions = torch.zeros(rows, OBS), torch.zeros(rows, ACTIONS)
+    for use in (lambda s: s(obs), lambda s: s.log_prob(obs, actions)):
+        with pytest.raises(ValueError, match=f"batch={rows} is not allowed; it must be a multiple of the 3 stacked policies"):
+            use(Stacked(policies))
+
+
+def test_an_empty_stack():
+    with pytest.raises(ValueError, match=r"policies=\[\] is not allowed"):
+        Stacked([])
 
 
 def sb3_ppo(path, env=None, **policy_kwargs):
