@@ -23,10 +23,14 @@ SETTINGS = {
     "epochs": dict(ci=None, quick=None, paper=512),  # of the data's steps, where train_steps is None
     "batch_size": dict(ci=16, quick=64, paper=16),
     "learning_rate": dict(ci=1e-3, quick=2e-3, paper=1e-3),
-    # EDM sampler (Table 2)
-    "steps": dict(ci=8, quick=128, paper=400),
-    "warmup": dict(ci=2, quick=20, paper=64),  # steps without guidance, at the highest noise
-    "churn": dict(ci=1.6, quick=53.0, paper=80.0),
+    # the world model that the paper argues against; at quick about the denoiser's training time
+    "model_steps": dict(ci=60, quick=25_000, paper=200_000),
+    "long": dict(ci=16, quick=64, paper=128),  # length of the trajectories compared with it
+    # EDM sampler (Table 2); why quick has fewer steps: notebook 02
+    "solver": dict(ci="heun", quick="heun", paper="heun"),
+    "steps": dict(ci=8, quick=32, paper=400),
+    "warmup": dict(ci=2, quick=5, paper=64),  # steps without guidance, at the highest noise
+    "churn": dict(ci=1.6, quick=13.2, paper=80.0),
     "samples": dict(ci=8, quick=256, paper=1024),  # trajectories for each λ
     # the guide
     "ppo_steps": dict(ci=2_048, quick=5_000_000, paper=5_000_000),  # environment steps, if it is trained anew
@@ -79,12 +83,20 @@ def optional(rule):
     return lambda v: v is None or accepts(v), f"{words}, or None for the scale's own value"
 
 
+def auto_or(rule):
+    """Accept "auto", for the notebook to find the value, or what `rule` accepts."""
+    accepts, words = rule
+    return lambda v: v == "auto" or accepts(v), f"'auto' or {words}"
+
+
 def optional_settings(names):
     """Rules for the settings `names` (words in one string), each of which may be None for the scale's own value."""
     rules = {
         "horizon": integer(4),
+        "long": integer(8),
         "data_steps": integer(2_000),
         "features": integer(8),
+        "solver": one_of("heun", "multistep"),
         "steps": integer(2),
         "churn": number(0),
         "warmup": integer(0),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pgdlib import adroit, collect, data, edm, metrics, minari_files, store
+from pgdlib import adroit, collect, data, edm, metrics, minari_files, store, worldmodel
 from pgdlib.policies import GaussianPolicy, from_sb3_zip
 
 SHIPPED_GUIDE = store.PACKAGE / "assets" / "ppo_pen.safetensors"
@@ -177,6 +177,7 @@ def load_denoiser(dataset, p, device):
         denoiser.normaliser.fit(train_data.packed())
         denoiser.to(device)
         windows = data.Windows(train_data, denoiser.normaliser, p.horizon, device)
+        started = time.time()
         with tqdm(total=steps, desc=f"training the denoiser on {dataset.label}", mininterval=5) as bar:
 
             def report(step, losses):
@@ -184,12 +185,46 @@ def load_denoiser(dataset, p, device):
 
             ema, losses = edm.train(denoiser, windows, how, checkpoint, report=report)
         checkpoint.unlink(missing_ok=True)
-        return {**ema.state_dict(), "losses": losses}, dict(
-            kind="denoiser", config=config, how=vars(how), data=dataset.label, data_key=dataset.key, scale=p.scale
-        )
+        card = dict(kind="denoiser", config=config, how=vars(how), data=dataset.label, data_key=dataset.key, scale=p.scale)
+        return {**ema.state_dict(), "losses": losses}, {**card, "seconds": time.time() - started}
 
     tensors, card = store.artifact(store.root() / "denoisers" / f"{name}.safetensors", make)
     losses = tensors.pop("losses")
     denoiser = edm.Denoiser(**card["config"])
     denoiser.load_state_dict(tensors)
     return denoiser.to(device).eval().requires_grad_(False), losses
+
+
+def load_world_model(dataset, p, device):
+    """(ensemble, losses [steps], seconds) of one-step models trained on the training side of `dataset`; made if missing.
+
+    `p` has model_steps, scale and seed. The seconds are those of its training, on the machine that made it.
+    """
+    train_data, val_data = train_val(dataset)
+    how = worldmodel.Training(p.model_steps, seed=p.seed)
+    code = store.code_version("worldmodel", "data")
+    name = f"{dataset.key}-{p.scale}-{store.key(data=dataset.key, how=_plain(how), code=code)}"
+    checkpoint = store.root() / "checkpoints" / f"world-{name}.safetensors"
+
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(p.seed)
+            ensemble = worldmodel.Ensemble().to(device)
+        started = time.time()
+        with tqdm(total=how.steps, desc=f"training the world model on {dataset.label}", mininterval=5) as bar:
+            losses = worldmodel.train(
+                ensemble, train_data, val_data, how, checkpoint, report=lambda step, losses: bar.update(step - bar.n)
+            )
+        checkpoint.unlink(missing_ok=True)
+        card = dict(kind="world model", config=ensemble.config, how=_plain(how), data=dataset.label, data_key=dataset.key)
+        return {**ensemble.state_dict(), "losses": losses}, {**card, "seconds": time.time() - started}
+
+    tensors, card = store.artifact(store.root() / "worldmodels" / f"{name}.safetensors", make)
+    losses = tensors.pop("losses")
+    ensemble = worldmodel.Ensemble(**card["config"])
+    ensemble.load_state_dict(tensors)
+    return ensemble.to(device).requires_grad_(False), losses, card["seconds"]
+
+
+def _plain(how):
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(how).items()}

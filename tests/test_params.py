@@ -6,7 +6,7 @@ import papermill.translators
 import pytest
 import torch
 
-from pgdlib import params
+from pgdlib import params, sampler
 
 DEFAULTS = dict(
     lam=1.0, dataset="cloned", source="auto", scale="quick", seed=0, guide="shipped", device="auto", lams=[0.5], samples=None
@@ -136,14 +136,49 @@ def test_every_setting_has_every_scale_and_passes_its_own_rule():
     for scale in params.SCALES:
         p = params.settings(scale)
         assert (p["train_steps"] is None) != (p["epochs"] is None)
-        assert p["warmup"] < p["steps"] and p["horizon"] % 2 ** (p["blocks"] - 1) == 0 and p["features"] % 8 == 0
+        assert p["warmup"] < p["steps"] and p["features"] % 8 == 0
+        assert all(p[length] % 2 ** (p["blocks"] - 1) == 0 for length in ("horizon", "long")) and p["long"] >= p["horizon"]
+        assert p["solver"] in sampler.SOLVERS and (p["solver"] == "heun" or p["churn"] == 0)  # multistep takes no churn
 
 
 def test_the_paper_scale_is_the_papers():
     p = params.settings("paper")
-    table_2 = dict(steps=400, warmup=64, churn=80.0)
+    table_2 = dict(solver="heun", steps=400, warmup=64, churn=80.0)
     table_3 = dict(epochs=512, batch_size=16, learning_rate=1e-3, blocks=2, features=1024, horizon=128)
     assert {**p, **table_2, **table_3} == p
+
+
+@pytest.mark.parametrize(
+    "name, accepted, refused, words",
+    [
+        ("solver", sampler.SOLVERS, ("euler", "Heun", "", 1, ["heun"]), "one of 'heun', 'multistep'"),
+        ("long", (8, 64), (7, 0, 8.0, "64", True), "a whole number from 8 to 4294967295"),
+        ("model_steps", (1, 60), (0, -1, 1.5, math.nan), "a whole number from 1 to 4294967295"),
+    ],
+)
+def test_settings_of_the_sampler_and_the_world_model(name, accepted, refused, words):
+    rule = params.optional_settings(name)
+    for value in (*accepted, None):
+        p = params.check({"scale": "quick", name: value}, scale=params.one_of(*params.SCALES), **rule)
+        assert getattr(p, name) == (params.settings("quick")[name] if value is None else value)
+    for value in refused:
+        with pytest.raises(ValueError) as error:
+            params.check({name: value}, **rule)
+        expected = f"parameter {name}={value!r} is not allowed; it must be {words}, or None for the scale's own value"
+        assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("rule", [params.number(0), params.one_of("a", "b"), params.numbers(0)])
+def test_auto_or_a_value(rule):
+    accepts, words = params.auto_or(rule)
+    assert words == f"'auto' or {rule[1]}" and accepts("auto")
+    for value in (0, 1.5, -1, "a", "Auto", "auto ", "", None, math.nan, True, [0.5], [-0.5], []):
+        assert accepts(value) == rule[0](value), value
+    rules = {**RULES, "lam": (accepts, words)}
+    assert params.check({**notebook(), "lam": "auto"}, **rules).lam == "auto"
+    with pytest.raises(ValueError) as error:
+        params.check({**notebook(), "lam": "automatic"}, **rules)
+    assert str(error.value) == f"parameter lam='automatic' is not allowed; it must be {words}"
 
 
 def test_rules_with_an_upper_end():

@@ -1,23 +1,16 @@
-"""What the notebooks share is made once, found again, made anew when its inputs change, and never used when damaged."""
+"""The guide and the data of the notebooks: made once, found again, made anew for other inputs, and never used when damaged."""
 
-import functools
 import os
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import sb3_zip, toy
+from conftest import cut, kept, sb3_zip
 
-from pgdlib import adroit, collect, edm, minari_files, params, pipeline, ppo, store
+from pgdlib import adroit, collect, edm, minari_files, pipeline, ppo, store
 from pgdlib.policies import GaussianPolicy
-
-
-def kept(folder):
-    """All files that a run made, but for lock files."""
-    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and not f.name.endswith(".lock"))
 
 
 def interrupted(*given, **named):
@@ -63,10 +56,6 @@ def test_a_stable_baselines3_zip_is_loaded(tmp_path):
     expected = model.policy.get_distribution(obs).distribution.mean
     torch.testing.assert_close(policy(obs)[0], expected.detach(), rtol=1e-5, atol=1e-6)
     assert not policy.log_std.requires_grad
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def good_guide(path):
@@ -218,123 +207,6 @@ def test_a_damaged_stand_in_is_named(runs, offline, monkeypatch):
         pipeline.load_data("human", "local", 4_000)
 
 
-# The denoiser
-
-
-def dataset(key="toy-1", seed=0):
-    trajectories = toy([40, 30, 50, 20, 40, 20, 30, 40, 50, 40], seed)
-    return pipeline.Dataset(trajectories, trajectories, False, key, 0, 0)
-
-
-def settings(**changes):
-    own = dict(transform="raw", seed=0, scale="ci", train_steps=4, batch_size=4, features=8, horizon=8)
-    return SimpleNamespace(**{**params.settings("ci"), **own, **changes})
-
-
-@pytest.fixture
-def trainings(monkeypatch):
-    """The denoiser trainings that took place."""
-    calls, train = [], edm.train
-    monkeypatch.setattr(edm, "train", lambda *a, **k: calls.append(a) or train(*a, **k))
-    return calls
-
-
-CPU = torch.device("cpu")
-
-
-def assert_same(a, b):
-    assert a.state_dict().keys() == b.state_dict().keys()
-    for (name, mine), theirs in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(mine, theirs), name
-
-
-def test_a_denoiser_is_trained_once(runs, trainings):
-    torch.manual_seed(1)
-    first, losses = pipeline.load_denoiser(dataset(), settings(), CPU)
-    torch.manual_seed(2)
-    again, losses_again = pipeline.load_denoiser(dataset(), settings(), CPU)
-    assert len(trainings) == 1 and torch.equal(losses, losses_again) and losses.shape == (4,)
-    assert_same(first, again)
-    assert not again.training and not any(p.requires_grad for p in again.parameters())
-    (file,) = kept(runs)
-    assert file.startswith("denoisers/toy-1-ci-")
-    train, val = pipeline.train_val(dataset())
-    torch.testing.assert_close(again.normaliser.mean[:69], train.packed().mean(0)[:69], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(again.normaliser.mean[:69], toy([1]).packed().mean(0)[:69]) and len(val.lengths) == 1
-    (runs / file).unlink()
-    torch.manual_seed(3)
-    assert_same(first, pipeline.load_denoiser(dataset(), settings(), CPU)[0])  # the global random state does not enter
-
-
-def test_every_input_makes_another_denoiser(runs, trainings):
-    changes = dict(
-        horizon=12,
-        features=16,
-        blocks=1,
-        kernel_size=5,
-        train_steps=5,
-        batch_size=5,
-        learning_rate=2e-3,
-        transform="arctanh",
-        seed=1,
-    )
-    pipeline.load_denoiser(dataset(), settings(), CPU)
-    for key, value in changes.items():
-        denoiser, _ = pipeline.load_denoiser(dataset(), settings(**{key: value}), CPU)
-        assert denoiser.config.get(key, value) == value
-    pipeline.load_denoiser(dataset("toy-2", seed=1), settings(), CPU)
-    assert len(trainings) == len(kept(runs)) == len(changes) + 2
-
-
-def test_epochs_give_the_steps_where_none_are_set(runs):
-    train, _ = pipeline.train_val(dataset())
-    _, losses = pipeline.load_denoiser(dataset(), settings(train_steps=None, epochs=2), CPU)
-    assert len(losses) == round(2 * len(train.rewards) / (8 * 4))
-
-
-def test_a_damaged_denoiser_is_set_aside_and_trained_again(runs, trainings, capsys):
-    first, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
-    (file,) = kept(runs)
-    (runs / file).write_bytes((runs / file).read_bytes()[:-5])
-    again, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
-    assert_same(first, again)
-    assert len(trainings) == 2 and file in capsys.readouterr().out and len(kept(runs)) == 2
-
-
-def interrupt_training(runs):
-    """A training of four steps that was interrupted in its third; its checkpoint."""
-
-    def interrupt(step, losses):
-        if step == 3:
-            raise KeyboardInterrupt
-
-    train = functools.partial(edm.train, save_every=0.0)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(edm, "train", lambda *a, report: train(*a, report=interrupt))
-        pipeline.load_denoiser(dataset(), settings(), CPU)
-    (checkpoint,) = kept(runs)
-    assert checkpoint.startswith("checkpoints/")
-    return runs / checkpoint
-
-
-def test_an_interrupted_training_goes_on(runs, monkeypatch):
-    interrupt_training(runs)
-    steps, train = [], edm.train
-    with monkeypatch.context() as patch:
-        patch.setattr(edm, "train", lambda *a, report: train(*a, report=lambda step, losses: steps.append(step)))
-        resumed, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
-    assert steps == [3, 4]
-    (file,) = kept(runs)  # the checkpoint is gone
-    (runs / file).unlink()
-    assert_same(resumed, pipeline.load_denoiser(dataset(), settings(), CPU)[0])
-
-
-def test_a_damaged_checkpoint_is_named(runs):
-    cut(interrupt_training(runs))
-    with pytest.raises(store.CorruptArtifact, match="checkpoints"):
-        pipeline.load_denoiser(dataset(), settings(), CPU)
-
-
 def test_devices():
-    assert pipeline.device_of("cpu") == CPU
+    assert pipeline.device_of("cpu") == torch.device("cpu")
     assert pipeline.device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
