@@ -11,6 +11,7 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from pgdlib import claims
 from tools import promote
 
 NOTEBOOKS = sorted((promote.ROOT / "notebooks").glob("*.ipynb"))
@@ -244,3 +245,26 @@ plt.plot([0, lam]);"""
     papermill_run("-p", "scale", "ci")  # the promoted notebook is itself a source
     with pytest.raises(promote.Refused, match="injected"):
         promote.promote(tmp_path / "runs/toy.ipynb", source)
+
+
+def verdicts():
+    return json.loads((promote.ROOT / "figures/claims.json").read_text(encoding="utf-8"))
+
+
+def test_the_readme_holds_the_verdicts_of_the_figures():
+    readme = (promote.ROOT / "README.md").read_text(encoding="utf-8")
+    assert promote.with_claims(readme, verdicts()) == readme
+    for rows in verdicts().values():
+        assert {id.split()[0] for id in rows} == set(claims.CLAIMS)
+        for row in rows.values():
+            assert f"| {row['verdict']} |" in readme and row["measure"] in readme and row["dataset"] in readme
+
+
+def test_another_verdict_is_another_readme():
+    readme, changed = (promote.ROOT / "README.md").read_text(encoding="utf-8"), verdicts()
+    row = next(iter(next(iter(changed.values())).values()))
+    row["verdict"] = "a verdict that is not there"
+    other = promote.with_claims(readme, changed)
+    assert row["verdict"] in other and promote.with_claims(other, verdicts()) == readme
+    with pytest.raises(ValueError, match="no place for the claims"):
+        promote.with_claims(readme.replace(promote.CLAIMS_END, ""), changed)

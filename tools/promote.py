@@ -1,8 +1,9 @@
 """Promote a run into the repository: its executed notebooks, cleaned, and its figures. And check what was promoted.
 
     python tools/promote.py             runs/notebooks/*.ipynb -> notebooks/
-    python tools/promote.py --figures   runs/figures/quick/*.png, with the CSV of the same name -> figures/
-    python tools/promote.py --check     name everything wrong with notebooks/*.ipynb
+    python tools/promote.py --figures   runs/figures/quick/*.png, with the CSV of the same name -> figures/;
+                                        runs/results/quick/claims_*.json -> figures/claims.json and the README's table
+    python tools/promote.py --check     name everything wrong with notebooks/*.ipynb and with that table
 
 A promoted notebook is the committed one with the run's outputs put into its cells, so a run can change nothing else.
 """
@@ -19,7 +20,10 @@ from pathlib import Path
 
 import nbformat
 
+from pgdlib import claims
+
 ROOT = Path(__file__).resolve().parent.parent
+CLAIMS_BEGIN, CLAIMS_END = "<!-- claims: made by `make figures` -->", "<!-- end of claims -->"
 MAX_BYTES = 1_000_000
 MAX_CELL_LINES = 40
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -197,9 +201,12 @@ def problems(path):
 
 
 def check():
-    return [
-        f"notebooks/{path.name} {wrong}" for path in sorted((ROOT / "notebooks").glob("*.ipynb")) for wrong in problems(path)
-    ]
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    found = [f"notebooks/{path.name} {wrong}" for path in notebooks for wrong in problems(path)]
+    verdicts = json.loads((ROOT / "figures/claims.json").read_text(encoding="utf-8"))
+    if (readme := (ROOT / "README.md").read_text(encoding="utf-8")) != with_claims(readme, verdicts):
+        found.append("README.md has another table of claims than figures/claims.json: run `make figures`")
+    return found
 
 
 def promote_notebooks():
@@ -221,7 +228,31 @@ def promote_figures():
             if path.exists():
                 shutil.copyfile(path, ROOT / "figures" / path.name)
                 print(f"figures/{path.name}")
+    promote_claims()
     return [] if pngs else ["runs/figures/quick/ holds no figure: run `make paper` first"]
+
+
+def promote_claims():
+    """The verdicts of the run, dataset -> id -> row, into figures/claims.json and into the README."""
+    found = sorted((ROOT / "runs/results/quick").glob("claims_*.json"))
+    if not found:
+        return
+    verdicts = {path.stem.removeprefix("claims_"): claims.load(path) for path in found}
+    text = json.dumps(verdicts, indent=1, ensure_ascii=False) + "\n"
+    (ROOT / "figures/claims.json").write_text(text, encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(with_claims(readme.read_text(encoding="utf-8"), verdicts), encoding="utf-8")
+    print("figures/claims.json and the table in README.md")
+
+
+def with_claims(readme, verdicts):
+    """The text of the README with a table for each dataset between its two marks."""
+    before, _, rest = readme.partition(CLAIMS_BEGIN)
+    _, _, after = rest.partition(CLAIMS_END)
+    if not after:
+        raise ValueError(f"README.md has no place for the claims: {CLAIMS_BEGIN} ... {CLAIMS_END}")
+    tables = "\n".join(claims.markdown(rows) for rows in verdicts.values())
+    return f"{before}{CLAIMS_BEGIN}\n{tables}\n{CLAIMS_END}{after}"
 
 
 def main():

@@ -1,0 +1,172 @@
+"""The record of claims and verdicts, and its table."""
+
+import json
+import math
+import multiprocessing
+import pathlib
+import threading
+
+import numpy as np
+import pytest
+
+from pgdlib import claims
+from pgdlib.claims import NOT, PARTLY, UNTESTED, Claim
+
+
+def some(id="C2 a", effect=1.5, verdict=PARTLY, high=2.0):
+    return Claim(id, "measure", effect, 1.0, high, verdict, "rule")
+
+
+def strict(path):
+    """The file, which must be JSON in the narrow sense."""
+
+    def refuse(word):
+        raise ValueError(f"{word} is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_a_record_is_read_back(runs):
+    path = claims.record([some("C3 λ", np.float64(0.5)), some("C1")], "stand-in pen-toy", "standin-toy", "ci")
+    assert path == runs / "results" / "ci" / "claims_standin-toy.json"
+    rows = claims.load(path)
+    assert rows == strict(path) and list(rows) == ["C1", "C3 λ"]
+    assert rows["C3 λ"] == dict(
+        id="C3 λ",
+        measure="measure",
+        effect=0.5,
+        low=1.0,
+        high=2.0,
+        verdict=PARTLY,
+        rule="rule",
+        claim=claims.CLAIMS["C3"],
+        dataset="stand-in pen-toy",
+        scale="ci",
+    )
+    assert "λ" in path.read_text(encoding="utf-8")
+    assert claims.load(runs / "nothing.json") == {}
+
+
+def test_a_claim_is_replaced_by_its_id_and_others_stay(runs):
+    path = claims.record([some("C2 a"), some("C2 b"), some("C6")], "toy", "toy", "ci")
+    before = claims.load(path)
+    assert claims.record([some("C2 b", 7.0, NOT), some("C9")], "toy, once more", "toy", "ci") == path
+    after = claims.load(path)
+    assert list(after) == ["C2 a", "C2 b", "C6", "C9"]
+    assert after["C2 a"] == before["C2 a"] and after["C6"] == before["C6"]
+    assert (after["C2 b"]["effect"], after["C2 b"]["verdict"], after["C2 b"]["dataset"]) == (7.0, NOT, "toy, once more")
+    assert not [f for f in path.parent.iterdir() if "partial" in f.name]
+
+
+def test_scales_and_datasets_have_records_of_their_own(runs):
+    paths = [
+        claims.record([some(effect=i)], "toy", slug, scale)
+        for i, (slug, scale) in enumerate((("a", "ci"), ("b", "ci"), ("a", "quick")))
+    ]
+    assert [claims.load(p)["C2 a"]["effect"] for p in paths] == [0, 1, 2] and len(set(paths)) == 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, np.float64("nan")])
+def test_what_is_not_finite_is_null(runs, bad):
+    path = claims.record([some("C9", 0.5, high=bad), some("C3", bad)], "toy", "toy", "ci")
+    rows = strict(path)
+    assert rows["C9"]["high"] is None and rows["C3"]["effect"] is None and rows["C9"]["effect"] == 0.5
+    claims.record([some("C1")], "toy", "toy", "ci")  # null stays null
+    assert strict(path)["C3"] == rows["C3"]
+
+
+def test_an_interrupted_record_leaves_the_old_one(runs, monkeypatch):
+    path = claims.record([some()], "toy", "toy", "ci")
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        claims.record([some("C1", effect=object())], "toy", "toy", "ci")
+    with pytest.raises(KeyError):
+        claims.record([some("C4")], "toy", "toy", "ci")
+
+    def half(self, text, **how):
+        with open(self, "w") as f:
+            f.write(text[:20])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pathlib.Path, "write_text", half)
+        claims.record([some("C1")], "toy", "toy", "ci")
+    assert path.read_bytes() == before and not [f for f in path.parent.iterdir() if "partial" in f.name]
+    claims.record([some("C1")], "toy", "toy", "ci")  # the lock is free again
+    assert list(claims.load(path)) == ["C1", "C2 a"]
+
+
+def write_many(letter):
+    for i in range(25):
+        claims.record([some(f"C2 {letter}{i:02}", i)], "toy", "toy", "ci")
+
+
+@pytest.mark.parametrize("kind", [multiprocessing.get_context("fork").Process, threading.Thread], ids=["processes", "threads"])
+def test_two_that_record_at_once_lose_nothing(runs, kind):
+    both = [kind(target=write_many, args=(letter,)) for letter in "ab"]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join(60)
+    rows = claims.load(runs / "results" / "ci" / "claims_toy.json")
+    assert list(rows) == [f"C2 {letter}{i:02}" for letter in "ab" for i in range(25)]
+    assert [row["effect"] for row in rows.values()] == [*range(25)] * 2
+
+
+# The table
+
+
+def recorded(*given):
+    return claims.load(claims.record(given, "toy", "toy", "ci"))
+
+
+def test_every_claim_has_a_row(runs):
+    empty = claims.table({})
+    assert [(r[""], r["claim"]) for r in empty] == list(claims.CLAIMS.items())
+    assert {(r["measure"], r["effect"], r["verdict"]) for r in empty} == {("", "", "not measured yet")}
+    full = claims.table(recorded(*(some(name, verdict=UNTESTED) for name in reversed(claims.CLAIMS))))
+    assert [(r[""], r["claim"]) for r in full] == list(claims.CLAIMS.items())
+    assert {(r["measure"], r["effect"], r["verdict"]) for r in full} == {("measure", "1.5 [1, 2]", UNTESTED)}
+
+
+def test_several_rows_of_one_claim_are_kept_in_their_place(runs):
+    rows = claims.table(recorded(some("C8", verdict=NOT), some("C2 b", 2.0), some("C2 a", 1.0), some("C2 a b", 3.0)))
+    assert [r[""] for r in rows] == ["C1", "C2", "C2", "C2", "C3", "C5", "C6", "C7", "C8", "C9"]
+    assert [r["effect"][0] for r in rows[1:4]] == ["1", "3", "2"]  # in the order of their ids
+    assert [r["verdict"] for r in rows] == [
+        "not measured yet",
+        *[PARTLY] * 3,
+        *["not measured yet"] * 4,
+        NOT,
+        "not measured yet",
+    ]
+    assert all(set(r) == {"", "claim", "measure", "effect", "verdict"} for r in rows)
+
+
+@pytest.mark.parametrize(
+    "effect, low, high, words",
+    [
+        (0.123456, 0.1, 0.2, "0.123 [0.1, 0.2]"),
+        (1234.5, -1e-5, 1e7, "1.23e+03 [-1e-05, 1e+07]"),
+        (0.0, 0.0, 0.0, "0 [0, 0]"),
+        (0.25, math.nan, math.nan, "0.25"),
+        (0.25, 0.1, math.inf, "0.25"),
+        (math.nan, 4.0, math.nan, ""),
+    ],
+)
+def test_the_effect_in_words(runs, effect, low, high, words):
+    claim = Claim("C3", "m", effect, low, high, NOT, "r")
+    assert claims.effect(claim) == words
+    assert claims.table(recorded(claim))[2]["effect"] == words
+
+
+def test_the_table_as_markdown(runs):
+    """A table of Markdown: a head, a line below it, and a row for each of the table's, all with as many cells."""
+    rows = recorded(some("C2 a|b"), Claim("C3", "λ | share", 0.5, math.nan, math.nan, NOT, "r"))
+    introduction, blank, *lines = claims.markdown(rows).removesuffix("\n").split("\n")
+    assert "toy" in introduction and "ci" in introduction and blank == ""
+    cells = [[c.strip() for c in ln.split("|")] for ln in lines]
+    assert all(len(c) == 7 and c[0] == c[-1] == "" for c in cells) and set(cells[1][1:-1]) == {"---"}
+    table = claims.table(rows)
+    assert cells[0][1:-1] == list(table[0])
+    assert [c[1:-1] for c in cells[2:]] == [[v.replace("|", "/") for v in row.values()] for row in table]
