@@ -8,7 +8,6 @@ import seaborn as sns
 from pgdlib import store
 
 DATA, MODEL, GUIDED, THEIRS, MUTED = (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4, 7))
-LIKELIHOOD = "log-likelihood under the guide\n(nats per action dimension)"
 
 
 def use_style():
@@ -147,71 +146,6 @@ def quantiles(real, generated, title):
     return fig
 
 
-def figure_1(clouds, sweep, floors, on_policy, title):
-    """The paper's Figure 1 with both estimators: one row each.
-
-    clouds: λ -> {"log_likelihood" [n], estimator -> error [n]}, the dots of the left column.
-    sweep: a frame with lam, diverged, and mean, low, high of log_likelihood and of every estimator.
-    floors: estimator -> the error of real data. on_policy: the mean log-likelihood of the guide's own actions.
-    """
-    estimators = list(floors)
-    fig, axes = plt.subplots(len(estimators), 2, figsize=(11, 3.7 * len(estimators)), squeeze=False)
-    for (left, right), estimator in zip(axes, estimators):
-        _cloud(left, clouds, estimator, floors[estimator], on_policy)
-        _sweep(right, sweep, estimator, floors[estimator], on_policy)
-    fig.suptitle(title, fontsize="medium")
-    return fig
-
-
-def _cloud(ax, clouds, estimator, floor, on_policy):
-    for (lam, values), colour, marker in zip(clouds.items(), (DATA, MODEL, GUIDED), "osD"):
-        x, y = values["log_likelihood"], values[estimator]
-        ax.plot(x, y, marker, color=colour, markersize=3.5, alpha=0.55, markeredgewidth=0, label=f"λ = {lam:g}")
-    ax.axhline(floor, color="black", linewidth=1, linestyle=":", label="floor: real data")
-    ax.axvline(on_policy, color=MUTED, linewidth=1.2, linestyle="--", label="on-policy")
-    ax.set(xlabel=LIKELIHOOD, ylabel=f"dynamics error\n({_LABELS[estimator]})", yscale="log")
-    ax.legend(fontsize="small", markerscale=1.8)
-
-
-def _sweep(ax, sweep, estimator, floor, on_policy):
-    twin = ax.twinx()
-    twin.spines["right"].set_visible(True)
-    lams = sweep["lam"].to_numpy()
-    ax.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
-    top = lams[np.isfinite(lams)].max(initial=0.0)
-    ticks = [v for v in (0, 0.02, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 10) if v <= top]
-    ax.set_xticks(ticks, [f"{v:g}" for v in ticks])
-    ax.set_xlim(0, 1.03 * top or 1.0)
-    for axis, name, colour in ((ax, estimator, MODEL), (twin, "log_likelihood", DATA)):
-        mean, low, high = (sweep[f"{name}.{k}"].to_numpy() for k in ("mean", "low", "high"))
-        axis.fill_between(lams, low, high, color=colour, alpha=0.25, linewidth=0)
-        axis.plot(lams, mean, color=colour, marker="s" if axis is ax else "o", markersize=4)
-        ring = dict(color="red", markersize=8, markerfacecolor="none", markeredgewidth=2, zorder=5, clip_on=False)
-        axis.plot(lams[0], mean[0], "o", **ring)
-    ax.axhline(floor, color=MODEL, linewidth=1, linestyle=":")
-    twin.axhline(on_policy, color=DATA, linewidth=1, linestyle="--")
-    ax.set(xlabel="guidance weight λ  (red ring: λ = 0)", yscale="log")
-    ax.set_ylabel(f"dynamics error ■\n({_LABELS[estimator]}; dotted: floor)", color=MODEL)
-    twin.set_ylabel("log-likelihood ● (dashed: on-policy)", color=DATA)
-    # Past the threshold the likelihood falls by thousands; the axis keeps to what lies before it.
-    likelihood = sweep["log_likelihood.mean"].to_numpy()
-    sane = np.append(likelihood[likelihood > likelihood[0] - 2], on_policy)
-    if np.isfinite(sane).any():
-        low, high = np.nanmin(sane), np.nanmax(sane)
-        twin.set_ylim(low - 0.25 * (high - low) - 0.02, high + 0.1 * (high - low) + 0.02)
-    if (sweep["diverged"] > 0).any():
-        first = sweep["lam"][sweep["diverged"] > 0].min()
-        ax.axvspan(first, 1.03 * top, color="black", alpha=0.07, linewidth=0)
-        ax.text(first, 0.5, "diverged", transform=ax.get_xaxis_transform(), rotation=90, ha="right", va="center")
-
-
-_LABELS = {
-    "reconstructed": "state reconstructed",
-    "appendix_b": "the paper's Appendix B",
-    "normalised": "state reconstructed, / variance",
-}
-
-
 def sharpness(std, spread, title):
     """For each action: the std of the policy and the spread of its actions over its episodes, [24] each."""
     fig, ax = plt.subplots(figsize=(9, 2.8))
@@ -224,21 +158,52 @@ def sharpness(std, spread, title):
     return fig
 
 
-def guided_pair(tracks, title, actions=(0, 9), observations=(31, 33)):
-    """One trajectory for each λ: some actions with the guide's mean (dotted), some observations.
+def sensitivity(sizes, curves, floors, title):
+    """Reported error against the size of an injected one: curves, estimator -> [L]; floors, estimator -> (mean, low, high)."""
+    fig, ax = plt.subplots(figsize=(7.5, 3.8))
+    styles = zip(curves.items(), (GUIDED, THEIRS, MUTED), "osD", ("-", "--", ":"))
+    for (name, values), colour, marker, line in styles:
+        ax.plot(sizes, values, color=colour, marker=marker, linestyle=line, markersize=5, label=name)
+        ax.axhspan(*floors[name][1:], color=colour, alpha=0.2, linewidth=0)
+    ax.set(xscale="log", yscale="log", title=title)
+    ax.set(xlabel="injected noise (std of the data)", ylabel="reported error / variance\n(band: with nothing injected)")
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
 
-    tracks: λ -> (actions [T, 24], means [T, 24], observations [T, 45]), environment space.
+
+def loss_against_error(loss, error, title):
+    """Each trajectory's denoising loss [n] and dynamics error [n]."""
+    fig, ax = plt.subplots(figsize=(5, 3.6))
+    ax.plot(loss, error, "o", color=DATA, markersize=4, alpha=0.6, markeredgewidth=0)
+    if np.isfinite(loss * error).any():
+        ax.set(xscale="log", yscale="log")
+    ax.set(title=title, xlabel="denoising loss (low: likely under the model)", ylabel="dynamics error / variance")
+    return fig
+
+
+def sampler_quality(table, title):
+    """Samplers by cost: error, motion, error over own motion, distance to the data, against network evaluations.
+
+    table: a frame with evaluations, family, and for each of error, motion, relative and distance: mean, low, high, and real.
     """
-    fig, axes = plt.subplots(1, len(actions) + len(observations), figsize=(12, 2.9))
-    for (lam, (acted, wanted, obs)), colour in zip(tracks.items(), (DATA, MODEL)):
-        t = np.arange(len(acted)) / 100
-        for ax, i in zip(axes, actions):
-            ax.plot(t, acted[:, i], color=colour, label=f"λ = {lam:g}")
-            ax.plot(t, wanted[:, i], color=colour, linestyle=":")
-            ax.set(xlabel="time (s)", title=f"action {i} (dotted: guide's mean)")
-        for ax, i in zip(axes[len(actions) :], observations):
-            ax.plot(t, obs[:, i], color=colour)
-            ax.set(xlabel="time (s)", title={31: "pen turn rate (rad/s)", 33: "pen axis x"}.get(i, f"observation {i}"))
-    axes[0].legend(fontsize="small")
+    fig, axes = plt.subplots(1, 4, figsize=(13, 3.4))
+    labels = dict(
+        error="dynamics error / variance",
+        motion="motion: error of predicting stillness",
+        relative="error / own motion",
+        distance="energy distance to data (std)",
+    )
+    styles = (MODEL, "s", "--"), (DATA, "o", "-"), (GUIDED, "v", ":")
+    for ax, (name, label) in zip(axes, labels.items()):
+        for (family, rows), (colour, marker, line) in zip(table.groupby("family", sort=False), styles):
+            mean, low, high = (rows[f"{name}.{k}"].to_numpy() for k in ("mean", "low", "high"))
+            style = dict(color=colour, marker=marker, linestyle=line, capsize=2)
+            ax.errorbar(rows["evaluations"], mean, [mean - low, high - mean], label=family, **style)
+        ax.set(xscale="log", xlabel="network evaluations")
+        ax.set_title(label, fontsize="small")
+        if np.isfinite(real := table[f"{name}.real"].iloc[0]):
+            ax.axhline(real, color="black", linewidth=1, linestyle=":", label="real data")
+        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    axes[0].legend(fontsize="x-small")
     fig.suptitle(title, fontsize="medium")
     return fig

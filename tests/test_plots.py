@@ -1,47 +1,40 @@
 """Each figure shows the numbers it is given, under labels; files appear whole."""
 
+import functools
 import math
 
-import matplotlib
-
-matplotlib.use("agg")
-
+import conftest
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import TITLE, line, texts
 from matplotlib.figure import Figure
 
 from pgdlib import adroit, plots
 
+pytestmark = pytest.mark.usefixtures("style")
 RNG = np.random.default_rng(0)
 T = 12
+GROUPS = {g: {"ours": 1e-3, "theirs": 0.5, "still": 0.0} for g in adroit.OBS_SLICES}
+
+SIZES = [1e-3, 1e-2, 1e-1]
+NOTICED = {"ours": [0.02, 0.1, 3.0], "theirs": [5.0, 5.0, 6.0], "still": [0.5, 0.5, 0.5]}
+BANDS = {"ours": (0.02, 0.01, 0.03), "theirs": (5.0, 4.0, 7.0), "still": (0.5, 0.4, 0.6)}
 
 
-@pytest.fixture(autouse=True)
-def style():
-    plots.use_style()
-    yield
-    plt.close("all")
-    plt.rcdefaults()
+MEASURES = ("error", "motion", "relative", "distance")
 
 
-def sweep(lams=(0.0, 1.0, 2.0, 2.5), diverged=(0, 0, 3, 8), estimators=("reconstructed", "appendix_b")):
-    frame = pd.DataFrame({"lam": lams, "diverged": diverged})
-    for name in ("log_likelihood", *estimators):
-        mean = RNG.random(len(lams)) + 0.5
-        frame[[f"{name}.mean", f"{name}.low", f"{name}.high"]] = np.stack([mean, mean - 0.1, mean + 0.1], 1)
+def samplers(families=("multistep", "Heun", "Heun with churn"), lowest=0.1):
+    """Two samplers of each family; the least distance is `lowest`."""
+    frame = pd.DataFrame({"family": np.repeat(families, 2), "evaluations": np.arange(2 * len(families)) + 8})
+    for name, real in zip(MEASURES, (0.01, 0.4, math.nan, 0.02), strict=True):
+        frame[f"{name}.mean"] = lowest + np.arange(len(frame))
+        frame[f"{name}.low"], frame[f"{name}.high"] = frame[f"{name}.mean"] - 0.05, frame[f"{name}.mean"] + 0.1
+        frame[f"{name}.real"] = real
     return frame
 
-
-def clouds(lams=(0.0, 1.0), n=5, value=None):
-    names = ("log_likelihood", "reconstructed", "appendix_b")
-    return {lam: {k: np.full(n, value) if value is not None else RNG.random(n) for k in names} for lam in lams}
-
-
-FLOORS = {"reconstructed": 1e-3, "appendix_b": 0.5}
-NOTHING = {f"{name}.{k}": math.nan for name in ("log_likelihood", *FLOORS) for k in ("mean", "low", "high")}
-GROUPS = {g: {"ours": 1e-3, "theirs": 0.5, "still": 0.0} for g in adroit.OBS_SLICES}
 
 # name -> (arguments, the x label of every axis that has one)
 FIGURES = {
@@ -53,25 +46,13 @@ FIGURES = {
     "training": ((RNG.random(300) + 0.1, [0.1, 1, 10], [0.2, 0.5, 1], [0.3, 0.6, 1]), ["training step", "noise level"]),
     "channels": (([RNG.random((3, T))] * 2, [RNG.random((4, T))] * 2, ["p", "q"]), ["time (s)"] * 2),
     "quantiles": ((RNG.normal(size=(99, 71)), RNG.normal(size=(80, 71))), ["data (std)"]),
-    "figure_1": ((clouds(), sweep(), FLOORS, 0.1), ["log-likelihood", "guidance weight λ"] * 2),
     "sharpness": ((RNG.random(24), RNG.random(24)), ["action dimension"]),
-    "guided_pair": (
-        ({lam: tuple(RNG.normal(size=(T, k)) for k in (24, 24, 45)) for lam in (0.0, 2.0)},),
-        ["time (s)"] * 4,
-    ),
+    "sensitivity": ((SIZES, NOTICED, BANDS), ["injected noise"]),
+    "loss_against_error": ((RNG.random(20), RNG.random(20)), ["denoising loss"]),
+    "sampler_quality": ((samplers(),), ["network evaluations"] * 4),
 }
 
-
-def drawn(name, *arguments, **named):
-    """The figure, rendered: what cannot be drawn fails here."""
-    fig = getattr(plots, name)(*arguments, title="on stand-in pen-toy", **named)
-    assert isinstance(fig, Figure)
-    fig.canvas.draw()
-    return fig
-
-
-def texts(fig):
-    return [t.get_text() for t in fig.findobj(matplotlib.text.Text)]
+drawn = functools.partial(conftest.drawn, plots)
 
 
 def test_every_function_is_tested():
@@ -85,16 +66,11 @@ def test_every_function_is_tested():
 def test_titles_and_labels(name):
     arguments, labels = FIGURES[name]
     fig = drawn(name, *arguments)
-    assert "on stand-in pen-toy" in texts(fig)
+    assert TITLE in texts(fig)
     found = [ax.get_xlabel() for ax in fig.axes if ax.get_xlabel()]
     assert len(found) == len(labels) and all(f.startswith(expected) for f, expected in zip(found, labels)), found
-    shared = name in ("episode", "guided_pair", "floors")  # the labels of their y axes are titles or names of rows
+    shared = name in ("episode", "floors", "sampler_quality")  # the labels of their y axes are titles or names of rows
     assert shared or sum(bool(ax.get_ylabel()) for ax in fig.axes) >= len(labels) - (name == "channels")
-
-
-def line(ax, label):
-    (found,) = [ln for ln in ax.get_lines() if ln.get_label() == label]
-    return found.get_xydata()
 
 
 def test_returns_shows_fractions_and_references():
@@ -136,24 +112,36 @@ def test_training_smooths():
     assert line(right, "validation windows")[:, 1].tolist() == [0.4, 1] and "log" == right.get_yscale() == left.get_yscale()
 
 
-def test_figure_1_shows_both_estimators_with_floors_and_divergence():
-    given, frame = clouds(), sweep()
-    fig = drawn("figure_1", given, frame, FLOORS, 0.25)
-    lefts, rights, twins = fig.axes[0:4:2], fig.axes[1:4:2], fig.axes[4:]
-    assert len(fig.axes) == 6
-    for left, right, twin, estimator in zip(lefts, rights, twins, FLOORS, strict=True):
-        for lam in (0.0, 1.0):
-            x, y = line(left, f"λ = {lam:g}").T
-            assert (x == given[lam]["log_likelihood"]).all() and (y == given[lam][estimator]).all()
-        assert (line(left, "floor: real data")[:, 1] == FLOORS[estimator]).all()
-        assert (line(left, "on-policy")[:, 0] == 0.25).all()
-        for ax, name in ((right, estimator), (twin, "log_likelihood")):
-            means, ring, reference = ax.get_lines()
-            np.testing.assert_allclose(means.get_xydata(), frame[["lam", f"{name}.mean"]])
-            np.testing.assert_allclose(ring.get_xydata(), frame.loc[:0, ["lam", f"{name}.mean"]])
-            assert ring.get_color() == "red" and set(reference.get_ydata()) == {FLOORS.get(name, 0.25)}
-        assert any("diverged" in t.get_text() for t in right.texts)
-    assert not any("diverged" in t for t in texts(drawn("figure_1", given, sweep(diverged=(0,) * 4), FLOORS, 0.25)))
+def test_sensitivity_shows_every_estimator_with_its_band():
+    (ax,) = plots.sensitivity(SIZES, NOTICED, BANDS, TITLE).axes
+    for (name, values), patch in zip(NOTICED.items(), ax.patches, strict=True):
+        assert line(ax, name).tolist() == [[x, y] for x, y in zip(SIZES, values, strict=True)]
+        assert (patch.get_y(), patch.get_y() + patch.get_height()) == pytest.approx(BANDS[name][1:])
+    assert ax.get_xscale() == ax.get_yscale() == "log" and len({ln.get_color() for ln in ax.get_lines()}) == 3
+
+
+def test_loss_against_error_shows_every_trajectory():
+    loss, error = RNG.random((2, 30)) + 1e-3
+    (ax,) = plots.loss_against_error(loss, error, TITLE).axes
+    assert ax.get_lines()[0].get_xydata().tolist() == np.stack([loss, error], 1).tolist()
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("lowest", [0.1, -0.1])
+def test_sampler_quality_shows_every_sampler_in_sight(lowest):
+    """Distances may lie below zero, for they are zero in the mean where nothing differs."""
+    frame = samplers(lowest=lowest)
+    for ax, name in zip(plots.sampler_quality(frame, TITLE).axes, MEASURES, strict=True):
+        for container, (family, rows) in zip(ax.containers, frame.groupby("family", sort=False), strict=True):
+            points, _, (bars,) = container
+            assert container.get_label() == family
+            np.testing.assert_allclose(points.get_xydata(), rows[["evaluations", f"{name}.mean"]])
+            ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+            np.testing.assert_allclose(ends, rows[[f"{name}.low", f"{name}.high"]])
+        low, high = ax.get_ylim()
+        assert low <= min(0, frame[f"{name}.mean"].min()) and frame[f"{name}.high"].max() <= high
+        real = [ln.get_ydata()[0] for ln in ax.get_lines() if ln.get_label() == "real data"]
+        assert real == ([] if name == "relative" else [frame[f"{name}.real"][0]])
 
 
 @pytest.mark.filterwarnings("ignore:(Data has no positive|Attempt to set non-positive|All-NaN|invalid value):UserWarning")
@@ -171,10 +159,12 @@ def test_figure_1_shows_both_estimators_with_floors_and_divergence():
         "training": (np.array([0.5]), [1.0], [math.nan], [0.5]),
         "channels": ([np.full((1, 1), math.nan)], [np.zeros((0, 1))], ["none generated"]),
         "quantiles": (np.full((1, 71), math.nan), np.zeros((1, 71))),
-        "figure_1": (clouds((0.0,), 1, math.nan), sweep((0.0,), (1,)).assign(**NOTHING), FLOORS, math.nan),
-        "figure_1, one": (clouds((0.0,), 1), sweep((0.0,), (1,)), {"reconstructed": math.nan}, 0.0),
         "sharpness": (np.full(1, math.nan), np.zeros(1)),
-        "guided_pair": ({0.0: (np.zeros((1, 24)), np.full((1, 24), math.nan), np.zeros((1, 45)))},),
+        "sensitivity": ([0.1], {"ours": [math.nan]}, {"ours": (1.0, 0.5, 2.0)}),
+        "sensitivity, no band": ([0.1], {"ours": [1.0]}, {"ours": (math.nan,) * 3}),
+        "loss_against_error": (np.array([0.5]), np.array([1.0])),
+        "loss_against_error, no errors": (np.array([0.5, 0.6]), np.full(2, math.nan)),
+        "sampler_quality": (samplers(("Heun",)).assign(**{"motion.mean": math.nan, "relative.low": math.nan}),),
     }.items(),
 )
 def test_nan_and_single_values_are_drawn(name, arguments):
