@@ -2,7 +2,8 @@
 PYTHON ?= python3
 SCALE ?= quick
 WORKERS ?= 2
-NOTEBOOKS ?= 01_data 02_diffusion 03_ppo_guide 04_guidance
+# 04 comes last: it gathers the verdicts of the others.
+NOTEBOOKS ?= 01_data 02_diffusion 03_ppo_guide 06_world_model 04_guidance
 
 BIN := .venv/bin
 # torch is demanded at its exact version in the same pip call as everything else: a looser demand could fetch another
@@ -27,7 +28,7 @@ help:  ## this list
 	@touch $@
 
 # `quick` is every notebook's default, so nothing is injected then and the run can be promoted by `make notebooks`.
-paper: .venv/.installed  ## the main job: run notebooks 01 to 04 (SCALE=quick) into runs/notebooks/
+paper: .venv/.installed  ## the main job: run all notebooks (SCALE=quick) into runs/notebooks/
 	@mkdir -p runs/notebooks; start=$$(date +%s); \
 	for name in $(NOTEBOOKS); do \
 	  echo "== $$name, scale $(SCALE)"; begin=$$(date +%s); \
@@ -49,7 +50,7 @@ test: lint  ## lint, unit tests, then every notebook at ci scale
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-figures: .venv/.installed  ## copy a run's figures, and the data each was drawn from, into figures/
+figures: .venv/.installed  ## copy a run's figures, their data and the verdicts into figures/
 	$(BIN)/python tools/promote.py --figures
 
 notebooks: .venv/.installed  ## clean a run's executed notebooks into notebooks/

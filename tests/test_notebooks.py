@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import sb3_zip
 
-from pgdlib import pipeline, store
+from pgdlib import claims, pipeline, store
 from tools import promote
 
 pytestmark = pytest.mark.notebook
@@ -36,17 +36,22 @@ GOOD = {
         "shared",
         ROOT,
         "notebooks/04_guidance.ipynb",
-        "-p lam 1.0 -p dataset expert -p transform arctanh -y lams:\xa0[1.5]",
+        "-p lam 1.0 -p dataset expert -p transform arctanh -y lams:\xa0[1.5] -p rule proximal",
     ),
+    "04 auto": ("auto", ROOT, "notebooks/04_guidance.ipynb", "-p dataset human -p units raw -y lams:\xa0[0.1]"),
+    "06": ("shared", NOTEBOOKS, "06_world_model.ipynb", "-p dataset human -p model_steps 40 -p long 12 -p rule smoothed"),
     "03 of a zip": ("zip", ROOT, "notebooks/03_ppo_guide.ipynb", "-p guide GUIDES/ppo.zip -p episodes 7"),
     "03 trained anew": ("anew", ROOT, "notebooks/03_ppo_guide.ipynb", "-p retrain True -p seed 3 -p episodes 5"),
 }
 # name -> (notebook, parameter, what the message says)
 BAD = {
-    "unknown": ("04_guidance", "-p lamb 2.0", "unknown parameter lamb=2.0; this notebook takes lam, dataset, "),
-    "negative": ("04_guidance", "-p lam -1", "parameter lam=-1 is not allowed; it must be a number of at least 0"),
-    "text": ("04_guidance", "-p lam abc", "parameter lam='abc' is not allowed; it must be a number of at least 0"),
+    "unknown": ("04_guidance", "-p lamb 2.0", "unknown parameter lamb=2.0; this notebook takes lam, rule, dataset, "),
+    "negative": ("04_guidance", "-p lam -1", "parameter lam=-1 is not allowed; it must be 'auto' or a number of at least 0"),
+    "text": ("04_guidance", "-p lam abc", "parameter lam='abc' is not allowed; it must be 'auto' or a number of at least 0"),
     "no λ": ("04_guidance", "-y lams:\xa0[]", "parameter lams=[] is not allowed; it must be a list, not empty, of a number"),
+    "rule": ("04_guidance", "-p rule implicit", "parameter rule='implicit' is not allowed; it must be one of 'explicit', "),
+    "solver": ("06_world_model", "-p solver euler", "parameter solver='euler' is not allowed; it must be one of 'heun', "),
+    "long": ("06_world_model", "-p long 3", "parameter long=3 is not allowed; it must be a whole number from 8 to"),
     "dataset": ("01_data", "-p dataset pen", "parameter dataset='pen' is not allowed; it must be one of 'human', 'cloned', "),
     "seed": ("01_data", f"-p seed {10**20}", f"parameter seed={10**20} is not allowed; it must be a whole number from 0 to "),
     "scale": (
@@ -162,6 +167,11 @@ def test_it_runs(run):
     assert not run.files("checkpoints/*")
 
 
+def verdicts(run, slug):
+    """The claims that the run has recorded, id -> row."""
+    return claims.load(run.artifacts / f"results/ci/claims_standin-{slug}.json")
+
+
 @named("01")
 def test_01_tells_of_the_dataset_it_was_given(run):
     assert "stand-in pen-human" in run.text and "(5000, 45)" in run.text
@@ -169,6 +179,9 @@ def test_01_tells_of_the_dataset_it_was_given(run):
     floors = run.table("01_floors_standin-human").set_index("group").loc["pen angular velocity"]
     assert 10 * floors["reconstructed"] < floors["still"] < floors["appendix_b"]
     assert "(256, 12, 71)" in run.text  # a batch of windows
+    noticed = run.table("01_sensitivity_standin-human").set_index("size")
+    rise = noticed.loc[0.01:0.02].iloc[0] / noticed.iloc[0]
+    assert rise["state reconstructed"] > 3 and rise["Appendix B"] < 1.01
 
 
 @named("02")
@@ -176,7 +189,11 @@ def test_02_trains_and_draws_as_asked(run):
     assert 7 in [store.load(file)[1]["how"]["steps"] for file in run.files("denoisers/human-standin-*")]
     assert "7 training steps" in run.text and "6 trajectories" in run.text
     assert len(run.table("02_training_standin-human")) == 10
-    assert set(run.table("02_dynamics_standin-human")) == {"group", "generated", "still (real data)", "floor (real data)"}
+    lines = {"generated", "still (generated)", "still (real data)", "floor (real data)"}
+    assert set(run.table("02_dynamics_standin-human")) == {"group", *lines}
+    samplers = run.table("02_samplers_standin-human")
+    assert samplers["evaluations"].tolist() == [15, 15, 8, 4] and samplers["error.mean"].notna().any()
+    assert "C8" in verdicts(run, "human")
 
 
 @named("03")
@@ -217,10 +234,40 @@ def test_04_sweeps_the_lams_it_was_given(run, name):
     assert np.isfinite(likelihood).all() and (likelihood.loc[2:] < likelihood[1]).all()
 
 
+@named("04", "04 alone", "04 arctanh", "04 auto")
+def test_04_gives_a_verdict_on_every_claim_it_tests(run, name):
+    slug = {"04 alone": "cloned", "04 arctanh": "expert"}.get(name, "human")
+    found = verdicts(run, slug)
+    assert {"C1", "C3", "C5", "C7", "C9"} <= set(found) and sum(id.startswith("C2") for id in found) >= 3
+    assert all(row["verdict"] in claims.VERDICTS and row["scale"] == "ci" for row in found.values())
+    for text in claims.CLAIMS.values():
+        assert text in run.text, text
+
+
+@named("04 auto", "04 arctanh")
+def test_04_calibrates_and_compares_rules(run, name):
+    slug, ours = {"04 auto": ("human", "annealed"), "04 arctanh": ("expert", "proximal")}[name]
+    fronts = run.table(f"04_fronts_standin-{slug}")
+    assert fronts.groupby("rule").size().min() >= 3 and len(fronts.groupby("rule")) == 8
+    assert (fronts[fronts["rule"].isin(["proximal", "smoothed", "annealed"])]["diverged"] == 0).all()
+    assert f"04_figure1_{ours}_standin-{slug}.png" in {f.name for f in run.files("figures/ci/*")}
+    thresholds = run.table(f"04_threshold_standin-{slug}")
+    assert set(thresholds["units"]) == {"natural", "raw"} and len(thresholds) == 32
+
+
+@named("06")
+def test_06_compares_both_models(run):
+    horizon = run.table("06_horizon_standin-human").set_index("k")
+    assert horizon.index.tolist() == list(range(1, 11))  # 12 steps, from the second to the last
+    assert horizon["simulator.mean"][1] < 0.01 < horizon["still (simulator's rollouts).mean"][1]
+    assert verdicts(run, "human")["C6"]["verdict"] in claims.VERDICTS
+    assert 40 in [store.load(file)[1]["how"]["steps"] for file in run.files("worldmodels/human-standin-*")]
+
+
 @named("04 alone")
 def test_04_makes_what_it_misses(run):
     folders = {f.relative_to(run.artifacts).parts[0] for f in run.files()}
-    assert folders == {"minari", "data", "denoisers", "figures"}
+    assert folders == {"minari", "data", "denoisers", "figures", "results"}
     assert len(run.files("denoisers/*")) == 1
 
 
