@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from pgdlib import store
-from pgdlib.metrics import bootstrap, ratio_of_means
+from pgdlib.metrics import bootstrap, interval, ratio_of_means
 
 REPRODUCED, PARTLY, NOT, UNTESTED = VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
 MARGIN = 1.05  # an error that is at most so many times another is not higher
@@ -69,10 +69,10 @@ def threshold(lams, likelihoods, errors, diverged):
     λ at which the likelihood lies surely below the best, and half the trajectories have diverged or the error has doubled.
     """
     best = int(np.nanargmax([np.mean(v) for v in likelihoods]))
-    low_best = bootstrap(lambda v: v.mean(-1), likelihoods[best])[1]
+    low_best = interval(likelihoods[best])[1]
 
     def collapsed(i):
-        falls = bootstrap(lambda v: v.mean(-1), likelihoods[i])[2] < low_best
+        falls = interval(likelihoods[i])[2] < low_best
         with np.errstate(invalid="ignore"):
             shoots = not np.isfinite(errors[i]).any() or np.nanmean(errors[i]) > 2 * np.nanmean(errors[best])
         return falls and (shoots or diverged[i] >= 0.5)

@@ -76,7 +76,7 @@ def validation_loss(denoiser, windows, sigmas, count, seed):
     x, mask = windows[ids]
     return torch.stack(
         [
-            loss(denoiser, x, mask, torch.full((count,), float(s), device=x.device), _seeded(x.device, seed, 0)).mean()
+            loss(denoiser, x, mask, torch.full((count,), float(s), device=x.device), seeded(x.device, seed, 0)).mean()
             for s in sigmas
         ]
     )
@@ -109,7 +109,7 @@ def train(denoiser, windows, how, checkpoint=None, save_every=120.0, report=lamb
     for step in range(first, how.steps):
         for group in optimiser.param_groups:
             group["lr"] = how.learning_rate * _schedule(step, how.steps)
-        generator = _seeded(device, how.seed, step)
+        generator = seeded(device, how.seed, step)
         ids = torch.randint(len(windows), (how.batch_size,), generator=generator, device=device)
         x, mask = windows[ids]
         sigma = (P_MEAN + P_STD * torch.randn(len(x), generator=generator, device=device)).exp()
@@ -135,7 +135,8 @@ def _schedule(step, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _seeded(device, seed, step):
+def seeded(device, seed, step):
+    """A generator that depends on seed and step alone, so that a run that goes on draws what an uninterrupted one does."""
     return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % 2**63)
 
 

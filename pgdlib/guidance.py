@@ -11,6 +11,7 @@ import math
 import torch
 
 from pgdlib.data import ACTIONS
+from pgdlib.policies import is_gaussian
 
 RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
 NOISED = ("explicit", "annealed")  # rules that are taken on noised trajectories by default
@@ -169,11 +170,6 @@ def newton(policy, obs, actions, weight, iterations=32):
         moved = step.abs() > 1e-6  # of smaller steps the difference of gradients says nothing
         curvature = torch.where(moved, (before - gradient) / torch.where(moved, step, 1.0), curvature)
     return a
-
-
-def is_gaussian(policy):
-    """Whether `policy(obs)` gives the mean and std of a diagonal Gaussian."""
-    return getattr(policy, "is_gaussian", False)
 
 
 def _gradient(policy, obs, actions):

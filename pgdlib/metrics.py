@@ -30,14 +30,7 @@ def on_policy_log_likelihood(policy):
 
 def interval(values, level=0.95, resamples=2_000, seed=0):
     """(mean, low, high) of `values` [n]: percentile bootstrap over the n trajectories, values that are not finite left out."""
-    values = np.asarray(values, dtype=np.float64)
-    values = values[np.isfinite(values)]
-    if len(values) == 0:
-        return float("nan"), float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(values.mean()), float(low), float(high)
+    return bootstrap(lambda v: v.mean(-1), values, level=level, resamples=resamples, seed=seed)
 
 
 def bootstrap(statistic, *samples, paired=False, level=0.95, resamples=2_000, seed=0):
@@ -54,8 +47,8 @@ def bootstrap(statistic, *samples, paired=False, level=0.95, resamples=2_000, se
     if min(map(len, samples)) == 0:
         return float("nan"), float("nan"), float("nan")
     rng = np.random.default_rng(seed)
-    drawn = [rng.integers(len(s), size=(resamples, len(s))) for s in samples]
-    rows = [drawn[0]] * len(samples) if paired else drawn
+    rows = [rng.integers(len(s), size=(resamples, len(s))) for s in (samples[:1] if paired else samples)]
+    rows *= len(samples) if paired else 1
     values = statistic(*(s[r] for s, r in zip(samples, rows, strict=True)))
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(statistic(*samples)), float(low), float(high)

@@ -203,7 +203,7 @@ def load_world_model(dataset, p, device):
     train_data, val_data = train_val(dataset)
     how = worldmodel.Training(p.model_steps, seed=p.seed)
     code = store.code_version("worldmodel", "data")
-    name = f"{dataset.key}-{p.scale}-{store.key(data=dataset.key, how=_plain(how), code=code)}"
+    name = f"{dataset.key}-{p.scale}-{store.key(data=dataset.key, how=how.card(), code=code)}"
     checkpoint = store.root() / "checkpoints" / f"world-{name}.safetensors"
 
     def make():
@@ -216,7 +216,7 @@ def load_world_model(dataset, p, device):
                 ensemble, train_data, val_data, how, checkpoint, report=lambda step, losses: bar.update(step - bar.n)
             )
         checkpoint.unlink(missing_ok=True)
-        card = dict(kind="world model", config=ensemble.config, how=_plain(how), data=dataset.label, data_key=dataset.key)
+        card = dict(kind="world model", config=ensemble.config, how=how.card(), data=dataset.label, data_key=dataset.key)
         return {**ensemble.state_dict(), "losses": losses}, {**card, "seconds": time.time() - started}
 
     tensors, card = store.artifact(store.root() / "worldmodels" / f"{name}.safetensors", make)
@@ -224,7 +224,3 @@ def load_world_model(dataset, p, device):
     ensemble = worldmodel.Ensemble(**card["config"])
     ensemble.load_state_dict(tensors)
     return ensemble.to(device).requires_grad_(False), losses, card["seconds"]
-
-
-def _plain(how):
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(how).items()}

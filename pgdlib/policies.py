@@ -66,6 +66,11 @@ class GaussianPolicy(nn.Module):
         return choose
 
 
+def is_gaussian(policy):
+    """Whether `policy(obs)` gives the mean and std of a diagonal Gaussian."""
+    return getattr(policy, "is_gaussian", False)
+
+
 def sharpened(policy, factor):
     """A copy of a `GaussianPolicy` whose std is `factor` times as large; the mean is the same."""
     other = GaussianPolicy(**policy.config).to(policy.log_std)
@@ -80,7 +85,7 @@ class Stacked:
         self.policies = list(policies)
         if not self.policies:
             raise ValueError("policies=[] is not allowed; it must hold at least one policy")
-        self.is_gaussian = all(getattr(p, "is_gaussian", False) for p in self.policies)
+        self.is_gaussian = all(map(is_gaussian, self.policies))
 
     def __call__(self, obs):
         """Mean and std [B, ..., action_dim] at `obs` [B, ..., obs_dim]; Gaussian policies only."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pgdlib import store
 from pgdlib.adroit import ACTION_DIM, FALL_HEIGHT, OBS_DIM, PEN_HEIGHT
-from pgdlib.edm import has_bfloat16
+from pgdlib.edm import has_bfloat16, seeded
 
 INPUTS, OUTPUTS = OBS_DIM + ACTION_DIM, OBS_DIM + 1
 IN, OUT = slice(0, INPUTS), slice(INPUTS, INPUTS + OUTPUTS)  # of a transition: obs, action; Δobs, reward
@@ -103,6 +103,10 @@ class Training:
     seed: int = 0
     weight_decay: tuple = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # of each layer, as published with MBPO
 
+    def card(self):
+        """All of it as JSON gives it back, for keys and cards."""
+        return {**vars(self), "weight_decay": list(self.weight_decay)}
+
 
 def train(ensemble, train_data, val_data, how, checkpoint=None, save_every=120.0, report=lambda step, losses: None):
     """Train `ensemble` in place and choose its elites; returns the members' mean NLL of every step (nats), a tensor [steps].
@@ -124,7 +128,7 @@ def train(ensemble, train_data, val_data, how, checkpoint=None, save_every=120.0
     for i, p in enumerate(ensemble.parameters()):  # what Adam would make in its first step, for a checkpoint to fill
         optimiser.state[p] = dict(step=p.new_zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state.update({f"adam.{i}.{k}": v for k, v in optimiser.state[p].items()})
-    card = dict(config=ensemble.config, how={**vars(how), "weight_decay": list(how.weight_decay)})
+    card = dict(config=ensemble.config, how=how.card())
     if checkpoint is not None and Path(checkpoint).exists():
         tensors, found = store.load(checkpoint)
         if found != {**card, "step": found["step"]}:
@@ -135,7 +139,7 @@ def train(ensemble, train_data, val_data, how, checkpoint=None, save_every=120.0
     for step in range(first, how.steps):
         for group in optimiser.param_groups:
             group["lr"] = how.learning_rate * 0.5 * (1 + math.cos(math.pi * step / how.steps))
-        generator = torch.Generator(device).manual_seed((how.seed * 1_000_003 + step) * 2_654_435_761 % 2**63)
+        generator = seeded(device, how.seed, step)
         ids = torch.randint(len(inputs), shape, generator=generator, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
             mean, log_var = ensemble(inputs[ids])

@@ -92,6 +92,13 @@ def drawn(figures, name, *arguments, **named):
     return fig
 
 
+def assert_labelled(fig, labels):
+    """The figure has its title, and x labels that begin with `labels`, as many and in their order."""
+    assert TITLE in texts(fig)
+    found = [ax.get_xlabel() for ax in fig.axes if ax.get_xlabel()]
+    assert len(found) == len(labels) and all(f.startswith(expected) for f, expected in zip(found, labels)), found
+
+
 def texts(fig):
     """All texts of a figure."""
     return [t.get_text() for t in fig.findobj(matplotlib.text.Text)]

@@ -31,12 +31,17 @@ def settings(**changes):
     return SimpleNamespace(**{**params.settings("ci"), **own, **changes})
 
 
+def counted(monkeypatch, module):
+    """The calls of `module.train`, which goes on to work."""
+    calls, train = [], module.train
+    monkeypatch.setattr(module, "train", lambda *a, **k: calls.append(a) or train(*a, **k))
+    return calls
+
+
 @pytest.fixture
 def trainings(monkeypatch):
     """The denoiser trainings that took place."""
-    calls, train = [], edm.train
-    monkeypatch.setattr(edm, "train", lambda *a, **k: calls.append(a) or train(*a, **k))
-    return calls
+    return counted(monkeypatch, edm)
 
 
 def test_a_denoiser_is_trained_once(runs, trainings):
@@ -137,9 +142,7 @@ def model_settings(**changes):
 @pytest.fixture
 def model_trainings(monkeypatch):
     """The world model trainings that took place."""
-    calls, train = [], worldmodel.train
-    monkeypatch.setattr(worldmodel, "train", lambda *a, **k: calls.append(a) or train(*a, **k))
-    return calls
+    return counted(monkeypatch, worldmodel)
 
 
 def test_a_world_model_is_trained_once(runs, model_trainings):

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TITLE, line, texts
+from conftest import TITLE, assert_labelled, line
 from matplotlib.figure import Figure
 
 from pgdlib import adroit, plots
@@ -66,9 +66,7 @@ def test_every_function_is_tested():
 def test_titles_and_labels(name):
     arguments, labels = FIGURES[name]
     fig = drawn(name, *arguments)
-    assert TITLE in texts(fig)
-    found = [ax.get_xlabel() for ax in fig.axes if ax.get_xlabel()]
-    assert len(found) == len(labels) and all(f.startswith(expected) for f, expected in zip(found, labels)), found
+    assert_labelled(fig, labels)
     shared = name in ("episode", "floors", "sampler_quality")  # the labels of their y axes are titles or names of rows
     assert shared or sum(bool(ax.get_ylabel()) for ax in fig.axes) >= len(labels) - (name == "channels")
 

@@ -7,7 +7,7 @@ import conftest
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TITLE, line, texts
+from conftest import TITLE, assert_labelled, line, texts
 from matplotlib.colors import to_rgb
 
 from pgdlib import plots_guidance
@@ -107,9 +107,7 @@ def test_every_function_is_tested():
 def test_titles_and_labels(name):
     arguments, labels = FIGURES[name]
     fig = drawn(name, *arguments)
-    assert TITLE in texts(fig)
-    found = [ax.get_xlabel() for ax in fig.axes if ax.get_xlabel()]
-    assert len(found) == len(labels) and all(f.startswith(expected) for f, expected in zip(found, labels)), found
+    assert_labelled(fig, labels)
     assert all(ax.get_ylabel() or (name == "guided_pair" and ax.get_title()) for ax in fig.axes)
 
 
