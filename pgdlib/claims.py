@@ -1,6 +1,6 @@
 """The paper's claims: what is measured for each, the effect with its interval, and the verdict, by rules that stand here.
 
-C4, that agents trained on guided data return more, is the benchmark's. A verdict is one of `VERDICTS`.
+A verdict is one of `VERDICTS`.
 """
 
 import json
@@ -12,6 +12,7 @@ from scipy import stats
 
 from pgdlib import store
 from pgdlib.metrics import bootstrap, interval, ratio_of_means
+from pgdlib.seedstats import PAPER_TABLE_1, paired_interval
 
 REPRODUCED, PARTLY, NOT, UNTESTED = VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
 MARGIN = 1.05  # an error that is at most so many times another is not higher
@@ -20,6 +21,7 @@ CLAIMS = {
     "C1": "Guidance raises the likelihood under the target policy a lot",
     "C2": "At a tuned λ it does not raise dynamics error",
     "C3": "Past a threshold likelihood falls and dynamics error shoots up",
+    "C4": "IQL trained on guided data returns more than on unguided, on every dataset (in the paper not significantly)",
     "C5": "Guidance at high noise is unstable; a warm-up cures it",
     "C6": "Whole trajectories avoid the compounding error of one-step models",
     "C7": "C1 and C2 hold although the guide is far better than the data's policy",
@@ -84,6 +86,41 @@ def threshold(lams, likelihoods, errors, diverged):
         return Claim("C3", measure, float("nan"), float(lams[-1]), float("nan"), NOT, rule)
     low, high = float(lams[first - 1]), float(lams[first])
     return Claim("C3", measure, (low + high) / 2, low, high, _grade(low >= 1.5 and high <= 3, True), rule)
+
+
+def returns_raised(returns, which=""):
+    """C4 from returns on D4RL's scale, dataset -> (unguided [S], guided [S]), and `which` guidance, in words.
+
+    Returns are paired by seed, NaN where one diverged. The effect is the mean over the datasets of the mean gain, in return: as
+    in the paper's Table 1, and because Student's interval fits a difference and not a ratio. With few seeds that interval holds
+    zero whether the claim is true or not, so this alone is no failure: what is not surely above zero fails if the paper's own
+    gain on these datasets lies above the interval, too, and is undecided if not. That human gains most is shown but not judged:
+    the paper's gains differ by less than their standard errors. ValueError if there is no dataset, or one that is not in
+    Table 1.
+    """
+    if not returns or (unknown := set(returns) - set(PAPER_TABLE_1)):
+        found = ", ".join(sorted(unknown)) if returns else "none"
+        raise ValueError(f"the datasets of C4 must be one or more of {', '.join(PAPER_TABLE_1)}; got {found}")
+    unguided, guided = (list(side) for side in zip(*returns.values()))
+    effect = paired_interval(guided, unguided)
+    paper = np.mean([PAPER_TABLE_1[name][1][0] - PAPER_TABLE_1[name][0][0] for name in returns])
+    shown, flawed = [], False
+    for name, pair in returns.items():
+        gain, _, high = paired_interval(pair[1], pair[0])
+        kept, seeds = int(np.isfinite(pair).all(0).sum()), len(pair[0])
+        shown.append(f"{name} {gain:+.0f}, {kept}{f' of {seeds}' * (kept < seeds)} seeds")
+        flawed |= kept < seeds or high < 0
+    if np.isnan(effect[1]) or effect[1] <= 0 < paper <= effect[2]:
+        verdict = UNTESTED
+    else:
+        verdict = _grade(effect[1] > 0 and not flawed, effect[1] > 0)
+    rule = (
+        "reproduced if surely above zero, partly if a dataset surely loses or a seed diverged; "
+        "not testable with so few seeds if the interval holds both zero and the paper's gain"
+    )
+    rule_of = f"{which}, " if which else ""
+    measure = f"mean gain in return, guided less unguided, D4RL's scale ({rule_of}{'; '.join(shown)}; the paper's {paper:+.0f})"
+    return Claim(f"C4 {which}".strip(), measure, *effect, verdict, rule)
 
 
 def warmup_cures(with_warmup, without, diverged):
@@ -154,8 +191,27 @@ def load(path):
     return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
 
 
+def merged(first, *others):
+    """The rows of one dataset, and of the others (in order) the claims that have no verdict before."""
+    rows = dict(first)
+    for other in others:
+        known = {k.split()[0] for k in rows}
+        rows.update({k: row for k, row in other.items() if k.split()[0] not in known})
+    return rows
+
+
+def of_scale(scale, slug):
+    """All verdicts of a scale, `merged`: those of the dataset `slug` first."""
+    paths = sorted((store.root() / "results" / scale).glob("claims_*.json"), key=lambda path: path.stem != f"claims_{slug}")
+    return merged({}, *map(load, paths))
+
+
 def table(rows):
-    """The rows as dicts of what is shown, in order; every claim has one, with or without a verdict."""
+    """The rows as dicts of what is shown, in order; every claim has one, with or without a verdict.
+
+    The first row's dataset is the table's; where a verdict is of another one, its measure says so.
+    """
+    main = next((row["dataset"] for row in rows.values()), None)
     untested = {k: dict(id=k, claim=v, measure="", verdict="not measured yet") for k, v in CLAIMS.items()}
     found = {k.split()[0] for k in rows}
     every = sorted([*rows.values(), *(row for k, row in untested.items() if k not in found)], key=lambda r: r["id"])
@@ -163,7 +219,7 @@ def table(rows):
         {
             "": row["id"].split()[0],
             "claim": row["claim"],
-            "measure": row["measure"],
+            "measure": row["measure"] + (f", on {row['dataset']}" if row.get("dataset", main) != main else ""),
             "effect": _words(row),
             "verdict": row["verdict"],
         }

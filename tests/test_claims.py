@@ -24,7 +24,7 @@ def test_a_claim_has_the_papers_words():
     assert claims.VERDICTS == (REPRODUCED, PARTLY, NOT, UNTESTED)
     assert Claim("C2 the paper's rule", "m", 1.0, 0.9, 1.1, NOT, "r").text == claims.CLAIMS["C2"]
     with pytest.raises(KeyError):
-        _ = Claim("C4", "m", 1.0, 0.9, 1.1, NOT, "r").text  # the benchmark's
+        _ = Claim("C10", "m", 1.0, 0.9, 1.1, NOT, "r").text
 
 
 # C1
@@ -180,6 +180,80 @@ def test_a_threshold_after_a_dip_is_the_collapse():
     likelihoods[1], errors[1] = likelihoods[1] - 20, 10 * errors[1]
     likelihoods[5] = likelihoods[5] - 5
     assert shape(claims.threshold(LAMS, likelihoods, errors, diverged)) == (REPRODUCED, 2.75, 2.5, 3.0)
+
+
+# C4
+
+
+def gains(**of):
+    """Returns, dataset -> (unguided [5], guided [5]) with such a mean gain, of which the std over pairs is 100."""
+    pairs = {}
+    for seed, (name, gain) in enumerate(of.items()):
+        unguided, change = around(2000, 300, 5, seed=seed), around(0, 1, 5, seed=seed + 9)
+        change = 100 * (change - change.mean()) / change.std(ddof=1)
+        pairs[name] = unguided, unguided + gain + change
+    return pairs
+
+
+HALF = 124.17  # Student's interval of 5 differences with a std of 100: 2.7764 / √5 of it to each side
+
+
+@pytest.mark.parametrize(
+    "gain, verdict",
+    [
+        (600, REPRODUCED),
+        (HALF + 1, REPRODUCED),
+        (HALF - 1, UNTESTED),  # perhaps zero, perhaps the paper's 216
+        (216 - HALF + 1, UNTESTED),
+        (216 - HALF - 1, NOT),  # perhaps zero, but surely not 216
+        (0, NOT),
+        (-600, NOT),
+    ],
+)
+def test_returns_raised_surely_or_by_less_than_the_papers(gain, verdict):
+    claim = claims.returns_raised(gains(human=gain))
+    assert claim.id == "C4" and claim.verdict == verdict
+    assert (claim.effect, claim.low, claim.high) == pytest.approx((gain, gain - HALF, gain + HALF), abs=0.1)
+
+
+def test_returns_are_judged_by_the_papers_gain_on_the_same_datasets():
+    """A gain of 60 ± 124 rules out 216, the paper's on human, but not 53, that on expert; of three, 128 is its mean."""
+    assert claims.returns_raised(gains(human=60)).verdict == NOT
+    assert claims.returns_raised(gains(expert=60)).verdict == UNTESTED
+    # The interval of three is 100 times t(0.975, 12) / √15 = 56.3 to each side.
+    for gain, verdict in ((57, REPRODUCED), (55, NOT), (71, REPRODUCED)):
+        claim = claims.returns_raised(gains(human=gain + 100, cloned=gain, expert=gain - 100))
+        assert claim.verdict == verdict and claim.effect == pytest.approx(gain) and "the paper's +128" in claim.measure
+        assert claim.high - gain == pytest.approx(56.26, abs=0.1)
+
+
+def test_a_dataset_that_surely_loses_is_against_returns_raised():
+    assert claims.returns_raised(gains(human=900, cloned=-HALF + 1)).verdict == REPRODUCED
+    assert claims.returns_raised(gains(human=900, cloned=-HALF - 1)).verdict == PARTLY
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_seed_that_diverged_is_named_and_against_returns_raised(side):
+    returns = gains(human=900, cloned=800)
+    assert claims.returns_raised(returns).verdict == REPRODUCED
+    returns["cloned"][side][2] = math.nan
+    claim = claims.returns_raised(returns)
+    kept = [np.delete(v, 2) for v in returns["cloned"]]
+    expected = claims.returns_raised({**returns, "cloned": kept})
+    assert shape(claim) == (PARTLY, *shape(expected)[1:]) and expected.verdict == REPRODUCED
+    assert "human +900, 5 seeds; cloned" in claim.measure and ", 4 of 5 seeds; the paper's +165" in claim.measure
+
+
+def test_returns_of_a_single_pair_decide_nothing():
+    claim = claims.returns_raised({"human": ([1.0, 2.0], [900.0, math.nan])})
+    assert claim.verdict == UNTESTED and claim.effect == 899 and math.isnan(claim.low)
+    assert claims.effect(claim) == "899"
+
+
+@pytest.mark.parametrize("datasets, named", [((), "got none"), (("human", "door"), "got door")])
+def test_returns_need_a_dataset_of_the_paper(datasets, named):
+    with pytest.raises(ValueError, match=rf"one or more of human, cloned, expert; {named}"):
+        claims.returns_raised(dict.fromkeys(datasets, (EIGHT, EIGHT)))
 
 
 # C5
@@ -341,6 +415,7 @@ def positive(n, seed):
 WITH_INTERVAL = {
     "C1": lambda a, b, c, d: claims.likelihood_raised(-1 - a, -0.5 - 0.5 * b, 0.0),
     "C2": lambda a, b, c, d: claims.error_not_raised(a, b, ""),
+    "C4": lambda a, b, c, d: claims.returns_raised({"human": (a, b)}),
     "C5": lambda a, b, c, d: claims.warmup_cures(a, b, (0.0, 0.0)),
     "C6": lambda a, b, c, d: claims.compounding(a, b, c, d, 9),
     "C7": lambda a, b, c, d: claims.better_guide(a, b, verdict_of(NOT), verdict_of(NOT)),
@@ -373,8 +448,10 @@ def test_what_has_no_measure_is_left_out(name, bad):
     assert shape(found) == shape(expected) and math.isfinite(found.low) and math.isfinite(found.high)
 
 
-@pytest.mark.parametrize("name", ["C1", "C2", "C5", "C6", "C8"])
+@pytest.mark.parametrize("name", ["C1", "C2", "C4", "C5", "C6", "C8"])
 def test_without_any_measure_nothing_is_reproduced(name):
     nothing = [np.full(8, math.nan)] * 4
     found = WITH_INTERVAL[name](*nothing)
-    assert found.verdict == (UNTESTED if name == "C1" else NOT) and np.isnan([found.effect, found.low, found.high]).all()
+    assert (
+        found.verdict == (UNTESTED if name in ("C1", "C4") else NOT) and np.isnan([found.effect, found.low, found.high]).all()
+    )

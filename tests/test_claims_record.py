@@ -81,7 +81,7 @@ def test_an_interrupted_record_leaves_the_old_one(runs, monkeypatch):
     with pytest.raises(TypeError):
         claims.record([some("C1", effect=object())], "toy", "toy", "ci")
     with pytest.raises(KeyError):
-        claims.record([some("C4")], "toy", "toy", "ci")
+        claims.record([some("C10")], "toy", "toy", "ci")
 
     def half(self, text, **how):
         with open(self, "w") as f:
@@ -129,14 +129,26 @@ def test_every_claim_has_a_row(runs):
     assert {(r["measure"], r["effect"], r["verdict"]) for r in full} == {("measure", "1.5 [1, 2]", UNTESTED)}
 
 
+def test_a_record_of_before_there_was_a_claim_is_shown(runs):
+    """All claims but C4, as recorded before the benchmark: C4 has a row between its neighbours, and no verdict."""
+    rows = recorded(*(some(name) for name in claims.CLAIMS if name != "C4"))
+    assert "C4" not in rows
+    ids, verdicts = zip(*((row[""], row["verdict"]) for row in claims.table(rows)))
+    assert ids == tuple(claims.CLAIMS) and ids[2:5] == ("C3", "C4", "C5")
+    assert verdicts == (*[PARTLY] * 3, "not measured yet", *[PARTLY] * 5)
+    assert f"| C4 | {claims.CLAIMS['C4']} |  |  | not measured yet |" in claims.markdown(rows)
+    full = recorded(some("C4", verdict=NOT))
+    assert [row["verdict"] for row in claims.table(full)] == [*[PARTLY] * 3, NOT, *[PARTLY] * 5]
+
+
 def test_several_rows_of_one_claim_are_kept_in_their_place(runs):
     rows = claims.table(recorded(some("C8", verdict=NOT), some("C2 b", 2.0), some("C2 a", 1.0), some("C2 a b", 3.0)))
-    assert [r[""] for r in rows] == ["C1", "C2", "C2", "C2", "C3", "C5", "C6", "C7", "C8", "C9"]
+    assert [r[""] for r in rows] == ["C1", "C2", "C2", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9"]
     assert [r["effect"][0] for r in rows[1:4]] == ["1", "3", "2"]  # in the order of their ids
     assert [r["verdict"] for r in rows] == [
         "not measured yet",
         *[PARTLY] * 3,
-        *["not measured yet"] * 4,
+        *["not measured yet"] * 5,
         NOT,
         "not measured yet",
     ]
@@ -170,3 +182,16 @@ def test_the_table_as_markdown(runs):
     table = claims.table(rows)
     assert cells[0][1:-1] == list(table[0])
     assert [c[1:-1] for c in cells[2:]] == [[v.replace("|", "/") for v in row.values()] for row in table]
+
+
+def test_a_table_takes_what_another_dataset_adds_and_says_so(runs):
+    claims.record([some("C1"), some("C2 a")], "toy", "toy", "ci")
+    claims.record([some("C1", verdict=NOT), some("C2 b"), some("C4 a"), some("C4 b", verdict=NOT)], "other", "other", "ci")
+    rows = claims.of_scale("ci", "toy")
+    assert list(rows) == ["C1", "C2 a", "C4 a", "C4 b"]  # C1 and C2 have a verdict on the dataset that was asked for
+    measures = {row[""]: row["measure"] for row in claims.table(rows)}
+    assert measures["C1"] == "measure" and measures["C4"] == "measure, on other" and measures["C9"] == ""
+    assert claims.markdown(rows).startswith("On toy, scale `ci`")
+    others = claims.of_scale("ci", "other")
+    assert list(others) == ["C1", "C2 b", "C4 a", "C4 b"] and others["C1"]["verdict"] == NOT
+    assert claims.of_scale("quick", "toy") == {}

@@ -246,13 +246,13 @@ def promote_claims():
 
 
 def with_claims(readme, verdicts):
-    """The text of the README with a table for each dataset between its two marks."""
+    """The text of the README with the table between its two marks: the dataset with most verdicts, then what others add."""
     before, _, rest = readme.partition(CLAIMS_BEGIN)
     _, _, after = rest.partition(CLAIMS_END)
     if not after:
         raise ValueError(f"README.md has no place for the claims: {CLAIMS_BEGIN} ... {CLAIMS_END}")
-    tables = "\n".join(claims.markdown(rows) for rows in verdicts.values())
-    return f"{before}{CLAIMS_BEGIN}\n{tables}\n{CLAIMS_END}{after}"
+    table = claims.markdown(claims.merged(*sorted(verdicts.values(), key=len, reverse=True)))
+    return f"{before}{CLAIMS_BEGIN}\n{table}\n{CLAIMS_END}{after}"
 
 
 def main():
