@@ -130,7 +130,10 @@ class PenBatch:
 
     def step(self, actions):
         """One control step (0.01 s) with `actions` [n, 24], clipped to [-1, 1]; the observations [n, 45]."""
-        self._ctrl[:] = self._ctrl_mean + np.clip(actions, -1.0, 1.0) * self._ctrl_range
+        finite = np.isfinite(actions).all(-1)  # MuJoCo prints and logs a warning for each other one, each step anew
+        self._broken |= ~finite
+        actions = np.where(finite[:, None], np.clip(actions, -1.0, 1.0), 0.0)
+        self._ctrl[:] = self._ctrl_mean + actions * self._ctrl_range
         return self._observe_after(self._batch.step, nstep=N_SUBSTEPS)
 
     def _observe_after(self, call, **kwargs):

@@ -21,10 +21,12 @@ SETTINGS = {
     # training (Table 3)
     "train_steps": dict(ci=60, quick=8_000, paper=None),
     "epochs": dict(ci=None, quick=None, paper=512),  # of the data's steps, where train_steps is None
+    "passes": dict(ci=16, quick=16, paper=None),  # over the data at most: on human's 5,000 steps more of them overfit
     "batch_size": dict(ci=16, quick=64, paper=16),
     "learning_rate": dict(ci=1e-3, quick=2e-3, paper=1e-3),
     # the world model that the paper argues against; at quick about the denoiser's training time
     "model_steps": dict(ci=60, quick=25_000, paper=200_000),
+    "model_passes": dict(ci=80, quick=80, paper=None),
     "long": dict(ci=16, quick=64, paper=128),  # length of the trajectories compared with it
     # EDM sampler (Table 2); why quick has fewer steps: notebook 02
     "solver": dict(ci="heun", quick="heun", paper="heun"),
@@ -32,6 +34,22 @@ SETTINGS = {
     "warmup": dict(ci=2, quick=5, paper=64),  # steps without guidance, at the highest noise
     "churn": dict(ci=1.6, quick=13.2, paper=80.0),
     "samples": dict(ci=8, quick=256, paper=1024),  # trajectories for each λ
+    # the agents of the benchmark (IQL: Table 4); at quick fewer steps with faster targets
+    "agent_steps": dict(ci=40, quick=4_000, paper=50_000),
+    "agent_batch": dict(ci=32, quick=256, paper=512),
+    "agent_rate": dict(ci=1e-3, quick=1e-3, paper=3e-4),  # learning rate
+    "hidden": dict(ci=16, quick=128, paper=256),  # width of the two hidden layers
+    "polyak": dict(ci=0.05, quick=0.05, paper=0.005),  # share by which the targets move, each step
+    "resample_every": dict(ci=20, quick=1_000, paper=10_000),  # steps between new synthetic data
+    "windows": dict(ci=8, quick=384, paper=2_048),  # trajectories for each agent, every time
+    # how they are drawn: so many that quick takes the cheapest sampler of notebook 02
+    "draw_solver": dict(ci="multistep", quick="multistep", paper="heun"),
+    "draw_steps": dict(ci=8, quick=16, paper=400),
+    "draw_warmup": dict(ci=2, quick=3, paper=64),
+    "draw_churn": dict(ci=0.0, quick=0.0, paper=80.0),
+    "curve_points": dict(ci=2, quick=4, paper=10),
+    "curve_episodes": dict(ci=2, quick=20, paper=50),  # for each agent at each point
+    "test_episodes": dict(ci=4, quick=200, paper=1_000),  # for each agent at the end
     # the guide
     "ppo_steps": dict(ci=2_048, quick=5_000_000, paper=5_000_000),  # environment steps, if it is trained anew
     "episodes": dict(ci=20, quick=200, paper=1_000),  # for its return
@@ -102,6 +120,13 @@ def optional_settings(names):
         "warmup": integer(0),
         "samples": integer(2),
         "episodes": integer(2),
+        "test_episodes": integer(2),
+        "agent_rate": number(1e-8, 1),
+        "polyak": number(1e-6, 1),
+        "draw_solver": one_of("heun", "multistep"),
+        "draw_steps": integer(2),
+        "draw_churn": number(0),
+        "draw_warmup": integer(0),
     }
     return {name: optional(rules.get(name, integer(1))) for name in names.split()}
 

@@ -157,13 +157,23 @@ def train_val(dataset):
     return data.split(dataset.data, 0.1, seed=0)
 
 
+def _at_most(passes, steps, batch_size, data):
+    """Training steps that draw each step of the data, in the mean, at most `passes` times; None is no limit."""
+    return steps if passes is None else min(steps, max(1, round(passes * len(data.rewards) / batch_size)))
+
+
 def load_denoiser(dataset, p, device):
     """(EMA denoiser, losses [steps]) trained on the training side of `dataset` with the settings `p`; made if missing.
 
-    `p` has horizon, features, blocks, kernel_size, train_steps, batch_size, learning_rate, epochs, transform and seed.
+    `p` has horizon, features, blocks, kernel_size, train_steps, batch_size, learning_rate, epochs, passes, transform and seed.
+    Raises ValueError where no episode fills half a window.
     """
     train_data, _ = train_val(dataset)
+    if p.horizon > 2 * (longest := int(train_data.lengths.max())):
+        allowed = f"it must be at most {2 * longest}, twice the longest episode"
+        raise ValueError(f"horizon={p.horizon} is not allowed for {dataset.label}; {allowed}")
     steps = p.train_steps or round(p.epochs * len(train_data.rewards) / (p.horizon * p.batch_size))
+    steps = _at_most(p.passes, steps, p.batch_size, train_data)
     config = dict(horizon=p.horizon, features=p.features, blocks=p.blocks, kernel_size=p.kernel_size, transform=p.transform)
     how = edm.Training(steps, p.batch_size, p.learning_rate, p.seed)
     code = store.code_version("unet", "edm", "data")
@@ -190,18 +200,24 @@ def load_denoiser(dataset, p, device):
 
     tensors, card = store.artifact(store.root() / "denoisers" / f"{name}.safetensors", make)
     losses = tensors.pop("losses")
+    return restored(tensors, card).to(device), losses
+
+
+def restored(tensors, card):
+    """The denoiser with the weights `tensors` and the `card` that `load_denoiser` keeps with them."""
     denoiser = edm.Denoiser(**card["config"])
     denoiser.load_state_dict(tensors)
-    return denoiser.to(device).eval().requires_grad_(False), losses
+    return denoiser.eval().requires_grad_(False)
 
 
 def load_world_model(dataset, p, device):
     """(ensemble, losses [steps], seconds) of one-step models trained on the training side of `dataset`; made if missing.
 
-    `p` has model_steps, scale and seed. The seconds are those of its training, on the machine that made it.
+    `p` has model_steps, model_passes, scale and seed. The seconds are those of its training, on the machine that made it.
     """
     train_data, val_data = train_val(dataset)
     how = worldmodel.Training(p.model_steps, seed=p.seed)
+    how.steps = _at_most(p.model_passes, how.steps, how.batch_size, train_data)
     code = store.code_version("worldmodel", "data")
     name = f"{dataset.key}-{p.scale}-{store.key(data=dataset.key, how=how.card(), code=code)}"
     checkpoint = store.root() / "checkpoints" / f"world-{name}.safetensors"

@@ -52,7 +52,7 @@ def save(path, tensors, card):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = {"card": _canonical(card), "sha256": _digest(tensors, card)}
+    header = {"card": _canonical(card), "sha256": digest(tensors, card)}
     with replacing(path) as partial:
         save_file(tensors, partial, metadata=header)
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
@@ -82,11 +82,11 @@ def load(path):
         with safe_open(path, "pt") as f:
             header = f.metadata() or {}
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-        card, digest = json.loads(header["card"]), header["sha256"]
-        found = _digest(tensors, card)
+        card, expected = json.loads(header["card"]), header["sha256"]
+        found = digest(tensors, card)
     except (SafetensorError, KeyError, ValueError, OSError) as e:
         raise CorruptArtifact(f"{path} is damaged or no artifact of ours: {type(e).__name__}: {e}") from e
-    if found != digest:
+    if found != expected:
         raise CorruptArtifact(f"{path} is damaged: its checksum does not hold")
     return tensors, card
 
@@ -130,11 +130,12 @@ def _canonical(value):
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _digest(tensors, card):
+def digest(tensors, card=None):
+    """A digest of `tensors` (name -> CPU or CUDA tensor) and of plain JSON values, 64 hex digits."""
     import torch
 
     h = hashlib.sha256(_canonical(card).encode())
     for name, t in sorted(tensors.items()):
         h.update(f"{name} {t.dtype} {tuple(t.shape)};".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy())
+        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import cut, kept, toy
 
-from pgdlib import edm, params, pipeline, store, worldmodel
+from pgdlib import benchmark, edm, params, pipeline, store, worldmodel
 
 CPU = torch.device("cpu")
 
@@ -218,3 +218,83 @@ def test_a_world_model_lies_on_the_device_that_was_asked_for(runs):
     pipeline.load_world_model(dataset(), model_settings(), CPU)
     elsewhere, losses, _ = pipeline.load_world_model(dataset(), model_settings(), torch.device("meta"))
     assert {t.device.type for t in elsewhere.state_dict().values()} == {"meta"} and losses.device == CPU
+
+
+# A denoiser from a file
+
+
+@pytest.fixture
+def file(runs):
+    """A denoiser that was trained on `dataset()`, and its file."""
+    denoiser, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
+    return denoiser, runs / kept(runs)[0]
+
+
+def rewritten(path, tensors=lambda t: t, card=lambda c: c):
+    """A file beside `path` with changed tensors or card."""
+    old_tensors, old_card = store.load(path)
+    other = path.with_name("other.safetensors")
+    store.save(other, tensors(old_tensors), card(old_card))
+    return other
+
+
+def refused(path, match, data=None):
+    with pytest.raises(ValueError, match="(?s)^denoiser=.*" + match) as error:
+        benchmark.read_denoiser(path, data or dataset(), CPU)
+    assert str(path) in str(error.value)
+
+
+def test_a_denoiser_is_read_from_its_file(file, trainings):
+    expected, path = file
+    for given in (path, str(path)):
+        read = benchmark.read_denoiser(given, dataset(), CPU)
+        assert_same(read, expected)
+        assert read.config == expected.config and not read.training and not any(p.requires_grad for p in read.parameters())
+    x = torch.randn(2, 8, 71, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(read(x, 1.0), expected(x, 1.0)) and trainings == []
+    elsewhere = benchmark.read_denoiser(path, dataset(), torch.device("meta"))
+    assert {t.device.type for t in elsewhere.state_dict().values()} == {"meta"}
+
+
+def test_a_denoiser_of_the_other_transform_is_read(runs):
+    expected, _ = pipeline.load_denoiser(dataset(), settings(transform="arctanh"), CPU)
+    read = benchmark.read_denoiser(runs / kept(runs)[0], dataset(), CPU)
+    assert_same(read, expected)
+    assert read.normaliser.transform == "arctanh"
+
+
+def test_files_that_hold_no_denoiser_are_refused(file, tmp_path):
+    _, path = file
+    refused(path.with_name("nowhere.safetensors"), "nowhere")
+    refused(tmp_path, "FileNotFoundError")
+    refused(pipeline.SHIPPED_GUIDE, "KeyError")
+    refused(rewritten(path, card=lambda c: {k: v for k, v in c.items() if k != "config"}), "config")
+    refused(rewritten(path, card=lambda c: {**c, "config": {**c["config"], "members": 3}}), "members")
+    refused(rewritten(path, card=lambda c: {**c, "config": {**c["config"], "features": 16}}), "size mismatch")
+    refused(rewritten(path, card=lambda c: {**c, "config": {**c["config"], "features": 12}}), "features=12")
+    refused(rewritten(path, card=lambda c: {**c, "config": {**c["config"], "transform": "log"}}), "transform='log'")
+    refused(rewritten(path, lambda t: {k: v for k, v in t.items() if k != "normaliser.std"}), "normaliser.std")
+    (tmp_path / "text.safetensors").write_text("not safetensors " * 100)
+    refused(tmp_path / "text.safetensors", "damaged")
+    cut(path)
+    refused(path, "damaged")
+
+
+def test_a_world_model_is_no_denoiser(runs):
+    pipeline.load_world_model(dataset(), model_settings(), CPU)
+    refused(runs / kept(runs)[0], "TypeError")
+
+
+def test_a_denoiser_of_other_data_is_refused(file):
+    _, path = file
+    refused(path, "toy-1.*toy-2", dataset("toy-2"))  # by its name
+    refused(path, "normaliser", dataset(seed=1))  # by what it saw
+    refused(rewritten(path, card=lambda c: {k: v for k, v in c.items() if k != "data_key"}), "toy-1")
+    for name, i in (("mean", 3), ("std", 50)):
+
+        def moved(tensors, name=name, i=i):
+            tensors[f"normaliser.{name}"][i] += 0.01
+            return tensors
+
+        refused(rewritten(path, moved), "normaliser")
+    refused(rewritten(path, card=lambda c: {**c, "config": {**c["config"], "transform": "arctanh"}}), "normaliser")

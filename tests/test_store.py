@@ -236,6 +236,46 @@ def test_keys_change_with_every_input():
         store.key(x=float("nan"))
 
 
+def test_a_digest_changes_with_every_value_name_type_and_shape_and_with_the_card():
+    digest = store.digest(TENSORS)
+    assert len(digest) == 64 and int(digest, 16) >= 0
+    others = [
+        {**TENSORS, "more": torch.ones(1)},
+        {k: v for k, v in TENSORS.items() if k != "empty"},
+        {**TENSORS, "empty": torch.zeros(3, 0)},
+        {**TENSORS, "scalar": torch.tensor([3.0])},
+        {**TENSORS, "scalar": torch.tensor(3)},
+        {**TENSORS, "half": TENSORS["half"].half()},
+        {**TENSORS, "half": TENSORS["half"].view(torch.int16)},  # the same bytes
+        {**TENSORS, "mask": ~TENSORS["mask"]},
+        {**TENSORS, "ids": TENSORS["ids"].flip(0)},
+        {**TENSORS, "weights": TENSORS["weights"].reshape(3, 4)},
+        {**TENSORS, "weights": TENSORS["weights"].T.contiguous().reshape(4, 3)},
+        {**TENSORS, "ids": TENSORS["mask"], "mask": TENSORS["ids"]},
+    ]
+    for name in ("weights", "learnt", "scalar"):
+        changed = {k: v.detach().clone() for k, v in TENSORS.items()}
+        changed[name].view(-1)[0:1].add_(1e-6) if name != "weights" else changed[name][2, 1].add_(1e-6)
+        others.append(changed)
+    found = [digest, *map(store.digest, others), store.digest(TENSORS, CARD), store.digest(TENSORS, {**CARD, "kind": "other"})]
+    assert len(set(found)) == len(found)
+
+
+def test_a_digest_does_not_depend_on_how_tensors_lie_in_memory():
+    alike = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in reversed(TENSORS.items())}
+    assert not TENSORS["weights"].is_contiguous() and alike["weights"].is_contiguous()
+    alike["ids"] = torch.tensor([2**40, 0, -1])[::2]  # part of another
+    alike["scalar"] = torch.tensor([1.0, 3.0])[1]
+    alike["learnt"].requires_grad_()
+    assert store.digest(alike) == store.digest(TENSORS) == store.digest(TENSORS, None)
+
+
+def test_a_digest_is_the_same_after_a_roundtrip(path):
+    store.save(path, TENSORS, CARD)
+    tensors, card = store.load(path)
+    assert store.digest(tensors, card) == store.digest(TENSORS, CARD)
+
+
 def test_code_version_changes_with_the_content(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PACKAGE", tmp_path)
     (tmp_path / "a.py").write_text("x = 1")

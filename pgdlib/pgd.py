@@ -1,0 +1,132 @@
+"""Policy-Guided Diffusion's loop: agents trained on synthetic data that are drawn anew, guided toward their own policies.
+
+Every source of data is a `Row`; all rows and all their seeds are one stack of agents.
+"""
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pgdlib import adroit, store, synthetic
+
+FACTS = ("lam", "log_likelihood", "on_policy", "kept", "ended", "diverged")  # of `synthetic.Batch`, kept for every round
+CALIBRATION = 32  # trajectories of each run for one step of the search for its λ
+
+
+@dataclass
+class Row:
+    """A row of the table: where the data of its agents come from. `rule` and `lam` are those of guided data."""
+
+    name: str
+    source: str  # "real", "diffusion" or "world model"
+    rule: str | None = None
+    lam: float | str | None = None  # a weight, or "calibrated"
+
+
+@dataclass
+class Sources:
+    """Where each row finds its data: packed real transitions [N, 116], the diffusion model, and the world model or None."""
+
+    real: torch.Tensor
+    diffusion: synthetic.Diffusion
+    world_model: torch.nn.Module | None
+    windows: int  # generated for each run, every time
+    real_fraction: float
+    seed: int
+
+    def __call__(self, row, policy, round):
+        """(packed transitions of each run of `policy`, the `synthetic.Batch` or None) for a round; the first is unguided."""
+        runs, seed = policy.runs, 1_000 * self.seed + round
+        if row.source == "real":
+            return [self.real] * runs, None
+        if row.source == "world model":
+            starts, length = self.real[:, : adroit.OBS_DIM], self.diffusion.denoiser.horizon - 1
+            batch = synthetic.from_world_model(self.world_model, policy, starts, self.windows, length, seed)
+        else:
+            lam = torch.zeros(runs) if round == 0 else self.weights(row, policy, seed)
+            batch = self.diffusion.generate(policy, row.rule, lam, self.windows, seed)
+        # A run whose policy is no longer finite gets no data: with NaN it stays marked as diverged, and stops no other.
+        made = [d if len(d) else d.new_full((1, d.shape[1]), math.nan) for d in batch.data]
+        return [synthetic.mixed(d, self.real, self.real_fraction, seed + 7 * r) for r, d in enumerate(made)], batch
+
+    def weights(self, row, policy, seed):
+        """λ of each run [R]: the row's, or the one at which trajectories are as likely as the policy's own actions."""
+        if row.lam != "calibrated":
+            return torch.full((policy.runs,), float(row.lam))
+
+        def likelihoods(lam):
+            return self.diffusion.log_likelihoods(policy, row.rule, lam, CALIBRATION, seed + 500)
+
+        return synthetic.calibrate(likelihoods, synthetic.on_policy(policy).double())
+
+
+def evaluate(policy, episodes, horizon, seeds, threads=None, chunk=512):
+    """Returns on D4RL's scale, native returns (NaN if horizon < 200) and falls, [R, episodes] each, of the mean actions.
+
+    The initial states of a run follow from its seed, of `seeds` [R]: other rows' runs of that seed meet the same ones, while
+    what is common to all seeds, and so in no standard error over seeds, is kept small.
+    """
+    targets, parts = np.stack([adroit.sample_targets(episodes, np.random.default_rng([s, 5])) for s in seeds]), []
+    most = max(1, chunk // policy.runs)
+    for first in range(0, episodes, most):
+        some = targets[:, first : first + most]
+        played = adroit.rollout(policy.act, some[..., 0].size, None, horizon, some.reshape(-1, 4), threads)
+        native = played.native_returns if horizon >= adroit.NATIVE_HORIZON else np.full(len(played.rewards), np.nan)
+        values = np.stack([played.d4rl_returns, native, played.fallen[:, : adroit.D4RL_HORIZON].any(1)])
+        parts.append(values.reshape(3, policy.runs, -1))
+    return np.concatenate(parts, 2)
+
+
+def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, save_every=120.0, report=lambda step: None):
+    """The PGD loop: train every row's agents, generating their data anew under their own policies.
+
+    The runs of `learner` are the rows' seeds, row by row. Every `resample_every` steps the policies are fixed as targets,
+    and `sources(row, policy, round)` gives each row its data. Returns the curve, `score(policy)` [R] at each of the steps
+    `marks`, and the `FACTS` of the generated data [rounds, 6, R]. With a `checkpoint` path a run that was killed goes on to
+    the same result.
+    """
+    agent, each = learner.agent, len(learner.seeds) // len(rows)
+    kept = dict(
+        curve=torch.full((len(marks), len(learner.seeds)), torch.nan),
+        facts=torch.full((math.ceil(learner.steps / resample_every), len(FACTS), len(learner.seeds)), torch.nan),
+    )
+    target = copy.deepcopy(agent.policy).requires_grad_(False)
+    if checkpoint is not None and Path(checkpoint).exists():
+        tensors, card = store.load(checkpoint)
+        learner.load_state(tensors, card)
+        target.load_state_dict({k.removeprefix("target."): v for k, v in tensors.items() if k.startswith("target.")})
+        kept = {k: tensors[k] for k in kept}
+    saved = time.monotonic()
+
+    def after(step):
+        nonlocal saved
+        if checkpoint is not None and time.monotonic() - saved > save_every:
+            tensors, card = learner.state()
+            store.save(checkpoint, {**tensors, **{f"target.{k}": v for k, v in target.state_dict().items()}, **kept}, card)
+            saved = time.monotonic()
+        report(step)
+
+    data, known = None, None
+    while True:
+        step = learner.step
+        if step in marks and kept["curve"][marks.index(step)].isnan().all():
+            kept["curve"][marks.index(step)] = torch.as_tensor(score(agent.policy), dtype=torch.float32)
+        if step >= learner.steps:
+            return kept["curve"], kept["facts"]
+        number = step // resample_every
+        if step % resample_every == 0:
+            target.load_state_dict(agent.policy.state_dict())
+        if number != known:
+            data, known = [], number
+            for i, row in enumerate(rows):
+                first, end = i * each, (i + 1) * each
+                made, batch = sources(row, target.select(range(first, end)), number)
+                data += made
+                if batch is not None:
+                    kept["facts"][number, :, first:end] = torch.stack([getattr(batch, name) for name in FACTS])
+        learner.train(data, min(m for m in (*marks, (number + 1) * resample_every, learner.steps) if m > step), after)

@@ -1,0 +1,470 @@
+"""The loop: who gets which data when, on what policy, scored when; killed anywhere it goes on to the same bits."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import toy
+from torch import nn
+
+from pgdlib import adroit, data, pgd, store, synthetic, worldmodel
+from pgdlib.agents import BC, OBS, REWARD, TERMINAL, WIDTH, Learner, StackedPolicy, generators, of_trajectories
+from pgdlib.edm import seeded
+from pgdlib.iql import IQL
+from pgdlib.pgd import FACTS, Row, Sources, evaluate
+from pgdlib.td3_bc import TD3BC
+
+KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC}
+MEAN, STD = torch.linspace(-1, 1, 45), torch.linspace(0.5, 2, 45)
+ROWS = [Row("a", "real"), Row("b", "diffusion", "explicit", 0.5), Row("c", "diffusion", "annealed", "calibrated")]
+SEEDS = [4, 9]
+STEPS, EVERY, MARKS = 14, 5, [0, 3, 5, 14]
+PLACES = MEAN + STD * torch.randn(2, 45, generator=torch.Generator().manual_seed(0))  # where policies are looked at
+
+
+def draw(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def learner(kind="bc", rows=ROWS, steps=STEPS):
+    stack = SEEDS * len(rows)
+    return Learner(KINDS[kind](stack, MEAN, STD, hidden=(6,)), stack, steps, batch_size=4, learning_rate=1e-2)
+
+
+def looked_at(policy):
+    """[R, 2, 24]: the mean actions of each run at `PLACES`."""
+    with torch.no_grad():
+        return policy(PLACES.repeat(policy.runs, 1))[0].unflatten(0, (policy.runs, 2))
+
+
+class Noted:
+    """Sources whose data depend on the row, the run, the round and the target policy, drawn at random; all calls are kept."""
+
+    def __init__(self):
+        self.calls, self.given = [], []
+
+    def __call__(self, row, policy, round):
+        seen = looked_at(policy)
+        self.calls.append((row.name, round, seen))
+        made = []
+        for r in range(policy.runs):
+            x = torch.randn(9 + r, WIDTH, generator=seeded("cpu", round, 10 * ord(row.name) + r))
+            x[:, 45:69] = (0.3 * x[:, 45:69] + seen[r, 0]).clamp(-1, 1)
+            x[:, TERMINAL] = (x[:, TERMINAL] > 1).float()
+            made.append(x)
+        self.given.append(made)
+        facts = torch.arange(policy.runs) + 10 * round + 100.0 * ord(row.name)
+        batch = SimpleNamespace(**{name: facts + 0.1 * i for i, name in enumerate(FACTS)})
+        return made, None if row.source == "real" else batch
+
+
+def score(policy):
+    """A number for each run that tells its policies apart."""
+    return looked_at(policy).sum((1, 2)).numpy()
+
+
+def run(agent, sources, score=score, **named):
+    return pgd.run(agent, ROWS, sources, EVERY, MARKS, score, **named)
+
+
+def test_every_row_is_trained_on_its_own_data_drawn_for_the_policies_at_the_rounds_start(monkeypatch):
+    agent, sources, trained, before = learner(), Noted(), [], {0: looked_at(learner().agent.policy)}
+    train = agent.train
+
+    def spied(datas, until, report):
+        trained.append((agent.step, until, datas))
+        train(datas, until, report)
+        before[until] = looked_at(agent.agent.policy)
+
+    monkeypatch.setattr(agent, "train", spied)
+    _, facts = run(agent, sources)
+    assert [(name, number) for name, number, _ in sources.calls] == [(n, k) for k in range(3) for n in "abc"]
+    for i, (_, number, seen) in enumerate(sources.calls):
+        row = i % 3
+        assert torch.equal(seen, before[EVERY * number][2 * row : 2 * row + 2])
+    assert [t[:2] for t in trained] == [(0, 3), (3, 5), (5, 10), (10, 14)]
+    for first, _, datas in trained:
+        number = first // EVERY
+        expected = [d for made in sources.given[3 * number : 3 * number + 3] for d in made]
+        assert len(datas) == 6 and all(a is b for a, b in zip(datas, expected, strict=True))
+    assert not torch.equal(before[0], before[5]) and not torch.equal(before[5], before[10])
+    assert facts.shape == (3, len(FACTS), 6) and facts[..., :2].isnan().all()
+    expected = [
+        [[0.1 * f + r + 10 * k + 100 * ord(n) for f in range(len(FACTS))] for n in "bc" for r in (0, 1)] for k in range(3)
+    ]
+    torch.testing.assert_close(facts[..., 2:], torch.tensor(expected).mT)
+
+
+def test_the_targets_are_no_part_of_the_training():
+    """They have no gradients, share no memory with the agents, and the agents none with their copies."""
+
+    class Grasping(Noted):
+        def __call__(self, row, policy, round):
+            assert not any(p.requires_grad for p in policy.parameters()) and policy.runs == len(SEEDS)
+            out = super().__call__(row, policy, round)
+            for p in policy.parameters():
+                p.data.fill_(math.nan)
+            return out
+
+    curve, _ = run(learner(), Grasping())
+    assert torch.equal(curve, run(learner(), Noted())[0]) and curve.isfinite().all()
+
+
+def test_the_curve_is_scored_at_its_marks_and_only_there():
+    agent, steps = learner(), []
+    curve, _ = run(agent, Noted(), lambda policy: steps.append(agent.step) or 1000 * agent.step + np.arange(6))
+    assert steps == MARKS
+    torch.testing.assert_close(curve, torch.tensor([[1000.0 * m + r for r in range(6)] for m in MARKS]))
+    by_hand = learner()
+    assert run(by_hand, Noted())[0][-1].tolist() == pytest.approx(score(by_hand.agent.policy).tolist())
+
+
+@pytest.mark.parametrize("every, marks, steps", [(20, [0, 8], 8), (8, [8], 8), (1, [0, 4], 4), (3, [], 7)])
+def test_rounds_and_marks_of_any_size(every, marks, steps):
+    agent, sources, reports = learner(steps=steps), Noted(), []
+    curve, facts = pgd.run(agent, ROWS, sources, every, marks, score, report=reports.append)
+    assert agent.step == steps and reports == [*range(1, steps + 1)]
+    assert [k for _, k, _ in sources.calls[::3]] == [*range(math.ceil(steps / every))]
+    assert curve.shape == (len(marks), 6) and not curve.isnan().any() and len(facts) == math.ceil(steps / every)
+
+
+# Interruption
+
+
+class Stop(BaseException):
+    pass
+
+
+def stopping(at):
+    """A report that interrupts at step `at`."""
+
+    def report(step):
+        if step == at:
+            raise Stop
+
+    return report
+
+
+def whole(kind):
+    agent, sources = learner(kind), Noted()
+    return *run(agent, sources), agent, sources
+
+
+def assert_same(a, b):
+    """Two results with their learners: bit for bit."""
+    torch.testing.assert_close(a[0], b[0], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(a[1], b[1], rtol=0, atol=0, equal_nan=True)
+    for (name, x), y in zip(a[2].state()[0].items(), b[2].state()[0].values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_any_step_it_goes_on_to_the_same_bits(kind, tmp_path):
+    expected = whole(kind)
+    for at in range(1, STEPS + 1) if kind == "bc" else (2, 5, 7, 13):
+        path = tmp_path / f"{at}.safetensors"
+        with pytest.raises(Stop):
+            run(learner(kind), Noted(), checkpoint=path, save_every=-1.0, report=stopping(at))
+        assert store.load(path)[1]["step"] == at
+        agent, sources, steps, scored = learner(kind), Noted(), [], []
+
+        def counted(policy, agent=agent, scored=scored):
+            scored.append(agent.step)
+            return score(policy)
+
+        found = run(agent, sources, counted, checkpoint=path, save_every=-1.0, report=steps.append)
+        assert_same((*found, agent), expected)
+        assert steps == [*range(at + 1, STEPS + 1)]
+        assert scored == [m for m in MARKS if m >= at]  # nothing that stands in the checkpoint is scored again
+        first = at // EVERY
+        left = expected[3].calls[3 * first :] if at < STEPS else []
+        for (name, k, seen), (name_2, k_2, seen_2) in zip(sources.calls, left, strict=True):
+            assert (name, k) == (name_2, k_2) and torch.equal(seen, seen_2)
+
+
+def test_killed_again_and_again_and_anywhere(tmp_path):
+    """In reports, in scores and while data are drawn, from checkpoints that are some steps old."""
+    expected, path, kills = whole("iql"), tmp_path / "it.safetensors", 0
+
+    class Deadly(Noted):
+        def __call__(self, row, policy, round):
+            if (row.name, round) not in died:
+                died.add((row.name, round))
+                raise Stop
+            return super().__call__(row, policy, round)
+
+    def deadly(policy):
+        if agent.step not in died:
+            died.add(agent.step)
+            raise Stop
+        return score(policy)
+
+    died, reported = set(), set()
+
+    def report(step):
+        if step % 4 == 2 and step not in reported:
+            reported.add(step)
+            raise Stop
+
+    while True:
+        agent = learner("iql")
+        try:
+            found = pgd.run(agent, ROWS, Deadly(), EVERY, MARKS, deadly, path, 0.0 if kills % 2 else 1e9, report)
+            break
+        except Stop:
+            kills += 1
+    assert kills == 9 + 4 + 4 and path.exists()
+    assert_same((*found, agent), expected)
+
+
+def test_checkpoints_are_written_when_it_is_time(tmp_path, monkeypatch):
+    saved, now = [], [0.0]
+    monkeypatch.setattr(pgd, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(store, "save", lambda path, tensors, card: saved.append(card["step"]))
+
+    def tick(step):
+        now[0] += 1.0
+
+    run(learner(), Noted(), checkpoint=tmp_path / "it", save_every=4.5, report=tick)
+    assert saved == [6, 11]
+    saved.clear()
+    run(learner(), Noted(), save_every=-1.0)
+    assert saved == []
+
+
+def test_a_diverged_run_is_marked_and_leaves_the_others_untouched():
+    expected = whole("iql")
+
+    class Poisoned(Noted):
+        def __call__(self, row, policy, round):
+            made, batch = super().__call__(row, policy, round)
+            if row.name == "b" and round == 1:
+                made[1][:, REWARD] = math.nan
+            return made, batch
+
+    agent = learner("iql")
+    curve, facts = run(agent, Poisoned())
+    assert agent.diverged_at.tolist() == [-1, -1, -1, 6, -1, -1]
+    others = [0, 1, 2, 4, 5]
+    assert torch.equal(curve[:, others], expected[0][:, others]) and curve[-1, 3].isnan() and curve[:3, 3].isfinite().all()
+    torch.testing.assert_close(facts[..., others], expected[1][..., others], rtol=0, atol=0, equal_nan=True)
+
+
+# Sources
+
+
+class Ideal(nn.Module):
+    """The denoiser of independent N(0, 1), normalised."""
+
+    horizon = 10
+
+    def __init__(self):
+        super().__init__()
+        self.normaliser = data.Normaliser().fit(toy([40]).packed())
+
+    def forward(self, x, sigma):
+        return x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
+
+
+@pytest.fixture(scope="module")
+def ensemble():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = worldmodel.Ensemble(2, 1, (8,))
+    model.fit_normalisation(toy([40]))
+    return model.requires_grad_(False)
+
+
+REAL = of_trajectories(toy([40]))
+WINDOWS = 6
+
+
+def sources(ensemble=None, real_fraction=0.0, seed=2):
+    model = synthetic.Diffusion(Ideal(), "multistep", 5, 0.0, 1)
+    return Sources(REAL, model, ensemble, WINDOWS, real_fraction, seed)
+
+
+def a_policy(runs=2, log_std=-1.0):
+    policy = StackedPolicy((6,), generators(range(runs)), MEAN, STD, log_std)
+    with torch.no_grad():
+        policy.net.biases[-1] += 0.3 * draw(3, runs, 1, 24)
+    return policy.requires_grad_(False)
+
+
+def test_real_data_are_the_real_data(ensemble):
+    for round in (0, 3):
+        made, batch = sources(ensemble, 0.5)(Row("r", "real"), a_policy(), round)
+        assert len(made) == 2 and all(d is REAL for d in made) and batch is None
+
+
+@pytest.mark.parametrize("row", ROWS[1:], ids=lambda r: r.rule)
+def test_the_first_round_is_unguided_and_the_same_for_all_rules(row):
+    _, batch = sources()(row, a_policy(), 0)
+    unguided = sources().diffusion.generate(a_policy(), "smoothed", [0.0, 0.0], WINDOWS, 2_000)
+    assert batch.lam.tolist() == [0, 0] and len(batch.data) == 2
+    assert all(torch.equal(a, b) for a, b in zip(batch.data, unguided.data))
+
+
+def test_a_fixed_weight_is_that_of_all_runs():
+    ours, row = sources(), Row("g", "diffusion", "proximal", 0.7)
+    made, batch = ours(row, a_policy(), 3)
+    expected = ours.diffusion.generate(a_policy(), "proximal", [0.7, 0.7], WINDOWS, 2_003)
+    assert batch.lam.tolist() == pytest.approx([0.7, 0.7]) and ours.weights(row, a_policy(), 0).tolist() == batch.lam.tolist()
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(made, batch.data, expected.data, strict=True))
+    others = [*(ours(row, a_policy(), k)[0] for k in (1, 2)), sources(seed=3)(row, a_policy(), 3)[0]]
+    assert not any(torch.equal(other[0], made[0]) for other in others if other[0].shape == made[0].shape)
+
+
+def test_a_calibrated_weight_makes_trajectories_as_likely_as_the_policys_own_actions():
+    """Runs of other stds, each at its own target, on average over other noise than that of the search."""
+    policy = a_policy(3)
+    policy.log_std.data[:] = torch.tensor([-1.0, -0.7, 5.0])[:, None, None]  # the last is so broad that nothing is needed
+    ours, row = sources(), Row("c", "diffusion", "proximal", "calibrated")
+    ours.diffusion.warmup = 0
+    lam = ours.weights(row, policy, 2_001)
+    targets = -torch.distributions.Normal(0, policy.log_std.clamp(-5, 2).exp()).entropy().mean((1, 2))
+    assert lam[0] > 0 and lam[1] > 0 and lam[2] == 0 and lam[0] != lam[1]
+    found = ours.diffusion.log_likelihoods(policy, "proximal", lam, 256, 9)
+    assert (found - targets).abs()[:2].max() < 0.1 and found[2] > targets[2]
+    assert (ours.diffusion.log_likelihoods(policy, "proximal", lam * 0, 256, 9) < targets - 0.3)[:2].all()
+    _, batch = ours(row, policy, 1)
+    assert batch.lam.tolist() == pytest.approx(lam.tolist())
+
+
+def test_weights_are_searched_on_noise_of_their_own(monkeypatch):
+    asked, ours = [], sources()
+    monkeypatch.setattr(
+        ours.diffusion, "log_likelihoods", lambda p, rule, lam, n, seed: asked.append((rule, n, seed)) or lam.double() - 1
+    )
+    ours.weights(ROWS[2], a_policy(), 2_001)
+    assert set(asked) == {("annealed", pgd.CALIBRATION, 2_501)}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("row", [ROWS[1], Row("w", "world model")], ids=lambda r: r.source)
+def test_the_share_of_real_transitions(row, fraction, ensemble):
+    made, batch = sources(ensemble, fraction)(row, a_policy(), 1)
+    for mine, generated in zip(made, batch.data, strict=True):
+        is_real = (mine[:, None] == REAL).all(-1).any(1)
+        assert is_real.float().mean().item() == pytest.approx(fraction, abs=0.5 / len(mine) + 1e-6)
+        assert torch.equal(mine[~is_real], generated if fraction < 1 else generated[:0])
+    assert fraction != 0.4 or not torch.equal(made[0][-5:], made[1][-5:])  # not the same ones for all runs
+
+
+def test_the_world_model_gives_as_many_steps_as_the_diffusion_model(ensemble):
+    made, batch = sources(ensemble)(Row("w", "world model"), a_policy(), 2)
+    expected = synthetic.from_world_model(ensemble, a_policy(), REAL[:, OBS], WINDOWS, 10 - 1, 2_002)
+    assert all(torch.equal(a, b) for a, b in zip(made, expected.data, strict=True)) and batch.lam.isnan().all()
+    first = (made[0][:, None, OBS] == REAL[:, OBS]).all(-1).any(1)  # rollouts start from states of the data
+    assert first.sum() >= round(WINDOWS * (1 - batch.diverged[0].item())) > 0
+    assert sum(len(d) for d in made) <= 2 * WINDOWS * (10 - 1)  # as many as a full window has successors
+
+
+def test_a_run_without_data_is_marked_as_diverged_and_leaves_the_others_untouched(ensemble):
+    """All its trajectories diverge once its policy is NaN: there is nothing to train on, which must end no other run."""
+    rows = [Row("d", "diffusion", "explicit", 0.5), Row("w", "world model")]
+    results = []
+    for broken in (False, True):
+        agent, ours = learner("iql", rows, 8), sources(ensemble)
+
+        def spoil(row, policy, round, broken=broken, agent=agent, ours=ours):
+            if broken and round == 0:
+                for r in (0, 3):
+                    agent.agent.policy.net.weights[0].data[r] = math.nan
+            return ours(row, policy, round)
+
+        results.append((*pgd.run(agent, rows, spoil, 3, [0, 8], score), agent))
+    (clean, facts, _), (curve, facts_2, agent) = results
+    others = [1, 2]
+    assert torch.equal(clean[:, others], curve[:, others]) and curve[-1, [0, 3]].isnan().all()
+    torch.testing.assert_close(facts[..., others], facts_2[..., others], rtol=0, atol=0, equal_nan=True)
+    assert (agent.diverged_at[[0, 3]] > 0).all() and agent.diverged_at[others].tolist() == [-1, -1]
+    assert facts_2[-1, FACTS.index("diverged"), [0, 3]].tolist() == [1, 1]
+
+
+# Evaluation
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """The targets of all rollouts that took place."""
+    targets, rollout = [], adroit.rollout
+
+    def spied(act, n, rng, horizon, start, threads):
+        assert len(start) == n
+        targets.append(start)
+        return rollout(act, n, rng, horizon, start, threads)
+
+    monkeypatch.setattr(adroit, "rollout", spied)
+    return targets
+
+
+def test_evaluation_is_that_of_each_run_alone_from_the_states_of_its_seed(played):
+    policy = a_policy(3)
+    values = evaluate(policy, 4, 40, [1, 2, 1])
+    assert [v.shape for v in values] == [(3, 4)] * 3 and np.isnan(values[1]).all()
+    (targets,) = played
+    starts = targets.reshape(3, 4, 4)
+    assert (starts[0] == starts[2]).all() and not (starts[0] == starts[1]).all(-1).any()
+    assert all(len(np.unique(s, axis=0)) == 4 for s in starts)
+    fallen = []
+    for r in range(3):
+        alone = adroit.rollout(policy.select([r]).act, 4, None, 40, starts[r], 1)
+        np.testing.assert_allclose(values[0][r], alone.d4rl_returns, rtol=1e-3)
+        fallen.append(alone.fallen.any(1))
+    np.testing.assert_array_equal(values[2], fallen)
+    assert len(np.unique(values[0])) == 12
+    evaluate(policy, 2, 2, [2, 2, 1])
+    again = played[-1].reshape(3, 2, 4)
+    assert (again[0] == starts[1, :2]).all() and (again[2] == starts[0, :2]).all()  # fewer are the first of more
+
+
+def test_chunks_do_not_change_an_evaluation(played):
+    policy = a_policy(3)
+    reference = evaluate(policy, 5, 10, [0, 1, 2])
+    for chunk, batches in ((1, 5), (6, 3), (9, 2), (15, 1)):
+        played.clear()
+        np.testing.assert_allclose(evaluate(policy, 5, 10, [0, 1, 2], chunk=chunk), reference, rtol=1e-4)
+        assert len(played) == batches and all(len(t) <= max(chunk, 3) for t in played)
+
+
+def test_native_returns_take_whole_episodes():
+    policy = a_policy(2)
+    with torch.no_grad():
+        policy.net.biases[-1][0], policy.net.biases[-1][1] = 5.0, -5.0  # clenched, and open: another fate
+        for weight in policy.net.weights:
+            weight.zero_()
+    d4rl, native, falls = evaluate(policy, 1, adroit.NATIVE_HORIZON, [0, 0])
+    targets = adroit.sample_targets(1, np.random.default_rng([0, 5]))
+    for r in range(2):
+        alone = adroit.rollout(policy.select([r]).act, 1, None, adroit.NATIVE_HORIZON, targets, 1)
+        np.testing.assert_allclose(native[r], alone.rewards.sum(1), rtol=1e-6)
+        np.testing.assert_allclose(d4rl[r], alone.d4rl_returns, rtol=1e-6)
+        np.testing.assert_array_equal(falls[r], alone.fallen[:, :100].any(1))
+    assert not np.allclose(native, d4rl)
+
+
+def test_only_falls_within_d4rls_horizon_count(monkeypatch):
+    def fake(act, n, rng, horizon, targets, threads):
+        fallen = np.zeros((n, horizon), dtype=bool)
+        fallen[0, 150:], fallen[1, 99:] = True, True
+        nothing = np.zeros((n, horizon + 1, 1))
+        return adroit.Episodes(nothing, nothing, np.ones((n, horizon)), fallen, nothing, nothing, targets)
+
+    monkeypatch.setattr(adroit, "rollout", fake)
+    d4rl, native, falls = evaluate(a_policy(1), 3, 200, [0])
+    assert falls.tolist() == [[0, 1, 0]] and d4rl.tolist() == [[100] * 3] and native.tolist() == [[200] * 3]
+
+
+def test_a_nan_policy_has_nan_returns_and_leaves_the_others_untouched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where MuJoCo would leave its log
+    clean = evaluate(a_policy(3), 3, 20, [0, 1, 2])
+    broken = a_policy(3)
+    broken.net.biases[0].data[1] = math.nan
+    values = evaluate(broken, 3, 20, [0, 1, 2])
+    assert np.isnan(values[0][1]).all()
+    for found, expected in zip(values, clean, strict=True):
+        np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
+    assert not (tmp_path / "MUJOCO_LOG.TXT").exists()  # nor a warning for each step of each episode
