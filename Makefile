@@ -3,7 +3,7 @@ PYTHON ?= python3
 SCALE ?= quick
 WORKERS ?= 2
 # 04 comes last: it gathers the verdicts of the others.
-NOTEBOOKS ?= 01_data 02_diffusion 03_ppo_guide 06_world_model 04_guidance
+NOTEBOOKS ?= 01_data 02_diffusion 03_ppo_guide 06_world_model 05_iql_benchmark 04_guidance
 
 BIN := .venv/bin
 # torch is demanded at its exact version in the same pip call as everything else: a looser demand could fetch another
