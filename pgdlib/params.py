@@ -36,6 +36,7 @@ SETTINGS = {
     "samples": dict(ci=8, quick=256, paper=1024),  # trajectories for each λ
     # the agents of the benchmark (IQL: Table 4); at quick fewer steps with faster targets
     "agent_steps": dict(ci=40, quick=4_000, paper=50_000),
+    "real_steps": dict(ci=None, quick=None, paper=1_000_000),  # one more row on real data, as long as published results
     "agent_batch": dict(ci=32, quick=256, paper=512),
     "agent_rate": dict(ci=1e-3, quick=1e-3, paper=3e-4),  # learning rate
     "hidden": dict(ci=16, quick=128, paper=256),  # width of the two hidden layers

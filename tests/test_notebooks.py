@@ -45,7 +45,7 @@ GOOD = {
         "shared",
         ROOT,
         "notebooks/05_iql_benchmark.ipynb",
-        "-p agent td3_bc -p dataset human -p seeds 1 -p real_fraction 0.0625 -y lams:\xa0[1.0]",
+        "-p agent td3_bc -p dataset human -p seeds 1 -p real_fraction 0.0625 -p real_steps 50 -y lams:\xa0[1.0]",
     ),
     "03 of a zip": ("zip", ROOT, "notebooks/03_ppo_guide.ipynb", "-p guide GUIDES/ppo.zip -p episodes 7"),
     "03 trained anew": ("anew", ROOT, "notebooks/03_ppo_guide.ipynb", "-p retrain True -p seed 3 -p episodes 5"),
@@ -310,7 +310,7 @@ def test_05_fills_table_1(run):
 @named("05 td3_bc")
 def test_05_takes_another_agent_and_real_data(run):
     table = run.table("05_table1_td3_bc_standin-human")
-    assert len(table) == 5 and "TD3+BC, explicit rule, λ = 1" in set(table["row"])
+    assert len(table) == 6 and {"TD3+BC, explicit rule, λ = 1", "TD3+BC, real data, 50 steps"} <= set(table["row"])
     assert not any("unguided" in row for row in table["row"]) and table["d4rl_return"].notna().all()
 
 
