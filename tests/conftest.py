@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3 import PPO
+from torch import nn
 
-from pgdlib import adroit, data, pipeline, plots
+from pgdlib import adroit, agents, data, pipeline, plots
 
 matplotlib.use("agg")
 torch.set_num_threads(1)
@@ -57,6 +58,39 @@ def toy(episodes, seed=0, **changes):
     tensors = dict(obs=draw(n, 45), actions=draw(n, 24).tanh(), rewards=draw(n), terminals=torch.zeros(n), next_obs=draw(n, 45))
     tensors["next_obs"][:, 26] = 0.075 + 0.1 * draw(n).abs()
     return data.Trajectories(**{**tensors, "lengths": torch.tensor(episodes), "name": "toy", **changes})
+
+
+class Ideal(nn.Module):
+    """The denoiser of independent N(0, 1), normalised."""
+
+    horizon = 10
+
+    def __init__(self):
+        super().__init__()
+        self.normaliser = data.Normaliser().fit(toy([40]).packed())
+
+    def forward(self, x, sigma):
+        return x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
+
+
+def random_batch(runs=3, n=32, seed=0):
+    """Random transitions [R, n, 116] in float64, a third of them terminal."""
+    x = torch.randn(runs * n, 116, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    obs, actions, next_obs = (x[:, s] for s in (agents.OBS, agents.ACTIONS, agents.NEXT_OBS))
+    terminal = (x[:, agents.TERMINAL] > 0.43).double()
+    return agents.transitions(obs, actions, x[:, agents.REWARD], terminal, next_obs).unflatten(0, (runs, n))
+
+
+def plain_network(mlp, i, *after):
+    """Network `i` of a `StackedMLP` as torch's own layers, with parameters of their own."""
+    layers = []
+    for weight, bias in zip(mlp.weights, mlp.biases):
+        linear = nn.Linear(*weight.shape[1:], dtype=weight.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(weight[i].T)
+            linear.bias.copy_(bias[i, 0])
+        layers += [nn.ReLU(), linear]
+    return nn.Sequential(*layers[1:], *after)
 
 
 def sb3_zip(path, obs_dim=45, action_dim=24):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import toy
+from conftest import plain_network, toy
 from scipy import stats
 from torch import nn
 from torch.distributions import Independent, Normal
@@ -59,18 +59,6 @@ def run_of(module, i, runs):
 def assert_same_state(a, b):
     for (name, x), y in zip(a.state()[0].items(), b.state()[0].values(), strict=True):
         assert torch.equal(x, y), name
-
-
-def plain_network(mlp, i):
-    """Network `i` of a `StackedMLP` as torch's own layers, with parameters of their own."""
-    layers = []
-    for weight, bias in zip(mlp.weights, mlp.biases):
-        linear = nn.Linear(*weight.shape[1:], dtype=weight.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(weight[i].T)
-            linear.bias.copy_(bias[i, 0])
-        layers += [nn.ReLU(), linear]
-    return nn.Sequential(*layers[1:])
 
 
 def test_transitions_are_packed_as_the_slices_say():

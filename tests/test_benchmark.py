@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import cut, kept, toy
-from torch import nn
+from conftest import Ideal, cut, kept, toy
 
-from pgdlib import adroit, benchmark, data, params, pgd, store, synthetic
+from pgdlib import adroit, benchmark, params, pgd, store, synthetic
 from pgdlib.agents import BC, WIDTH, of_trajectories
 from pgdlib.benchmark import Result, per_seed
 from pgdlib.edm import seeded
@@ -337,19 +336,6 @@ def test_the_table_is_saved_whole_or_not_at_all(runs, monkeypatch):
 
 
 # The announcement
-
-
-class Ideal(nn.Module):
-    """The denoiser of independent N(0, 1), normalised."""
-
-    horizon = 10
-
-    def __init__(self):
-        super().__init__()
-        self.normaliser = data.Normaliser().fit(toy([40]).packed())
-
-    def forward(self, x, sigma):
-        return x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
 
 
 def all_sources():

@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import plain_network, random_batch
 from scipy import stats
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -22,13 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")  # t
 NEAR = dict(rtol=1e-5, atol=1e-8)  # torchrl keeps the discount in float32
 
 
-def batch(runs=3, n=32, seed=0):
-    """Random transitions [R, n, 116] in float64, a third of them terminal."""
-    x = torch.randn(runs * n, 116, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    terminal = (x[:, TERMINAL] > 0.43).double()
-    return transitions(x[:, OBS], x[:, ACTIONS], x[:, REWARD], terminal, x[:, NEXT_OBS]).unflatten(0, (runs, n))
-
-
 def agent(seeds=SEEDS, **changes):
     """In float64; the targets are not the twins, as after training, and values are large enough for weights of all sizes."""
     made = IQL(seeds, MEAN, STD, hidden=(16, 12), **changes).double()
@@ -39,18 +33,6 @@ def agent(seeds=SEEDS, **changes):
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
         made.policy.log_std += torch.linspace(-1, 0.5, 24)
     return made
-
-
-def plain_network(mlp, i):
-    """Network `i` of a `StackedMLP` as torch's own layers, with parameters of their own."""
-    layers = []
-    for weight, bias in zip(mlp.weights, mlp.biases):
-        linear = nn.Linear(*weight.shape[1:], dtype=weight.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(weight[i].T)
-            linear.bias.copy_(bias[i, 0])
-        layers += [nn.ReLU(), linear]
-    return nn.Sequential(*layers[1:])
 
 
 class Actor(nn.Module):
@@ -116,7 +98,7 @@ def grad(p):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["default", "sharp", "flat"])
 def test_losses_and_gradients_are_torchrls(settings):
-    made, data = agent(**settings), batch()
+    made, data = agent(**settings), random_batch()
     data[0, 0, OBS] *= 1000  # where observations are clipped
     parts, _ = made.parts(data)
     made.losses(data, 0, SEEDS)[0].sum().backward()
@@ -137,7 +119,7 @@ def test_losses_and_gradients_are_torchrls(settings):
 
 def test_training_is_that_of_torchrls_loss_and_plain_adam():
     """Six steps of the learner: Adam, the policy's cosine, and the targets that follow the twins."""
-    made, rows, seen = agent(), batch(n=40), []
+    made, rows, seen = agent(), random_batch(n=40), []
     losses = [torchrl_loss(made, i) for i in range(3)]
     given = made.losses
     made.losses = lambda data, step, seeds: seen.append(data) or given(data, step, seeds)
@@ -163,7 +145,7 @@ def test_training_is_that_of_torchrls_loss_and_plain_adam():
 
 
 def test_each_loss_reaches_its_own_network_alone():
-    made, data = agent(), batch()
+    made, data = agent(), random_batch()
     parts, _ = made.parts(data)
     assert set(parts) == {"v", "q", "policy"}
     for name, part in parts.items():
@@ -174,7 +156,7 @@ def test_each_loss_reaches_its_own_network_alone():
 
 
 def test_the_value_returned_is_v():
-    made, data = agent(), batch()
+    made, data = agent(), random_batch()
     _, value = made.losses(data, 0, SEEDS)
     expected = [plain_network(made.v, i)(made.policy.normalise(data[i, :, OBS])).mean() for i in range(3)]
     torch.testing.assert_close(value, torch.stack(expected))
@@ -182,7 +164,7 @@ def test_the_value_returned_is_v():
 
 
 def test_a_terminal_stops_bootstrapping():
-    made, data = agent(), batch()
+    made, data = agent(), random_batch()
     data[..., TERMINAL] = 0.0
     data[0, :, TERMINAL] = 1.0
     other = data.clone()
@@ -216,7 +198,7 @@ def test_the_weighted_mean_is_the_expectile(expectile):
 
 def test_v_learns_the_expectile_of_q():
     """A constant V, trained by the V loss alone on fixed targets: their expectile."""
-    made, data = agent(expectile=0.8), batch(n=200)
+    made, data = agent(expectile=0.8), random_batch(n=200)
     with torch.no_grad():
         for p in made.v.weights:
             p.zero_()
@@ -231,7 +213,7 @@ def test_v_learns_the_expectile_of_q():
 
 
 def test_policy_weights_are_clipped_exponentials_of_the_advantage():
-    made, data = agent(temperature=4.0), batch()
+    made, data = agent(temperature=4.0), random_batch()
     pairs = torch.cat([made.policy.normalise(data[..., OBS]), data[..., ACTIONS]], -1)
     advantage = torch.stack(
         [

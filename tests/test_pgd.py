@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import toy
-from torch import nn
+from conftest import Ideal, toy
 
-from pgdlib import adroit, data, pgd, store, synthetic, worldmodel
+from pgdlib import adroit, pgd, store, synthetic, worldmodel
 from pgdlib.agents import BC, OBS, REWARD, TERMINAL, WIDTH, Learner, StackedPolicy, generators, of_trajectories
 from pgdlib.edm import seeded
 from pgdlib.iql import IQL
@@ -253,19 +252,6 @@ def test_a_diverged_run_is_marked_and_leaves_the_others_untouched():
 
 
 # Sources
-
-
-class Ideal(nn.Module):
-    """The denoiser of independent N(0, 1), normalised."""
-
-    horizon = 10
-
-    def __init__(self):
-        super().__init__()
-        self.normaliser = data.Normaliser().fit(toy([40]).packed())
-
-    def forward(self, x, sigma):
-        return x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import plain_network, random_batch
 from tensordict import TensorDict
 from torch import nn
 from torchrl.modules import Actor, ValueOperator
@@ -20,13 +21,6 @@ SEEDS = (3, 0, 11)
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")  # the tests move torchrl's targets themselves
 
 
-def batch(runs=3, n=32, seed=0):
-    """Random transitions [R, n, 116] in float64, a third of them terminal."""
-    x = torch.randn(runs * n, 116, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    terminal = (x[:, TERMINAL] > 0.43).double()
-    return transitions(x[:, OBS], x[:, ACTIONS], x[:, REWARD], terminal, x[:, NEXT_OBS]).unflatten(0, (runs, n))
-
-
 def agent(seeds=SEEDS, **changes):
     """In float64; the targets are not what they follow, as after training."""
     made = TD3BC(seeds, MEAN, STD, hidden=(16, 12), **changes).double()
@@ -35,18 +29,6 @@ def agent(seeds=SEEDS, **changes):
             for i, p in enumerate(target.parameters()):
                 p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
     return made
-
-
-def plain_network(mlp, i, *after):
-    """Network `i` of a `StackedMLP` as torch's own layers, with parameters of their own."""
-    layers = []
-    for weight, bias in zip(mlp.weights, mlp.biases):
-        linear = nn.Linear(*weight.shape[1:], dtype=weight.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(weight[i].T)
-            linear.bias.copy_(bias[i, 0])
-        layers += [nn.ReLU(), linear]
-    return nn.Sequential(*layers[1:], *after)
 
 
 class Plain:
@@ -93,7 +75,7 @@ def grad(p):
 
 @pytest.mark.parametrize("settings", [dict(), dict(alpha=0.5, discount=0.9)], ids=["default", "other"])
 def test_losses_and_gradients_are_those_of_separate_runs(settings):
-    made, data = agent(**settings), batch()
+    made, data = agent(**settings), random_batch()
     data[0, 0, OBS] *= 1000  # where observations are clipped
     noise = 0.5 * torch.randn(3, 32, 24, generator=torch.Generator().manual_seed(5)).double()
     parts, value = made.parts(data, noise)
@@ -123,7 +105,7 @@ class Critic(nn.Module):
 
 
 def test_losses_are_torchrls():
-    made, data = agent(noise=0.0), batch()
+    made, data = agent(noise=0.0), random_batch()
     parts, _ = made.parts(data, torch.zeros(3, 32, 24).double())
     for i in range(3):
         plain, rows = Plain(made, i), data[i]
@@ -146,7 +128,7 @@ def test_losses_are_torchrls():
 
 def test_training_is_that_of_separate_runs_with_plain_adam():
     """Six steps of the learner: Adam, the policy's cosine and delay, the noise, and the targets."""
-    made, rows, seen, noises = agent(), batch(n=40), [], []
+    made, rows, seen, noises = agent(), random_batch(n=40), [], []
     plain = [Plain(made, i) for i in range(3)]
     losses, target_noise = made.losses, made.target_noise
     made.losses = lambda data, step, seeds: seen.append(data) or losses(data, step, seeds)
@@ -176,7 +158,7 @@ def test_training_is_that_of_separate_runs_with_plain_adam():
 
 
 def test_each_loss_reaches_its_own_network_alone():
-    made, data = agent(), batch()
+    made, data = agent(), random_batch()
     parts, value = made.parts(data, torch.zeros(3, 32, 24).double())
     assert set(parts) == {"q", "policy"} and not value.requires_grad
     for name, prefix in (("q", "q."), ("policy", "policy.net.")):
@@ -188,7 +170,7 @@ def test_each_loss_reaches_its_own_network_alone():
 
 @pytest.mark.parametrize("delay", [1, 2, 3])
 def test_policy_and_targets_move_every_delay_steps_only(delay):
-    made, rows, snapshots = agent(delay=delay), list(batch(n=40)), []
+    made, rows, snapshots = agent(delay=delay), list(random_batch(n=40)), []
 
     def snap(step=0):
         snapshots.append(copy.deepcopy(made.state_dict()))
@@ -225,7 +207,7 @@ def test_its_policy_guides_as_a_narrow_gaussian_around_the_action():
     mean, std = made.policy(obs)
     assert is_gaussian(made.policy) and not made.policy.log_std.requires_grad
     torch.testing.assert_close(std, torch.full((6, 24), 0.3))
-    Learner(made, SEEDS, 10, batch_size=8).train(list(batch(n=40).float()), 10)
+    Learner(made, SEEDS, 10, batch_size=8).train(list(random_batch(n=40).float()), 10)
     assert torch.equal(made.policy.log_std, before) and not torch.equal(made.policy(obs)[0], mean)
 
 
