@@ -292,15 +292,15 @@ def test_06_compares_both_models(run):
 
 @named("05")
 def test_05_fills_table_1(run):
-    table = run.table("05_table1_iql_standin-human")
+    table = run.table("05_table1_iql_standin-human_2seeds")
     guided = ["explicit rule, λ = 2", "annealed rule, calibrated λ"]
     rows = ["behaviour cloning", *(f"IQL, {r}" for r in ["real data", "unguided (λ = 0)", *guided, "world model"])]
     assert table["row"].drop_duplicates().tolist() == rows and (table.groupby("row").size() == 2).all()
     assert table["d4rl_return"].notna().all() and table["native_return"].notna().all()
-    kept = pd.read_csv(run.artifacts / "results/ci/table1_iql_standin-human.csv")
+    kept = pd.read_csv(run.artifacts / "results/ci/table1_iql_standin-human_2seeds.csv")
     pd.testing.assert_frame_equal(kept, table)
     assert all(name in run.text for name in rows) and "2,448 ± 130" in run.text
-    curves = run.table("05_curves_iql_standin-human")
+    curves = run.table("05_curves_iql_standin-human_2seeds")
     assert curves["step"].tolist() == [0, 20, 40] and curves.shape == (3, 1 + 2 * len(rows))
     found = verdicts(run, "human")
     assert found["C4 explicit rule, λ = 2"]["verdict"] in claims.VERDICTS
@@ -309,7 +309,7 @@ def test_05_fills_table_1(run):
 
 @named("05 td3_bc")
 def test_05_takes_another_agent_and_real_data(run):
-    table = run.table("05_table1_td3_bc_standin-human")
+    table = run.table("05_table1_td3_bc_standin-human_1seeds")
     assert len(table) == 6 and {"TD3+BC, explicit rule, λ = 1", "TD3+BC, real data, 50 steps"} <= set(table["row"])
     assert not any("unguided" in row for row in table["row"]) and table["d4rl_return"].notna().all()
 
