@@ -21,7 +21,7 @@ SETTINGS = {
     # training (Table 3)
     "train_steps": dict(ci=60, quick=8_000, paper=None),
     "epochs": dict(ci=None, quick=None, paper=512),  # of the data's steps, where train_steps is None
-    "passes": dict(ci=16, quick=16, paper=None),  # over the data at most: on human's 5,000 steps more of them overfit
+    "passes": dict(ci=16, quick=16, paper=None),  # over all windows at most: on human's 5,000 steps more of them overfit
     "batch_size": dict(ci=16, quick=64, paper=16),
     "learning_rate": dict(ci=1e-3, quick=2e-3, paper=1e-3),
     # the world model that the paper argues against; at quick about the denoiser's training time

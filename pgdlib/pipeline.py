@@ -158,7 +158,7 @@ def train_val(dataset):
 
 
 def _at_most(passes, steps, batch_size, data):
-    """Training steps that draw each step of the data, in the mean, at most `passes` times; None is no limit."""
+    """Training steps that draw each window of the data, in the mean, at most `passes` times; None is no limit."""
     return steps if passes is None else min(steps, max(1, round(passes * len(data.rewards) / batch_size)))
 
 

@@ -35,7 +35,7 @@ def table1(rows, behaviour, paper, title):
     rows: name -> returns [S] (NaN where diverged); behaviour: (mean, se) of the data's own episodes; paper: name -> (mean,
     se), the paper's numbers and others' on D4RL's own data, drawn apart below.
     """
-    lines = [("behaviour (data)", behaviour, None)]
+    lines = [("behaviour (± over episodes)", behaviour, None)]
     lines += [(name, seedstats.mean_se(values), np.asarray(values, dtype=float)) for name, values in rows.items()]
     theirs = [(name, values, None) for name, values in paper.items()]
     fig, ax = plt.subplots(figsize=(9.5, 0.42 * (len(lines) + len(theirs)) + 1.9))

@@ -123,10 +123,10 @@ def test_table_1_has_all_rows_from_the_top_and_their_numbers():
     fig = drawn("table1", ROWS, BEHAVIOUR, PAPER)
     assert_labelled(fig, ["return on D4RL's scale"])
     (ax,) = fig.axes
-    assert tick_labels(ax) == ["behaviour (data)", *ROWS, *PAPER]
+    assert tick_labels(ax) == ["behaviour (± over episodes)", *ROWS, *PAPER]
     shown = ax.transData.transform([(0, y) for y in ax.get_yticks()])[:, 1]
     assert (np.diff(shown) < 0).all()
-    expected = {"behaviour (data)": BEHAVIOUR, **{k: seedstats.mean_se(v) for k, v in ROWS.items()}, **PAPER}
+    expected = {"behaviour (± over episodes)": BEHAVIOUR, **{k: seedstats.mean_se(v) for k, v in ROWS.items()}, **PAPER}
     assert numbers(fig) == {
         name: (f"{m:,.0f}" if math.isnan(se) else f"{m:,.0f} ± {se:,.0f}") + f" {(m - 96.262799) / 29.80570274:.1f}"
         for name, (m, se) in expected.items()
@@ -138,7 +138,7 @@ def test_table_1_has_all_rows_from_the_top_and_their_numbers():
 def test_table_1_draws_each_seed_that_is_left_the_mean_and_its_error():
     fig = drawn("table1", ROWS, BEHAVIOUR, PAPER)
     (ax,) = fig.axes
-    means = {**{k: seedstats.mean_se(v) for k, v in ROWS.items()}, "behaviour (data)": BEHAVIOUR, **PAPER}
+    means = {**{k: seedstats.mean_se(v) for k, v in ROWS.items()}, "behaviour (± over episodes)": BEHAVIOUR, **PAPER}
     bars = {c.lines[0].get_ydata()[0]: c for c in ax.containers}
     assert len(bars) == 6
     for name, (mean, se) in means.items():
@@ -182,7 +182,7 @@ def test_what_others_measured_stands_apart():
     (divider,) = [ln.get_ydata()[0] for ln in ax.get_lines() if len(ln.get_xdata()) == 2 and list(ln.get_xdata()) == [0, 1]]
     assert ax.get_yticks()[3] < divider < ax.get_yticks()[4]
     alone = drawn("table1", ROWS, BEHAVIOUR, {})
-    assert tick_labels(alone.axes[0]) == ["behaviour (data)", *ROWS]
+    assert tick_labels(alone.axes[0]) == ["behaviour (± over episodes)", *ROWS]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 12])
@@ -211,4 +211,4 @@ def test_no_text_runs_into_another_or_out_of_the_figure(rows):
 def test_rows_without_errors_or_values_are_drawn(values, text):
     fig = drawn("table1", {"it": np.array(values), "other": ROWS["behaviour cloning"]}, BEHAVIOUR, {})
     assert numbers(fig)["it"].split()[0] == text and "±" not in numbers(fig)["it"]
-    assert tick_labels(fig.axes[0]) == ["behaviour (data)", "it", "other"] and TITLE in texts(fig)
+    assert tick_labels(fig.axes[0]) == ["behaviour (± over episodes)", "it", "other"] and TITLE in texts(fig)
