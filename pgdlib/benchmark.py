@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pgdlib import adroit, data, pgd, pipeline, store
 from pgdlib.agents import WIDTH, Learner
 
-SETTINGS = ("hidden", "polyak", "resample_every", "windows", "real_fraction", "seed")  # beside agent_*, draw_*, ...
+SETTINGS = ("hidden", "polyak", "resample_every", "windows", "real_fraction")  # beside agent_*, draw_*, ...
 ROOMS = ("agents", "iql", "td3_bc", "pgd", "synthetic", "guidance", "sampler", "metrics")
 ROOMS += ("edm", "unet", "worldmodel", "data", "adroit")
 
@@ -56,6 +56,7 @@ class Result:
     native: np.ndarray  # [R, m]: native returns, of the first m episodes
     falls: np.ndarray  # [R, n]
     diverged_at: np.ndarray  # [R]: the training step, or -1
+    policy: torch.nn.Module  # the R trained policies
 
     def by_row(self, values):
         """row name -> the part of `values` [..., R] that belongs to it [..., S]."""
@@ -72,7 +73,7 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs):
     """The `Result` of `make_agent(seeds)` on all rows and seeds; kept in runs/agents/, made if missing.
 
     `kind` names the agent, `inputs` (plain JSON values) what the sources rest on. `p` has the settings of the benchmark
-    (`params.SETTINGS`: agent_*, hidden, polyak, resample_every, windows, draw_*, curve_*, test_episodes) and seed.
+    (`params.SETTINGS`: agent_*, hidden, polyak, resample_every, windows, draw_*, curve_*, test_episodes).
     """
     settings = {k: v for k, v in vars(p).items() if k.startswith(("agent_", "draw_", "curve_", "test_")) or k in SETTINGS}
     inputs = dict(inputs, kind=kind, rows=[(r.source, r.rule, r.lam) for r in rows], seeds=list(seeds), settings=settings)
@@ -104,8 +105,10 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs):
         return {**{f"policy.{k}": v for k, v in policy.state_dict().items()}, **tensors}, card
 
     tensors, _ = store.artifact(path, make)
+    policy = make_agent(stack).policy.requires_grad_(False)
+    policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")})
     arrays = {k: v.numpy() for k, v in tensors.items() if not k.startswith("policy.")}
-    return Result(rows, list(seeds), marks, **arrays)
+    return Result(rows, list(seeds), marks, **arrays, policy=policy.to(device))
 
 
 def native_episodes(p):
@@ -127,15 +130,16 @@ def announce(make_agent, rows, seeds, sources, p, device):
     policy, diffusion = learner.agent.policy.select(range(len(seeds))), sources.diffusion
     few = max(1, min(64, p.windows))
     learner.train([sources.real] * runs, 2)  # of everything, what comes first takes longer
-    diffusion.draw(policy, rows[-1].rule or "explicit", [1.0] * len(seeds), 1, 0)
+    weights = [1.0] * len(seeds)
+    diffusion.draw(policy, "explicit", weights, 1, seeds, 0)
     pgd.evaluate(learner.agent.policy, 1, 1, learner.seeds)
     each = [
         _seconds(lambda: learner.train([sources.real] * runs, learner.step + 3)) / 3 * p.agent_steps,
-        _seconds(lambda: diffusion.draw(policy, rows[-1].rule or "explicit", [1.0] * len(seeds), few, 0)) / few * draws,
+        _seconds(lambda: diffusion.draw(policy, "explicit", weights, few, seeds, 0)) / few * draws,
         _seconds(lambda: pgd.evaluate(learner.agent.policy, 8, 10, learner.seeds)) / 80 * episodes * adroit.D4RL_HORIZON,
     ]
-    weights = sum(t.numel() * t.element_size() for t in learner.state()[0].values())
-    memory = 2 * weights + runs * p.windows * diffusion.denoiser.horizon * WIDTH * 4
+    size = sum(t.numel() * t.element_size() for t in learner.state()[0].values())
+    memory = 2 * size + runs * p.windows * diffusion.denoiser.horizon * WIDTH * 4
     words = ", ".join(f"{name} {s / 60:.1f}" for name, s in zip(("training", "synthetic data", "tests"), each))
     print(f"estimated: {sum(each) / 60:.1f} minutes ({words}), {memory / 1e9:.2f} GB of agents and data", file=sys.stderr)
 

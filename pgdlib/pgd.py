@@ -30,37 +30,45 @@ class Row:
 
 @dataclass
 class Sources:
-    """Where each row finds its data: packed real transitions [N, 116], the diffusion model, and the world model or None."""
+    """Where each row finds its data: packed real transitions [N, 116], the diffusion model, and the world model or None.
+
+    All that is drawn for a run follows from its seed, of `seeds` [S], and the round, whatever else is in the stack.
+    """
 
     real: torch.Tensor
     diffusion: synthetic.Diffusion
     world_model: torch.nn.Module | None
+    behaviour: torch.nn.Module | None  # S policies cloned from the data, which the world model follows in the first round
     windows: int  # generated for each run, every time
     real_fraction: float
-    seed: int
+    seeds: list
 
     def __call__(self, row, policy, round):
-        """(packed transitions of each run of `policy`, the `synthetic.Batch` or None) for a round; the first is unguided."""
-        runs, seed = policy.runs, 1_000 * self.seed + round
+        """(packed transitions of each run of `policy`, the `synthetic.Batch` or None) for a round.
+
+        The first round knows no policy yet: both models give what is like the data, the diffusion model unguided.
+        """
         if row.source == "real":
-            return [self.real] * runs, None
+            return [self.real] * policy.runs, None
         if row.source == "world model":
             starts, length = self.real[:, : adroit.OBS_DIM], self.diffusion.denoiser.horizon - 1
-            batch = synthetic.from_world_model(self.world_model, policy, starts, self.windows, length, seed)
+            target = self.behaviour if round == 0 else policy
+            batch = synthetic.from_world_model(self.world_model, target, starts, self.windows, length, self.seeds, round)
         else:
-            lam = torch.zeros(runs) if round == 0 else self.weights(row, policy, seed)
-            batch = self.diffusion.generate(policy, row.rule, lam, self.windows, seed)
+            lam = torch.zeros(policy.runs) if round == 0 else self.weights(row, policy, round)
+            batch = self.diffusion.generate(policy, row.rule, lam, self.windows, self.seeds, round)
         # A run whose policy is no longer finite gets no data: with NaN it stays marked as diverged, and stops no other.
         made = [d if len(d) else d.new_full((1, d.shape[1]), math.nan) for d in batch.data]
-        return [synthetic.mixed(d, self.real, self.real_fraction, seed + 7 * r) for r, d in enumerate(made)], batch
+        drawn = zip(made, self.seeds, strict=True)
+        return [synthetic.mixed(d, self.real, self.real_fraction, seed, round) for d, seed in drawn], batch
 
-    def weights(self, row, policy, seed):
+    def weights(self, row, policy, round):
         """λ of each run [R]: the row's, or the one at which trajectories are as likely as the policy's own actions."""
         if row.lam != "calibrated":
             return torch.full((policy.runs,), float(row.lam))
 
         def likelihoods(lam):
-            return self.diffusion.log_likelihoods(policy, row.rule, lam, CALIBRATION, seed + 500)
+            return self.diffusion.log_likelihoods(policy, row.rule, lam, CALIBRATION, self.seeds, 500 + round)
 
         return synthetic.calibrate(likelihoods, synthetic.on_policy(policy).double())
 

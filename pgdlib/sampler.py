@@ -26,6 +26,8 @@ def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dt
     solver "heun": Algorithm 2 of Karras et al. with churn, two network evaluations a step, as the paper. "multistep":
     DPM-Solver++(2M) (Lu et al. 2022), no churn, one evaluation a step.
 
+    `generator` is one, or a list of one for each block of the batch, all of one size.
+
     `guide(x, denoised, σ, step)` gives a shift: added to x before the step if `guide.on == "noised"` (then `denoised` is
     None), or to every denoised estimate if `guide.on == "denoised"`. Values beyond `DIVERGED` std are clamped, so that a
     guide that diverges is counted, not fatal.
@@ -42,7 +44,9 @@ def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dt
         return denoised if shifted is None else denoised + shifted(x, denoised, sigma, step)
 
     def randn():
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        blocks = generator if isinstance(generator, list) else [generator]
+        block = (shape[0] // len(blocks), *shape[1:])
+        return torch.cat([torch.randn(block, generator=g, device=device, dtype=dtype) for g in blocks])
 
     sigmas = noise_levels(steps).tolist()
     gamma = min(churn / steps, math.sqrt(2) - 1)

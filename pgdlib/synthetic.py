@@ -1,6 +1,6 @@
 """Synthetic data for stacked agents: from the diffusion model guided toward each run's own policy, or from the world model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -9,6 +9,7 @@ from pgdlib.adroit import ACTION_DIM
 from pgdlib.agents import transitions
 from pgdlib.edm import seeded
 
+BLOCK = 32  # trajectories of a run that share a generator
 WARMED = ("explicit", "proximal", "annealed")  # rules that leave the highest noise unguided
 
 
@@ -27,7 +28,10 @@ class Batch:
 
 @dataclass
 class Diffusion:
-    """A denoiser and how trajectories are drawn from it (`sampler.sample`), at most `chunk` at once."""
+    """A denoiser and how trajectories are drawn from it (`sampler.sample`), about `chunk` at once.
+
+    A run's noise comes from its own seed, `BLOCK` trajectories at a time: it does not depend on the other runs of a stack.
+    """
 
     denoiser: torch.nn.Module
     solver: str
@@ -36,30 +40,37 @@ class Diffusion:
     warmup: int
     chunk: int = 512
 
-    def draw(self, policy, rule, lam, n, seed):
+    def draw(self, policy, rule, lam, n, seeds, round):
         """n trajectories for each run [R n, T, 71] (normalised), guided by `rule` with weights lam [R], and diverged [R n].
 
-        The noise does not depend on policy, rule and λ: stacks of as many runs have the same.
+        The noise follows from the run's seed, of `seeds` [R], the round and n.
         """
-        device = self.denoiser.normaliser.mean.device
-        generator, parts = seeded(device, seed, n), []
-        most = max(1, self.chunk // policy.runs)
-        for first in range(0, n, most):
-            count = min(most, n - first)
+        if len(seeds) != policy.runs:
+            raise ValueError(f"seeds={list(seeds)!r} is not allowed; it must hold one for each of the {policy.runs} runs")
+        device, parts = self.denoiser.normaliser.mean.device, []
+        weights = torch.as_tensor(lam, dtype=torch.float32, device=device)
+        sizes = [BLOCK] * (n // BLOCK) + [n % BLOCK] * (n % BLOCK > 0)
+        blocks = [(i, size) for i, size in enumerate(sizes)]
+        at_once = max(1, self.chunk // (policy.runs * BLOCK))
+        while blocks:
+            size = blocks[0][1]
+            some = [i for i, s in blocks[:at_once] if s == size]
+            blocks = blocks[len(some) :]
+            generators = [seeded(device, 2_000_000 + seed, 1_000 * round + i) for seed in seeds for i in some]
             warmup = self.warmup if rule in WARMED else 0
-            weights = torch.as_tensor(lam, dtype=torch.float32, device=device).repeat_interleave(count)
-            guide = guidance.Guide(rule, policy, self.denoiser.normaliser, weights, self.steps, warmup)
-            shape = (policy.runs * count, self.denoiser.horizon, data.CHANNELS)
+            each = weights.repeat_interleave(size * len(some))
+            guide = guidance.Guide(rule, policy, self.denoiser.normaliser, each, self.steps, warmup)
+            shape = (len(each), self.denoiser.horizon, data.CHANNELS)
             x, diverged = sampler.sample(
-                self.denoiser, shape, self.steps, self.churn, generator, guide, device, solver=self.solver
+                self.denoiser, shape, self.steps, self.churn, generators, guide, device, solver=self.solver
             )
-            parts.append((x.unflatten(0, (policy.runs, count)), diverged.unflatten(0, (policy.runs, count))))
+            parts.append([v.unflatten(0, (policy.runs, -1)) for v in (x, diverged)])
         x, diverged = (torch.cat(each, 1) for each in zip(*parts))
         return x.flatten(0, 1), diverged.flatten()
 
-    def generate(self, policy, rule, lam, n, seed):
+    def generate(self, policy, rule, lam, n, seeds, round):
         """A `Batch` of n trajectories for each run of the stacked `policy`, guided toward it; lam [R]."""
-        x, diverged = self.draw(policy, rule, lam, n, seed)
+        x, diverged = self.draw(policy, rule, lam, n, seeds, round)
         steps = self.denoiser.normaliser.denormalise(x)
         alive = metrics.alive(steps[..., data.TERMINAL])
         likelihood = metrics.log_likelihood(policy, steps[..., data.OBS], steps[..., data.ACTIONS], alive)
@@ -77,12 +88,12 @@ class Diffusion:
         likelihood = torch.where(diverged, torch.nan, likelihood).nanmean(1)
         return kept.cpu(), ended.cpu(), diverged.float().mean(1).cpu(), likelihood.float().cpu()
 
-    def log_likelihoods(self, policy, rule, lam, n, seed):
+    def log_likelihoods(self, policy, rule, lam, n, seeds, round):
         """The mean log-likelihood of n trajectories for each run under its policy, [R], nats per action dimension.
 
         Diverged ones are left out; NaN if all have.
         """
-        x, diverged = self.draw(policy, rule, lam, n, seed)
+        x, diverged = self.draw(policy, rule, lam, n, seeds, round)
         found = metrics.log_likelihood(policy, self.denoiser.normaliser.obs(x), self.denoiser.normaliser.actions(x))
         return torch.where(diverged, torch.nan, found).unflatten(0, (policy.runs, n)).nanmean(1)
 
@@ -111,15 +122,19 @@ def cut(steps, alive):
     return transitions(*(v[taken] for v in parts))
 
 
-def from_world_model(ensemble, policy, starts, n, length, seed):
+def from_world_model(ensemble, policy, starts, n, length, seeds, round):
     """A `Batch` of n rollouts of `length` steps for each run in the ensemble, from random states of `starts` [N, 45].
 
     Reward and end are the environment's own functions of the imagined observation. The ensemble's Gaussian over rewards,
-    which jump by 50 at success, draws noise of that size, and an expectile of noise is optimism.
+    which jump by 50 at success, draws noise of that size, and an expectile of noise is optimism. Each run's draws follow from
+    its seed, of `seeds` [R], and the round.
     """
-    generator = seeded(starts.device, seed, n)
-    ids = torch.randint(len(starts), (policy.runs * n,), generator=generator, device=starts.device)
-    made = worldmodel.rollout(ensemble, policy, starts[ids], length, generator)
+    parts = []
+    for run, seed in enumerate(seeds):
+        generator = seeded(starts.device, 3_000_000 + seed, round)
+        ids = torch.randint(len(starts), (n,), generator=generator, device=starts.device)
+        parts.append(worldmodel.rollout(ensemble, policy.select([run]), starts[ids], length, generator))
+    made = worldmodel.Rollout(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(worldmodel.Rollout)))
     terminal = (made.next_obs[..., data.PEN_HEIGHT] < data.FALL_HEIGHT).float()
     taken = (made.alive > 0) & ~made.diverged[:, None]
     rewards = torch.as_tensor(adroit.outcome(made.next_obs.double().cpu().numpy())[0]).to(terminal)
@@ -143,14 +158,17 @@ def on_policy(policy):
     return -policy.entropy() / ACTION_DIM
 
 
-def mixed(synthetic, real, fraction, seed):
-    """Packed transitions of which `fraction` are real: draws from `real` [N, 116] added to `synthetic`, or real ones alone."""
+def mixed(synthetic, real, fraction, seed, number):
+    """Packed transitions of which `fraction` are real: draws from `real` [N, 116] added to `synthetic`, or real ones alone.
+
+    The draws follow from the run's seed and the `number` of the round.
+    """
     if fraction == 0:
         return synthetic
     if fraction == 1:
         return real
     count = round(len(synthetic) * fraction / (1 - fraction))
-    ids = torch.randint(len(real), (count,), generator=seeded(real.device, seed, count), device=real.device)
+    ids = torch.randint(len(real), (count,), generator=seeded(real.device, 4_000_000 + seed, number), device=real.device)
     return torch.cat([synthetic, real[ids]])
 
 

@@ -16,8 +16,10 @@ from pgdlib.benchmark import Result, per_seed
 from pgdlib.edm import seeded
 from pgdlib.iql import IQL
 from pgdlib.pgd import FACTS, Row
+from pgdlib.td3_bc import TD3BC
 
 CPU = torch.device("cpu")
+KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC}
 ROWS = [Row("a", "real"), Row("b", "diffusion", "explicit", 0.5), Row("c", "diffusion", "annealed", "calibrated")]
 SEEDS = [4, 9]
 MEAN, STD = torch.linspace(-1, 1, 45), torch.linspace(0.5, 2, 45)
@@ -84,6 +86,8 @@ def assert_same(a, b):
     assert (a.rows, a.seeds, a.marks) == (b.rows, b.seeds, b.marks)
     for name in ("curve", "facts", "returns", "native", "falls", "diverged_at"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    for (name, x), y in zip(a.policy.state_dict().items(), b.policy.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
 
 
 def test_agents_are_trained_once(runs, evaluations, trainings):
@@ -128,6 +132,31 @@ def test_what_is_trained_and_tested(runs, evaluations, trainings):
     assert card["stack"] == SEEDS * 3 and card["kind"] == "iql" and card["rows"] == [vars(r) for r in ROWS]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trained_policies_are_in_the_result(runs, evaluations, trainings, kind):
+    """Freshly trained or read from the disk: those of the learner, row by row, without gradients."""
+
+    def make(seeds):
+        return KINDS[kind](seeds, MEAN, STD, hidden=(6,))
+
+    first, again = (train(kind=kind, make=make) for _ in range(2))
+    (learner,) = trainings
+    trained, obs = learner.agent.policy, torch.randn(12, 45, generator=torch.Generator().manual_seed(0))
+    fresh = make(SEEDS * 3).policy
+    for policy in (first.policy, again.policy):
+        assert policy.runs == 6 and not any(p.requires_grad for p in policy.parameters())
+        assert policy.state_dict().keys() == trained.state_dict().keys()
+        assert all(torch.equal(v, policy.state_dict()[k]) for k, v in trained.state_dict().items())
+        with torch.no_grad():
+            assert torch.equal(policy(obs)[0], trained(obs)[0]) and not torch.equal(policy(obs)[0], fresh(obs)[0])
+            assert torch.equal(policy.select([3])(obs[6:8])[0], trained.select([3])(obs[6:8])[0])
+    assert first.policy is not trained
+    for p in first.policy.parameters():
+        p.data.fill_(math.nan)  # it is the result's own
+    assert_same(again, train(kind=kind, make=make))
+    assert len(trainings) == 1
+
+
 def test_every_input_makes_other_agents(runs, evaluations, trainings):
     changes = dict(
         agent_steps=5,
@@ -138,7 +167,6 @@ def test_every_input_makes_other_agents(runs, evaluations, trainings):
         resample_every=3,
         windows=9,
         real_fraction=0.1,
-        seed=1,
         draw_solver="heun",
         draw_steps=9,
         draw_churn=1.0,
@@ -157,7 +185,7 @@ def test_every_input_makes_other_agents(runs, evaluations, trainings):
     train(seeds=[4, 8])
     train(inputs=dict(data="other"))
     assert len(trainings) == len(kept(runs)) == len(changes) + 7
-    train(settings(samples=9, train_steps=9, ppo_steps=9))
+    train(settings(samples=9, train_steps=9, ppo_steps=9, seed=1))
     assert len(trainings) == len(changes) + 7  # what concerns no agent makes no other
 
 
@@ -276,6 +304,7 @@ def a_result(diverged_at=(-1, -1, 40, -1)):
         native=np.array([[1.0, 2.0], [3.0, 5.0], [0.0, 0.0], [-4.0, -6.0]]),
         falls=np.array([[0, 0, 1], [0, 0, 0], [1, 1, 1], [1, 1, 0]], dtype=bool),
         diverged_at=np.array(diverged_at),
+        policy=None,
     )
 
 
@@ -340,7 +369,7 @@ def test_the_table_is_saved_whole_or_not_at_all(runs, monkeypatch):
 
 def all_sources():
     model = synthetic.Diffusion(Ideal(), "multistep", 5, 0.0, 1)
-    return pgd.Sources(of_trajectories(toy([40])), model, None, 8, 0.0, 0)
+    return pgd.Sources(of_trajectories(toy([40])), model, None, None, 8, 0.0, SEEDS)
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[::-1], ROWS[:1]], ids=["", "reversed", "real alone"])
@@ -374,9 +403,10 @@ def test_the_estimate_is_what_each_part_takes(runs, capsys, monkeypatch):
         now[0] += 1.0
         step(self, batch)
 
-    def one_draw(self, policy, rule, lam, n, seed):
+    def one_draw(self, policy, rule, lam, n, seeds, round):
+        assert seeds == SEEDS and policy.runs == len(lam) == 2
         now[0] += 2.0 * n
-        return draw_(self, policy, rule, lam, n, seed)
+        return draw_(self, policy, rule, lam, n, seeds, round)
 
     def one_evaluation(policy, episodes, horizon, seeds):
         now[0] += 0.5 * episodes * horizon

@@ -267,9 +267,14 @@ REAL = of_trajectories(toy([40]))
 WINDOWS = 6
 
 
-def sources(ensemble=None, real_fraction=0.0, seed=2):
+def sources(ensemble=None, real_fraction=0.0, seeds=SEEDS):
     model = synthetic.Diffusion(Ideal(), "multistep", 5, 0.0, 1)
-    return Sources(REAL, model, ensemble, WINDOWS, real_fraction, seed)
+    return Sources(REAL, model, ensemble, a_behaviour(len(seeds)), WINDOWS, real_fraction, seeds)
+
+
+def a_behaviour(runs=2):
+    """Policies cloned from the data, which no agents have."""
+    return StackedPolicy((6,), generators(range(50, 50 + runs)), MEAN, STD, -2.0).requires_grad_(False)
 
 
 def a_policy(runs=2, log_std=-1.0):
@@ -288,7 +293,7 @@ def test_real_data_are_the_real_data(ensemble):
 @pytest.mark.parametrize("row", ROWS[1:], ids=lambda r: r.rule)
 def test_the_first_round_is_unguided_and_the_same_for_all_rules(row):
     _, batch = sources()(row, a_policy(), 0)
-    unguided = sources().diffusion.generate(a_policy(), "smoothed", [0.0, 0.0], WINDOWS, 2_000)
+    unguided = sources().diffusion.generate(a_policy(), "smoothed", [0.0, 0.0], WINDOWS, SEEDS, 0)
     assert batch.lam.tolist() == [0, 0] and len(batch.data) == 2
     assert all(torch.equal(a, b) for a, b in zip(batch.data, unguided.data))
 
@@ -296,10 +301,10 @@ def test_the_first_round_is_unguided_and_the_same_for_all_rules(row):
 def test_a_fixed_weight_is_that_of_all_runs():
     ours, row = sources(), Row("g", "diffusion", "proximal", 0.7)
     made, batch = ours(row, a_policy(), 3)
-    expected = ours.diffusion.generate(a_policy(), "proximal", [0.7, 0.7], WINDOWS, 2_003)
+    expected = ours.diffusion.generate(a_policy(), "proximal", [0.7, 0.7], WINDOWS, SEEDS, 3)
     assert batch.lam.tolist() == pytest.approx([0.7, 0.7]) and ours.weights(row, a_policy(), 0).tolist() == batch.lam.tolist()
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(made, batch.data, expected.data, strict=True))
-    others = [*(ours(row, a_policy(), k)[0] for k in (1, 2)), sources(seed=3)(row, a_policy(), 3)[0]]
+    others = [*(ours(row, a_policy(), k)[0] for k in (1, 2)), sources(seeds=[5, 8])(row, a_policy(), 3)[0]]
     assert not any(torch.equal(other[0], made[0]) for other in others if other[0].shape == made[0].shape)
 
 
@@ -307,25 +312,122 @@ def test_a_calibrated_weight_makes_trajectories_as_likely_as_the_policys_own_act
     """Runs of other stds, each at its own target, on average over other noise than that of the search."""
     policy = a_policy(3)
     policy.log_std.data[:] = torch.tensor([-1.0, -0.7, 5.0])[:, None, None]  # the last is so broad that nothing is needed
-    ours, row = sources(), Row("c", "diffusion", "proximal", "calibrated")
+    ours, row = sources(seeds=[4, 9, 2]), Row("c", "diffusion", "proximal", "calibrated")
     ours.diffusion.warmup = 0
-    lam = ours.weights(row, policy, 2_001)
+    lam = ours.weights(row, policy, 1)
     targets = -torch.distributions.Normal(0, policy.log_std.clamp(-5, 2).exp()).entropy().mean((1, 2))
     assert lam[0] > 0 and lam[1] > 0 and lam[2] == 0 and lam[0] != lam[1]
-    found = ours.diffusion.log_likelihoods(policy, "proximal", lam, 256, 9)
+    found = ours.diffusion.log_likelihoods(policy, "proximal", lam, 256, [4, 9, 2], 9)
     assert (found - targets).abs()[:2].max() < 0.1 and found[2] > targets[2]
-    assert (ours.diffusion.log_likelihoods(policy, "proximal", lam * 0, 256, 9) < targets - 0.3)[:2].all()
+    assert (ours.diffusion.log_likelihoods(policy, "proximal", lam * 0, 256, [4, 9, 2], 9) < targets - 0.3)[:2].all()
     _, batch = ours(row, policy, 1)
     assert batch.lam.tolist() == pytest.approx(lam.tolist())
 
 
 def test_weights_are_searched_on_noise_of_their_own(monkeypatch):
+    """That of no data: of another round, far away."""
     asked, ours = [], sources()
     monkeypatch.setattr(
-        ours.diffusion, "log_likelihoods", lambda p, rule, lam, n, seed: asked.append((rule, n, seed)) or lam.double() - 1
+        ours.diffusion, "log_likelihoods", lambda p, rule, lam, *a: asked.append((rule, lam.shape, *a)) or lam.double() - 1
     )
-    ours.weights(ROWS[2], a_policy(), 2_001)
-    assert set(asked) == {("annealed", pgd.CALIBRATION, 2_501)}
+    ours.weights(ROWS[2], a_policy(), 1)
+    assert len(asked) == 10 and all(a == ("annealed", (2,), pgd.CALIBRATION, SEEDS, 501) for a in asked)
+
+
+class Alone(Sources):
+    """Sources for one of the seeds, with its own behaviour policy."""
+
+    def __init__(self, whole, r):
+        one = whole.behaviour.select([r])
+        super().__init__(REAL, whole.diffusion, whole.world_model, one, WINDOWS, whole.real_fraction, [whole.seeds[r]])
+
+
+@pytest.mark.parametrize("round", [0, 2])
+@pytest.mark.parametrize("row", [*ROWS[1:], Row("w", "world model")], ids=["explicit", "calibrated", "world model"])
+def test_a_run_is_given_what_it_is_given_alone(row, round, ensemble):
+    """Between other runs, in any order, with real transitions among them.
+
+    Rollouts and real transitions are the same bit for bit, and so are unguided trajectories; guided ones to float precision.
+    """
+    policy, whole = a_policy(3), sources(ensemble, 0.4, [4, 9, 2])
+    made, batch = whole(row, policy, round)
+    exact = dict(rtol=0, atol=0) if row.source == "world model" or round == 0 else dict(rtol=1e-3, atol=1e-2)
+    turned = Sources(REAL, whole.diffusion, ensemble, whole.behaviour.select([2, 0, 1]), WINDOWS, 0.4, [2, 4, 9])
+    others = [Alone(whole, r)(row, policy.select([r]), round) for r in range(3)]
+    in_turn = turned(row, policy.select([2, 0, 1]), round)
+    for r in range(3):
+        for found, facts, i in ((*others[r], 0), (*in_turn, [1, 2, 0][r])):
+            torch.testing.assert_close(found[i], made[r], **exact)
+            torch.testing.assert_close(facts.data[i], batch.data[r], **exact)
+            real = len(batch.data[r])
+            assert len(found[i]) > real and torch.equal(found[i][real:], made[r][real:])
+            for name in FACTS:
+                a, b = getattr(facts, name)[i].item(), getattr(batch, name)[r].item()
+                assert a == pytest.approx(b, rel=1e-3, nan_ok=True), name
+
+
+@pytest.mark.parametrize("row", [ROWS[1], Row("w", "world model")], ids=lambda r: r.source)
+def test_runs_of_one_seed_have_one_noise_and_other_rounds_another(row, ensemble):
+    policy = a_policy(1).select([0, 0, 0])
+    ours = sources(ensemble, 0.4, [4, 4, 9])
+    ours.behaviour = ours.behaviour.select([0, 0, 0])
+    rounds = [ours(row, policy, round)[0] for round in range(4)]
+    for made in rounds:
+        torch.testing.assert_close(made[0], made[1], rtol=1e-3, atol=1e-3)
+    flat = [(k, r, made[r]) for k, made in enumerate(rounds) for r in (0, 2)]
+    for k, r, made in flat:
+        for k_2, r_2, other in flat:
+            assert (k, r) == (k_2, r_2) or not (made[:1] - other[:1]).abs().max() < 1e-3
+            same = (made[-3:, None] == other[-3:]).all(-1).diagonal()  # real ones, the last
+            assert (k, r) == (k_2, r_2) or not same.all()
+
+
+def test_no_two_draws_of_a_loop_share_a_generator(ensemble, monkeypatch):
+    """Within a row; all rows' runs of one seed are given the same noise. But the search for a λ repeats its own."""
+    started, row_now = {}, []
+
+    def recorded(device, seed, step):
+        generator = seeded(device, seed, step)
+        started.setdefault(row_now[-1], []).append((generator.initial_seed(), step))
+        return generator
+
+    monkeypatch.setattr(synthetic, "seeded", recorded)
+    rows = [*ROWS, Row("w", "world model")]
+    ours = sources(ensemble, 0.4)
+
+    def noted(row, policy, round):
+        row_now.append(row.name)
+        return ours(row, policy, round)
+
+    pgd.run(learner(rows=rows), rows, noted, EVERY, MARKS, score)
+    each = {name: [generator for generator, _ in found] for name, found in started.items()}
+    rounds = math.ceil(STEPS / EVERY)
+    for name in "bw":
+        assert len(set(each[name])) == len(each[name]) == rounds * 2 * 2  # a block and real transitions for both seeds
+    search = [seed for seed, step in started["c"] if step >= 500_000]
+    data_ = [seed for seed, step in started["c"] if step < 500_000]
+    assert len(set(data_)) == len(data_) and set(data_) == set(each["b"])
+    assert len(set(search)) == len(search) / 10 == (rounds - 1) * 2 and not set(search) & set(data_)
+    assert "a" not in each and set(each["w"]) & set(each["b"]) == set(each["b"][2::4] + each["b"][3::4])  # the real ones
+
+
+def test_the_world_model_follows_the_cloned_policies_first(ensemble):
+    """In the first round no policy is trained: then the agents do not enter at all. Later the cloned ones do not."""
+    row, agents_ = Row("w", "world model"), a_policy()
+    others = a_policy()
+    others.net.biases[-1].data += 1
+    ours = sources(ensemble)
+    expected = synthetic.from_world_model(ensemble, a_behaviour(), REAL[:, OBS], WINDOWS, 10 - 1, SEEDS, 0)
+    for policy in (agents_, others):
+        made, batch = ours(row, policy, 0)
+        assert all(torch.equal(a, b) for a, b in zip(made, expected.data, strict=True))
+        assert all(torch.equal(getattr(batch, n), getattr(expected, n)) for n in FACTS[1:])
+    later = ours(row, agents_, 1)[0]
+    assert not any(torch.equal(a, b) for a, b in zip(later, ours(row, others, 1)[0]))
+    ours.behaviour = None
+    assert all(torch.equal(a, b) for a, b in zip(later, ours(row, agents_, 1)[0], strict=True))
+    for row in ROWS:
+        ours(row, agents_, 0)  # no other needs them
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
@@ -341,7 +443,7 @@ def test_the_share_of_real_transitions(row, fraction, ensemble):
 
 def test_the_world_model_gives_as_many_steps_as_the_diffusion_model(ensemble):
     made, batch = sources(ensemble)(Row("w", "world model"), a_policy(), 2)
-    expected = synthetic.from_world_model(ensemble, a_policy(), REAL[:, OBS], WINDOWS, 10 - 1, 2_002)
+    expected = synthetic.from_world_model(ensemble, a_policy(), REAL[:, OBS], WINDOWS, 10 - 1, SEEDS, 2)
     assert all(torch.equal(a, b) for a, b in zip(made, expected.data, strict=True)) and batch.lam.isnan().all()
     first = (made[0][:, None, OBS] == REAL[:, OBS]).all(-1).any(1)  # rollouts start from states of the data
     assert first.sum() >= round(WINDOWS * (1 - batch.diverged[0].item())) > 0

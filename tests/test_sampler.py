@@ -175,3 +175,22 @@ def test_solvers_that_cannot_be_are_named():
         sampler.sample(gaussian_denoiser, (1, 1, 1), 8, 0.0, torch.Generator(), solver="euler")
     with pytest.raises(ValueError, match=r"churn=5.0 is not allowed with solver='multistep'"):
         sampler.sample(gaussian_denoiser, (1, 1, 1), 8, 5.0, torch.Generator(), solver="multistep")
+
+
+@pytest.mark.parametrize("solver, churn", [("heun", 0.0), ("heun", 5.0), ("multistep", 0.0)])
+@pytest.mark.parametrize("on", ["noised", "denoised"])
+def test_a_list_of_generators_gives_separate_samples_one_after_the_other(solver, churn, on):
+    def drawn(count, generators):
+        guide = Shift(on, 0.5)
+        return sampler.sample(
+            gaussian_denoiser, (count, 4, 3), 12, churn, generators, guide, dtype=torch.float64, solver=solver
+        )
+
+    x, diverged = drawn(6, [torch.Generator().manual_seed(seed) for seed in (4, 0, 7)])
+    parts = [drawn(2, torch.Generator().manual_seed(seed)) for seed in (4, 0, 7)]
+    assert torch.equal(x, torch.cat([part[0] for part in parts])) and torch.equal(diverged, torch.cat([p[1] for p in parts]))
+    assert len(x[:, 0, 0].unique()) == 6
+    again = drawn(6, [torch.Generator().manual_seed(4)])
+    assert torch.equal(again[0], drawn(6, torch.Generator().manual_seed(4))[0])  # a list of one is that one
+    same = drawn(4, [torch.Generator().manual_seed(1) for _ in range(2)])[0]
+    assert torch.equal(same[:2], same[2:])  # two of one seed

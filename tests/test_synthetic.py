@@ -9,12 +9,13 @@ import torch
 from conftest import toy
 from torch import nn
 
-from pgdlib import adroit, data, metrics, sampler, synthetic, worldmodel
+from pgdlib import adroit, agents, data, metrics, sampler, synthetic, td3_bc, worldmodel
 from pgdlib.agents import ACTIONS, NEXT_OBS, OBS, REWARD, TERMINAL, WIDTH, StackedPolicy, generators, of_trajectories
 from pgdlib.edm import Denoiser, seeded
 from pgdlib.guidance import RULES, Guide
 
 T, STEPS = 6, 5
+SEEDS = [5, 0, 3]  # of three runs
 NAMES = ("kept", "ended", "diverged", "log_likelihood", "on_policy")
 
 
@@ -55,6 +56,11 @@ def network(transform="raw"):
         denoiser = Denoiser(4, 8, 1, transform=transform)
     denoiser.normaliser.fit(toy([40]).packed())
     return denoiser.requires_grad_(False)
+
+
+def generators_of(seeds, round, block=0):
+    """Where the noise of the runs' trajectories of one block comes from."""
+    return [seeded("cpu", 2_000_000 + seed, 1_000 * round + block) for seed in seeds]
 
 
 def diffusion(denoiser=None, **changes):
@@ -133,11 +139,11 @@ def test_no_trajectory_gives_no_transition():
 # Drawing
 
 
-@pytest.mark.parametrize("n, chunk", [(1, 512), (5, 512), (5, 6), (5, 3), (5, 1), (7, 10), (6, 6)])
+@pytest.mark.parametrize("n, chunk", [(1, 512), (5, 512), (5, 1), (32, 96), (33, 1), (70, 200), (96, 192)])
 def test_each_run_has_its_block(n, chunk):
     """The proximal rule with a huge weight ends on the mean of the policy: of each run's own, whatever the chunks."""
     policy = a_policy()
-    x, diverged = diffusion(chunk=chunk).draw(policy, "proximal", [1e8] * 3, n, 0)
+    x, diverged = diffusion(chunk=chunk).draw(policy, "proximal", [1e8] * 3, n, SEEDS, 0)
     assert x.shape == (3 * n, T, 71) and diverged.tolist() == [False] * 3 * n
     normaliser = Ideal().normaliser
     for r, block in enumerate(x.split(n)):
@@ -148,14 +154,27 @@ def test_each_run_has_its_block(n, chunk):
     assert len(torch.unique(x[:, 0, 0])) == 3 * n  # no noise comes twice
 
 
-@pytest.mark.parametrize("n, chunk", [(5, 6), (5, 512)])
-def test_chunks_are_as_large_as_allowed(n, chunk, monkeypatch):
+@pytest.mark.parametrize(
+    "n, chunk, expected",
+    [
+        (5, 512, [5]),
+        (5, 1, [5]),
+        (32, 1, [32]),
+        (70, 512, [64, 6]),
+        (70, 192, [64, 6]),
+        (70, 191, [32, 32, 6]),
+        (160, 192, [64, 64, 32]),
+        (161, 480, [160, 1]),
+    ],
+)
+def test_chunks_are_as_large_as_allowed(n, chunk, expected, monkeypatch):
+    """In whole blocks of 32 trajectories for each of three runs, of which one always fits."""
     shapes, sample = [], sampler.sample
     monkeypatch.setattr(
         sampler, "sample", lambda denoise, shape, *a, **k: shapes.append(shape) or sample(denoise, shape, *a, **k)
     )
-    diffusion(chunk=chunk).draw(a_policy(), "smoothed", [1.0] * 3, n, 0)
-    assert shapes == ([(6, T, 71)] * 2 + [(3, T, 71)] if chunk == 6 else [(15, T, 71)])
+    x, diverged = diffusion(chunk=chunk).draw(a_policy(), "smoothed", [1.0] * 3, n, SEEDS, 0)
+    assert shapes == [(3 * count, T, 71) for count in expected] and x.shape == (3 * n, T, 71) and diverged.shape == (3 * n,)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -163,12 +182,12 @@ def test_guidance_is_the_samplers_with_each_runs_weight_and_policy(rule):
     """A block is what it is if all runs have its policy and weight; without a weight it is unguided."""
     policy, lam, n = a_policy(), [0.7, 0.0, 1.3], 4
     ours = diffusion(network(), solver="heun", churn=2.0)
-    x, _ = ours.draw(policy, rule, lam, n, 5)
-    unguided, _ = sampler.sample(network(), (3 * n, 4, 71), STEPS, 2.0, seeded("cpu", 5, n))
+    x, _ = ours.draw(policy, rule, lam, n, SEEDS, 5)
+    unguided, _ = sampler.sample(network(), (3 * n, 4, 71), STEPS, 2.0, generators_of(SEEDS, 5))
     for r, block in enumerate(x.split(n)):
         alike = policy.select([r] * 3)
         guide = Guide(rule, alike, ours.denoiser.normaliser, lam[r], STEPS, 1 if rule in synthetic.WARMED else 0)
-        expected, _ = sampler.sample(network(), (3 * n, 4, 71), STEPS, 2.0, seeded("cpu", 5, n), guide)
+        expected, _ = sampler.sample(network(), (3 * n, 4, 71), STEPS, 2.0, generators_of(SEEDS, 5), guide)
         torch.testing.assert_close(block, expected.split(n)[r], rtol=1e-4, atol=1e-4)
         assert torch.equal(block, unguided.split(n)[r]) == (lam[r] == 0)
         assert (block - unguided.split(n)[r]).abs().max() > 1e-2 or lam[r] == 0
@@ -176,20 +195,115 @@ def test_guidance_is_the_samplers_with_each_runs_weight_and_policy(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_only_the_papers_rules_and_their_kin_are_warmed(rule):
-    policy, none = a_policy(), diffusion().draw(a_policy(), rule, [0.0] * 3, 3, 0)[0]
-    guided = diffusion(warmup=STEPS).draw(policy, rule, [0.5] * 3, 3, 0)[0]
+    policy, none = a_policy(), diffusion().draw(a_policy(), rule, [0.0] * 3, 3, SEEDS, 0)[0]
+    guided = diffusion(warmup=STEPS).draw(policy, rule, [0.5] * 3, 3, SEEDS, 0)[0]
     assert torch.equal(guided, none) == (rule in ("explicit", "proximal", "annealed"))
 
 
-def test_noise_depends_on_the_seed_and_on_no_global_state():
+def test_noise_depends_on_seed_and_round_and_on_no_global_state():
     policy = a_policy()
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    a = diffusion().draw(policy, "explicit", [0.0] * 3, 4, 0)[0]
+    a = diffusion().draw(policy, "explicit", [0.0] * 3, 40, SEEDS, 0)[0]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert torch.equal(a, diffusion().draw(policy, "smoothed", [0.0] * 3, 4, 0)[0])
-    assert (a != diffusion().draw(policy, "explicit", [0.0] * 3, 4, 1)[0]).all()
+    assert torch.equal(a, diffusion().draw(policy, "smoothed", [0.0] * 3, 40, SEEDS, 0)[0])
+    others = [([6, 1, 4], 0), (SEEDS, 1), (SEEDS, 2), (SEEDS, 500), (SEEDS, 501)]
+    drawn = [a, *(diffusion().draw(policy, "explicit", [0.0] * 3, 40, *other)[0] for other in others)]
+    assert all((x != y).any((1, 2)).all() for x, y in itertools.combinations(drawn, 2))
+    assert len(torch.cat(drawn)[:, 0, 0].unique()) == 6 * 3 * 40  # nowhere the same trajectory
+
+
+# Runs in other company: alone, between others, in another order, with another chunk
+
+STACKS = [[0], [2], [0, 1, 2], [2, 0], [1, 2, 0], [0, 0, 2], [2, 1, 1, 0, 2]]  # of which runs
+
+
+def stack_of(runs):
+    """The policies, weights and seeds of those of three runs."""
+    return a_policy().select(runs), [[0.7, 0.3, 1.3][r] for r in runs], [SEEDS[r] for r in runs]
+
+
+@pytest.mark.parametrize("solver, churn", [("multistep", 0.0), ("heun", 2.0)])
+@pytest.mark.parametrize("n", [3, 32, 70])
+def test_the_noise_of_a_run_is_its_own_in_any_company(n, solver, churn):
+    """Bit for bit, as a denoiser that works on each value for itself shows it without guidance."""
+    whole, _ = diffusion(solver=solver, churn=churn).draw(a_policy(), "explicit", [0.0] * 3, n, SEEDS, 2)
+    for runs, chunk in itertools.product(STACKS, (1, 200, 512)):
+        policy, _, seeds = stack_of(runs)
+        ours = diffusion(solver=solver, churn=churn, chunk=chunk)
+        x, _ = ours.draw(policy, "explicit", [0.0] * len(runs), n, seeds, 2)
+        for r, block in zip(runs, x.split(n), strict=True):
+            assert torch.equal(block, whole.split(n)[r])
+    a, b = (v[:, 0, 0].unique() for v in whole.split(n)[:2])
+    assert len(a) == len(b) == n and not set(a.tolist()) & set(b.tolist())
+
+
+def test_whole_blocks_do_not_depend_on_how_many_follow():
+    short, long = (diffusion().draw(a_policy(), "explicit", [0.0] * 3, n, SEEDS, 0)[0].split(n) for n in (64, 100))
+    assert all(torch.equal(a, b[:64]) for a, b in zip(short, long))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_a_run_is_given_does_not_depend_on_its_company(rule):
+    """To float precision: networks multiply matrices of other sizes. Across chunks too."""
+    ours = diffusion(network(), solver="heun", churn=2.0)
+    policy, lam, seeds = stack_of([0, 1, 2])
+    n = 40
+    whole, _ = ours.draw(policy, rule, lam, n, seeds, 2)
+    batch, likelihood = ours.generate(policy, rule, lam, n, seeds, 2), ours.log_likelihoods(policy, rule, lam, n, seeds, 2)
+    for runs, chunk in (([1], 512), ([2, 0], 1), ([1, 2, 0, 1], 512), ([0, 1, 2], 1)):
+        policy, lam, seeds = stack_of(runs)
+        other = diffusion(network(), solver="heun", churn=2.0, chunk=chunk)
+        x, _ = other.draw(policy, rule, lam, n, seeds, 2)
+        made = other.generate(policy, rule, lam, n, seeds, 2)
+        found = other.log_likelihoods(policy, rule, lam, n, seeds, 2)
+        for i, r in enumerate(runs):
+            torch.testing.assert_close(x.split(n)[i], whole.split(n)[r], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(made.data[i], batch.data[r], rtol=1e-3, atol=1e-2)
+            assert found[i].item() == pytest.approx(likelihood[r].item(), rel=1e-3)
+            for name in NAMES:
+                assert getattr(made, name)[i].item() == pytest.approx(getattr(batch, name)[r].item(), rel=1e-3), name
+
+
+@pytest.mark.parametrize("runs", STACKS, ids=str)
+def test_a_runs_rollouts_and_real_transitions_do_not_depend_on_its_company(runs):
+    """Bit for bit: every run is rolled out for itself. Its likelihood, of a stacked policy, to float precision."""
+    whole = synthetic.from_world_model(Telling(), a_policy(), starts(), 20, LENGTH, SEEDS, 3)
+    policy, _, seeds = stack_of(runs)
+    batch = synthetic.from_world_model(Telling(), policy, starts(), 20, LENGTH, seeds, 3)
+    real = draw(1, 40, WIDTH)
+    for i, r in enumerate(runs):
+        assert torch.equal(batch.data[i], whole.data[r])
+        assert all(getattr(batch, name)[i] == getattr(whole, name)[r] for name in ("kept", "ended", "diverged", "on_policy"))
+        assert batch.log_likelihood[i].item() == pytest.approx(whole.log_likelihood[r].item(), rel=1e-4)
+        mixed = (synthetic.mixed(b.data[k], real, 0.5, SEEDS[r], 3) for b, k in ((batch, i), (whole, r)))
+        assert torch.equal(*mixed)
+
+
+def test_no_two_draws_share_a_generator(monkeypatch):
+    """Of trajectories, of the search for λ, of rollouts and of real transitions, of neighbouring seeds, in all rounds."""
+    started = []
+
+    def recorded(device, seed, step):
+        generator = seeded(device, seed, step)
+        started.append(generator.initial_seed())
+        return generator
+
+    monkeypatch.setattr(synthetic, "seeded", recorded)
+    policy, seeds, made = a_policy(), [0, 1, 2], draw(0, 9, WIDTH)
+    for round in (*range(12), *range(500, 512)):
+        diffusion().draw(policy, "explicit", [0.0] * 3, 200, seeds, round)
+        synthetic.from_world_model(Telling(), policy, starts(), 4, LENGTH, seeds, round)
+        for seed in seeds:
+            synthetic.mixed(made, made, 0.5, seed, round)
+    assert len(set(started)) == len(started) == 24 * 3 * (7 + 1 + 1)
+    monkeypatch.setattr(agents, "seeded", recorded)
+    monkeypatch.setattr(td3_bc, "seeded", recorded)
+    agent = td3_bc.TD3BC(seeds, torch.zeros(45), torch.ones(45), hidden=(4,))
+    before = len(started)
+    agents.Learner(agent, seeds, 70, batch_size=4, learning_rate=1e-3).train([made] * 3, 70)
+    assert len(set(started)) == len(started) > before  # nor do they with the training of these agents
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -199,16 +313,16 @@ def test_a_nan_policy_leaves_the_other_runs_untouched(rule, solver):
     for p in broken.parameters():
         p.data[1] = math.nan
     ours, lam = diffusion(network(), solver=solver), [0.5] * 3
-    clean = ours.generate(whole, rule, lam, 4, 0)
-    batch = ours.generate(broken, rule, lam, 4, 0)
-    (x, _), (y, diverged) = (ours.draw(policy, rule, lam, 4, 0) for policy in (whole, broken))
+    clean = ours.generate(whole, rule, lam, 4, SEEDS, 0)
+    batch = ours.generate(broken, rule, lam, 4, SEEDS, 0)
+    (x, _), (y, diverged) = (ours.draw(policy, rule, lam, 4, SEEDS, 0) for policy in (whole, broken))
     assert y.isfinite().all() and diverged.tolist() == [False] * 4 + [True] * 4 + [False] * 4
     for r in (0, 2):
         assert torch.equal(x.split(4)[r], y.split(4)[r]) and torch.equal(clean.data[r], batch.data[r])
         assert all(getattr(clean, name)[r] == getattr(batch, name)[r] for name in NAMES)
     assert batch.data[1].shape == (0, WIDTH)
     assert (batch.diverged.tolist(), batch.kept[1], batch.ended[1]) == ([0, 1, 0], 0, 0) and batch.log_likelihood[1].isnan()
-    unguided = ours.generate(broken, rule, [0.5, 0.0, 0.5], 4, 0)  # where a NaN policy guides nothing, nothing diverges
+    unguided = ours.generate(broken, rule, [0.5, 0.0, 0.5], 4, SEEDS, 0)  # where a NaN policy guides nothing, nothing diverges
     assert unguided.diverged.tolist() == [0, 0, 0] and len(unguided.data[1]) > 0
 
 
@@ -217,8 +331,8 @@ def test_what_is_generated_and_its_facts(transform):
     """By hand from what was drawn; some trajectories diverge."""
     policy, n = a_policy(), 30
     ours = diffusion(Ideal(1.0, transform))
-    batch = ours.generate(policy, "explicit", [0.0, 0.5, 1.0], n, 3)
-    x, diverged = ours.draw(policy, "explicit", [0.0, 0.5, 1.0], n, 3)
+    batch = ours.generate(policy, "explicit", [0.0, 0.5, 1.0], n, SEEDS, 3)
+    x, diverged = ours.draw(policy, "explicit", [0.0, 0.5, 1.0], n, SEEDS, 3)
     assert 5 < diverged.sum() < 60
     steps = ours.denoiser.normaliser.denormalise(x).split(n)
     assert (steps[0][..., data.ACTIONS].abs() > 1).any() == (transform == "raw")
@@ -244,14 +358,14 @@ def test_what_is_generated_and_its_facts(transform):
 
 def test_log_likelihoods_are_means_over_trajectories():
     policy, ours = a_policy(), diffusion()
-    x, _ = ours.draw(policy, "smoothed", [0.0, 1.0, 4.0], 6, 2)
-    found = ours.log_likelihoods(policy, "smoothed", [0.0, 1.0, 4.0], 6, 2)
+    x, _ = ours.draw(policy, "smoothed", [0.0, 1.0, 4.0], 6, SEEDS, 2)
+    found = ours.log_likelihoods(policy, "smoothed", [0.0, 1.0, 4.0], 6, SEEDS, 2)
     assert found.shape == (3,)
     for r, block in enumerate(ours.denoiser.normaliser.denormalise(x).split(6)):
         mean, std = policy.select([r])(block[..., data.OBS])
         expected = torch.distributions.Normal(mean, std).log_prob(block[..., data.ACTIONS]).mean()
         assert found[r].item() == pytest.approx(expected.item(), rel=1e-4)
-    unguided, guided = (ours.log_likelihoods(policy, "smoothed", [lam] * 3, 6, 2) for lam in (0.0, 4.0))
+    unguided, guided = (ours.log_likelihoods(policy, "smoothed", [lam] * 3, 6, SEEDS, 2) for lam in (0.0, 4.0))
     assert (guided > unguided).all()
 
 
@@ -312,8 +426,8 @@ def test_calibration_stays_below_the_limit_of_a_rule():
 def test_the_papers_rule_can_be_calibrated():
     policy, ours = a_policy(spread=0.5), diffusion(warmup=0, steps=16)
     targets = -policy.entropy().double() / 24
-    lam = synthetic.calibrate(lambda lam: ours.log_likelihoods(policy, "explicit", lam, 32, 1), targets)
-    assert (lam < 2).all() and (ours.log_likelihoods(policy, "explicit", lam, 32, 1) - targets).abs().max() < 0.1
+    lam = synthetic.calibrate(lambda lam: ours.log_likelihoods(policy, "explicit", lam, 32, SEEDS, 1), targets)
+    assert (lam < 2).all() and (ours.log_likelihoods(policy, "explicit", lam, 32, SEEDS, 1) - targets).abs().max() < 0.1
 
 
 def test_calibrated_trajectories_are_as_likely_as_the_policys_actions():
@@ -322,7 +436,7 @@ def test_calibrated_trajectories_are_as_likely_as_the_policys_actions():
     targets = -policy.entropy().double() / 24
 
     def likelihoods(lam):
-        return ours.log_likelihoods(policy, "proximal", lam, 64, 1)
+        return ours.log_likelihoods(policy, "proximal", lam, 64, SEEDS, 1)
 
     lam = synthetic.calibrate(likelihoods, targets, rounds=12)
     assert ((lam > 0) & (lam < 30)).all() and (likelihoods(torch.zeros(3)) < targets - 0.5).all()
@@ -335,15 +449,16 @@ def test_calibrated_trajectories_are_as_likely_as_the_policys_actions():
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_the_share_of_real_transitions(fraction):
     made, real = draw(0, 100, WIDTH), draw(1, 40, WIDTH)
-    mixed = synthetic.mixed(made, real, fraction, 0)
+    mixed = synthetic.mixed(made, real, fraction, 0, 0)
     is_real = (mixed[:, None] == real).all(-1).any(1)
     assert is_real.float().mean().item() == pytest.approx(fraction, abs=0.005)
     assert torch.equal(mixed[~is_real], made if fraction < 1 else made[:0])
     if fraction == 1:
         assert torch.equal(mixed, real)
     if 0 < fraction < 1:
-        again, other = (synthetic.mixed(made, real, fraction, seed) for seed in (0, 1))
-        assert torch.equal(again, mixed) and not torch.equal(other, mixed) and other.shape == mixed.shape
+        again, *others = (synthetic.mixed(made, real, fraction, *named) for named in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2)))
+        assert torch.equal(again, mixed) and all(other.shape == mixed.shape for other in others)
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations((mixed, *others), 2))
         assert len(mixed[is_real].unique(dim=0)) > 0.6 * min(is_real.sum(), 40)
 
 
@@ -401,7 +516,7 @@ def lived(i):
 
 def test_rollouts_in_the_world_model():
     policy, n = a_policy(log_std=-5.0, spread=0.5), 400
-    batch = synthetic.from_world_model(Telling(), policy, starts(), n, LENGTH, 0)
+    batch = synthetic.from_world_model(Telling(), policy, starts(), n, LENGTH, SEEDS, 0)
     assert len(batch.data) == 3 and batch.lam.isnan().all()
     drawn = []
     for r, made in enumerate(batch.data):
@@ -429,14 +544,19 @@ def test_rollouts_in_the_world_model():
     assert drawn[0] != drawn[1] != drawn[2]
 
 
-def test_rollouts_depend_on_the_seed_alone():
+def test_rollouts_depend_on_seed_and_round_alone():
     policy = a_policy()
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    a = synthetic.from_world_model(Telling(), policy, starts(), 20, LENGTH, 0)
+    a = synthetic.from_world_model(Telling(), policy, starts(), 20, LENGTH, SEEDS, 0)
     assert torch.equal(torch.get_rng_state(), state)
-    b, c = (synthetic.from_world_model(Telling(), policy, starts(), 20, LENGTH, seed) for seed in (0, 1))
-    assert all(torch.equal(x, y) for x, y in zip(a.data, b.data)) and not torch.equal(a.data[0], c.data[0])
+    named = (SEEDS, 0), ([1, 2, 4], 0), (SEEDS, 1), (SEEDS, 2)
+    b, *others = (synthetic.from_world_model(Telling(), policy, starts(), 20, LENGTH, *each) for each in named)
+    assert all(torch.equal(x, y) for x, y in zip(a.data, b.data))
+    for r in range(3):
+        assert not any(torch.equal(x.data[r], y.data[r]) for x, y in itertools.combinations((a, *others), 2))
+    alike = synthetic.from_world_model(Telling(), policy.select([1, 1]), starts(), 20, LENGTH, [7, 7], 0)
+    assert torch.equal(*alike.data)
 
 
 def test_a_nan_policy_leaves_other_rollouts_untouched():
@@ -449,7 +569,7 @@ def test_a_nan_policy_leaves_other_rollouts_untouched():
     whole, broken = a_policy(), a_policy()
     broken.net.weights[0].data[1] = math.nan
     clean, batch = (
-        synthetic.from_world_model(ensemble, p, of_trajectories(real)[:, :45], 10, LENGTH, 0) for p in (whole, broken)
+        synthetic.from_world_model(ensemble, p, of_trajectories(real)[:, :45], 10, LENGTH, SEEDS, 0) for p in (whole, broken)
     )
     for r in (0, 2):
         assert torch.equal(clean.data[r], batch.data[r]) and len(batch.data[r]) > 10
@@ -459,10 +579,15 @@ def test_a_nan_policy_leaves_other_rollouts_untouched():
 
 def test_the_parts_of_a_batch_are_on_the_cpu_and_of_one_type():
     batches = [
-        diffusion().generate(a_policy(), "explicit", torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), 3, 0),
-        synthetic.from_world_model(Telling(), a_policy(), starts(), 3, LENGTH, 0),
+        diffusion().generate(a_policy(), "explicit", torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), 3, SEEDS, 0),
+        synthetic.from_world_model(Telling(), a_policy(), starts(), 3, LENGTH, SEEDS, 0),
     ]
     for batch, name in itertools.product(batches, (*NAMES, "lam")):
         value = getattr(batch, name)
         assert value.shape == (3,) and value.dtype == torch.float32 and value.device.type == "cpu", name
     assert adroit.OBS_DIM == 45 and all(d.shape[1] == WIDTH and d.isfinite().all() for b in batches for d in b.data)
+
+
+def test_every_run_needs_a_seed():
+    with pytest.raises(ValueError, match=r"seeds=\[1, 2\] is not allowed; it must hold one for each of the 3 runs"):
+        diffusion().draw(a_policy(), "smoothed", [1.0] * 3, 2, [1, 2], 0)
