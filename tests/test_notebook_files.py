@@ -1,15 +1,19 @@
 """The committed notebooks are well formed, clean, and carry the outputs of their own source. Nothing is executed here,
 except a toy notebook that shows that what papermill really writes is promoted as it should be."""
 
+import base64
 import json
+import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from pgdlib import claims
 from tools import promote
@@ -109,6 +113,65 @@ def test_stderr_progress_bars_and_live_widgets_are_stripped(tmp_path):
         new_output("display_data", figure),
         new_output("execute_result", {"text/plain": "42"}, execution_count=2),
     ]
+
+
+def red_png():
+    """A figure as matplotlib makes them, with four bytes a pixel, all red."""
+    file = BytesIO()
+    Image.new("RGBA", (300, 200), "red").save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize("lines", [str, lambda text: re.findall(".{1,76}\n?", text)], ids=["one string", "a list of lines"])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_figures_get_a_palette(tmp_path, breaks, lines):
+    text = base64.encodebytes(base64.b64decode(red_png())).decode() if breaks else red_png()
+    run = write(tmp_path / "runs", executed(toy(), new_output("display_data", {"image/png": ""})))
+    raw = json.loads(run.read_text())
+    raw["cells"][-1]["outputs"][0]["data"]["image/png"] = lines(text)
+    run.write_text(json.dumps(raw))
+    path = write(tmp_path / "notebooks", toy())
+    promote.promote(run, path)
+    (output,) = json.loads(path.read_text())["cells"][-1]["outputs"]
+    image = Image.open(BytesIO(base64.b64decode(output["data"]["image/png"])))
+    assert image.mode == "P" and image.size == (300, 200) and len(output["data"]["image/png"]) < len(red_png())
+    assert image.convert("RGB").getcolors() == [(300 * 200, (255, 0, 0))]
+
+
+@pytest.mark.parametrize(
+    ("text", "stays"),
+    [
+        ("VBox(children=(FloatSlider(value=2.0), Output()))", False),
+        ("interactive(children=(FloatSlider(value=2.0),\n Output()), _dom_classes=('widget-interact',))\n", False),
+        ("<Figure size 640x480 with 1 Axes>", True),
+        ("What the slider (run the notebook to move it) shows at 2", True),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["display_data", "execute_result"])
+def test_the_still_picture_of_a_widget_is_kept_without_the_widget(tmp_path, text, stays, kind):
+    data = {promote.WIDGET_VIEW: {"model_id": "1"}, "image/png": red_png(), **({"text/plain": text} if text else {})}
+    count = {"execution_count": 7} if kind == "execute_result" else {}
+    notebook, path = promote_toy(tmp_path, executed(toy(), new_output(kind, data, **count)))  # reads it back, so it is valid
+    (output,) = notebook.cells[-1].outputs
+    kept = {"image/png": promote.smaller_png(red_png()), **({"text/plain": text} if stays else {})}
+    assert (output.output_type, output.data) == (kind, kept)
+    assert promote.problems(path) == []
+
+
+def test_the_repr_of_what_is_no_widget_is_kept():
+    outputs = [new_output("execute_result", {"text/plain": "Point(x=1)", "image/png": "aGVsbG8="}, execution_count=7)]
+    assert promote.clean_outputs(outputs) == outputs
+
+
+def test_the_still_picture_of_a_widget_is_what_a_renderer_without_a_kernel_shows(tmp_path):
+    data = {promote.WIDGET_VIEW: {"model_id": "1"}, "image/png": red_png(), "text/plain": "VBox(children=())"}
+    notebook, path = promote_toy(tmp_path, executed(toy(), new_output("display_data", data)))
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--template", "basic", "--stdout", path]
+    page = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+    (shown,) = re.findall(r'<img[^>]* src="data:image/png;base64,\s*([^"]+)"', page)
+    assert shown.strip() == notebook.cells[-1].outputs[0].data["image/png"]
+    assert "VBox" not in page and "model_id" not in page
 
 
 def injected(run):
@@ -240,7 +303,7 @@ plt.plot([0, lam]);"""
     assert promote.problems(source) == []
     printed, figure = promote.read(source).cells[-1].outputs
     assert printed == stream("quick 2.0\n")
-    assert "image/png" in figure.data
+    assert Image.open(BytesIO(base64.b64decode(figure.data["image/png"]))).mode == "P"
 
     papermill_run("-p", "scale", "ci")  # the promoted notebook is itself a source
     with pytest.raises(promote.Refused, match="injected"):

@@ -1,32 +1,40 @@
 """Promote a run into the repository: its executed notebooks, cleaned, and its figures. And check what was promoted.
 
     python tools/promote.py             runs/notebooks/*.ipynb -> notebooks/
-    python tools/promote.py --figures   runs/figures/quick/*.png, with the CSV of the same name -> figures/;
+    python tools/promote.py --figures   runs/figures/quick/*.png and *.gif, with the CSV of the same name -> figures/;
                                         runs/results/quick/claims_*.json -> figures/claims.json and the README's table
     python tools/promote.py --check     name everything wrong with notebooks/*.ipynb and with that table
 
 A promoted notebook is the committed one with the run's outputs put into its cells, so a run can change nothing else.
+Its figures get a palette of at most 256 colours, where that looks the same: they are most of a notebook's bytes.
 """
 
 import argparse
 import ast
+import base64
 import copy
 import hashlib
 import json
 import re
 import shutil
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
+import numpy as np
+from PIL import Image
 
 from pgdlib import claims
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS_BEGIN, CLAIMS_END = "<!-- claims: made by `make figures` -->", "<!-- end of claims -->"
 MAX_BYTES = 1_000_000
+MAX_FIGURE_BYTES = 2_000_000
+MAX_MEAN_OFF, MAX_OFF = 1.0, 24  # of 255: what a palette may change of a channel, over the image and at any pixel
 MAX_CELL_LINES = 40
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+WIDGET_REPR = re.compile(r"\w+\(.*\)", re.DOTALL)  # such as VBox(children=...)
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -102,8 +110,47 @@ def without_progress(text):
     return "\n".join(line for line in text.replace("\r\n", "\n").split("\n") if "\r" not in line)
 
 
+def palette(colours, counts, size=256):
+    """At most `size` of the `colours` [n, 3], with `counts` pixels each, and for every colour the index of its nearest."""
+    chosen, nearest, distance = [], np.zeros(len(colours), int), np.full(len(colours), 3 * 256**2)
+    while distance.any() and len(chosen) < size:
+        # The farthest alone would turn pale bands grey, and the commonest alone would lose small marks.
+        new = colours[np.argmax(distance * np.sqrt(counts))]
+        to_new = ((colours - new) ** 2).sum(axis=1)
+        nearest[to_new < distance] = len(chosen)
+        distance = np.minimum(distance, to_new)
+        chosen.append(new)
+    return np.array(chosen), nearest
+
+
+def smaller_png(text):
+    """The PNG in base64 `text`, on white and with a palette, if that looks the same and is smaller. Else `text` itself."""
+    try:
+        png = base64.b64decode(text)
+        image = Image.open(BytesIO(png), formats=["PNG"])
+        if image.mode not in ("RGB", "RGBA") or image.is_animated:  # those with a palette were here before
+            return text
+        rgba = image.convert("RGBA")
+    except (OSError, SyntaxError, ValueError):  # not a PNG, or a broken one
+        return text
+    pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")).reshape(-1, 3)
+    _, first, which, counts = np.unique(
+        pixels @ np.array([1 << 16, 1 << 8, 1]), return_index=True, return_inverse=True, return_counts=True
+    )
+    colours = pixels[first].astype(int)
+    chosen, nearest = palette(colours, counts)
+    off = np.abs(colours - chosen[nearest])
+    if off.max() > MAX_OFF or np.average(off, axis=0, weights=counts).max() >= MAX_MEAN_OFF:
+        return text
+    indexed = Image.fromarray(nearest[which].astype(np.uint8).reshape(image.height, image.width))
+    indexed.putpalette(chosen.astype(np.uint8).tobytes())
+    new = BytesIO()
+    indexed.save(new, "PNG", optimize=True, dpi=image.info.get("dpi"))
+    return base64.b64encode(new.getvalue()).decode() if len(new.getvalue()) < len(png) else text
+
+
 def clean_outputs(outputs):
-    """What is worth committing of a code cell's outputs: no stderr, no progress bars, no live widgets."""
+    """What is worth committing of a code cell's outputs: no stderr, no progress bars, no live widgets, no large PNGs."""
     cleaned = []
     for output in copy.deepcopy(outputs):
         if output.output_type == "stream":
@@ -116,10 +163,14 @@ def clean_outputs(outputs):
             del output.data[WIDGET_VIEW]
             if not set(output.data) - {"text/plain"}:  # only the widget's repr is left
                 continue
+            if WIDGET_REPR.fullmatch(output.data.get("text/plain", "").strip()):  # of what is no longer there
+                del output.data["text/plain"]
         cleaned.append(output)
     for output in cleaned:
         if output.output_type == "stream":
             output.text = without_progress(output.text)
+        elif "image/png" in output.get("data", {}):
+            output.data["image/png"] = smaller_png(output.data["image/png"])
     return [output for output in cleaned if output.output_type != "stream" or output.text]
 
 
@@ -221,15 +272,19 @@ def promote_notebooks():
 
 
 def promote_figures():
-    pngs = sorted((ROOT / "runs/figures/quick").glob("*.png"))
+    """Each figure with its data, unless one of its files is too large: then none of them, so that they stay of one run."""
+    source, refused = ROOT / "runs/figures/quick", []
+    names = sorted({path.stem for suffix in ("png", "gif") for path in source.glob(f"*.{suffix}")})
     (ROOT / "figures").mkdir(exist_ok=True)
-    for png in pngs:
-        for path in (png, png.with_suffix(".csv")):
-            if path.exists():
-                shutil.copyfile(path, ROOT / "figures" / path.name)
-                print(f"figures/{path.name}")
+    for name in names:
+        files = [path for suffix in ("png", "gif", "csv") if (path := source / f"{name}.{suffix}").exists()]
+        large = [(path.name, size) for path in files if (size := path.stat().st_size) > MAX_FIGURE_BYTES]
+        refused += [f"runs/figures/quick/{n} has {size:,} bytes; the limit is {MAX_FIGURE_BYTES:,}" for n, size in large]
+        for path in [] if large else files:
+            shutil.copyfile(path, ROOT / "figures" / path.name)
+            print(f"figures/{path.name}")
     promote_claims()
-    return [] if pngs else ["runs/figures/quick/ holds no figure: run `make paper` first"]
+    return refused if names else ["runs/figures/quick/ holds no figure: run `make paper` first"]
 
 
 def promote_claims():
