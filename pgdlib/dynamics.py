@@ -95,6 +95,7 @@ class OpenLoopError(DynamicsError):
     """
 
     lasts: np.ndarray  # [B, K]: whether the trajectory still has a step start + k
+    joints: np.ndarray | None = None  # [B, K, 30]: the simulator's qpos; NaN where it cannot start, or has given up
 
     @property
     def plain(self):
@@ -148,17 +149,44 @@ def open_loop_error(obs, actions, variance, steps, alive=None, threads=None, sta
         rows = np.flatnonzero(lengths == n)
         qpos[rows], qvel[rows] = (x[:, start] for x in state_from_observations(obs[rows, :n], actions[rows, :n]))
     lasts = np.arange(start + 1, start + steps + 1) < lengths[:, None]
-    simulated = np.full((len(obs), steps, adroit.OBS_DIM), np.nan)
+    simulated, joints = (np.full((len(obs), steps, size), np.nan) for size in (adroit.OBS_DIM, 30))
     rows = np.flatnonzero(adroit.within_reach(qpos, qvel))
     if len(rows):
         batch = adroit.PenBatch(len(rows), threads)
         batch.set_state(qpos[rows], qvel[rows])
         for k in range(steps):  # an ended trajectory goes on with no action, for what stands there may be anything
             simulated[rows, k] = batch.step(np.where(lasts[rows, k, None], actions[rows, start + k], 0.0))
+            joints[rows, k] = batch.state()[0]
+    joints[np.isnan(simulated).any(2)] = np.nan
     _with_target(simulated, obs[:, start, None, 36:39])
     squared = (simulated - obs[:, start + 1 : start + steps + 1]) ** 2
     squared[~(lasts & np.isfinite(squared).all(2))] = np.nan
-    return OpenLoopError(squared, _divisor(variance), lasts)
+    return OpenLoopError(squared, _divisor(variance), lasts, joints)
+
+
+@dataclass
+class Replay:
+    """The states that a trajectory has from its step `start` on, and where the simulator gets with its actions."""
+
+    imagined: np.ndarray  # [K + 1, 30]: qpos, reconstructed
+    simulated: np.ndarray  # [K + 1, 30]: qpos; NaN from where the simulator gives up, or all along where it cannot start
+    squared: np.ndarray  # [K + 1, 45]: that of `open_loop_error`, after a 0 for the start, which the two share
+    target_axis: np.ndarray  # [3], at the start
+
+    def normalised(self, variance):
+        """[K + 1]: the squared error's mean over dimensions, each divided by its `variance` [45] in the data."""
+        return _mean(self.squared / _divisor(variance), 1)
+
+
+def replay(obs, actions, start=1, threads=None):
+    """`Replay` of one trajectory obs [T, 45], actions [T, 24] (environment space), from step `start` to its last."""
+    obs, actions = (np.asarray(x, dtype=np.float64)[None] for x in (obs, actions))
+    played = open_loop_error(obs, actions, np.ones(adroit.OBS_DIM), obs.shape[1] - 1 - start, threads=threads, start=start)
+    qpos, qvel = (x[0, start:] for x in state_from_observations(obs, actions))
+    starts = adroit.within_reach(qpos[:1], qvel[:1])
+    simulated = np.concatenate([np.where(starts, qpos[:1], np.nan), played.joints[0]])
+    squared = np.concatenate([np.full((1, adroit.OBS_DIM), 0.0 if starts else np.nan), played.squared[0]])
+    return Replay(qpos, simulated, squared, obs[0, start, 36:39])
 
 
 def rollout_from(obs, actions, act, horizon, start=1, threads=None):

@@ -5,6 +5,7 @@ import pytest
 from conftest import pairs, replay
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 
+from pgdlib import dynamics
 from pgdlib.dynamics import OpenLoopError, dynamics_error, open_loop_error, rollout_from
 from pgdlib.reconstruct import state_from_observations
 
@@ -142,6 +143,75 @@ def test_open_loop_needs_steps_to_play(quiet, start, steps, message):
 @pytest.mark.parametrize("start, steps", [(0, 39), (1, 38), (38, 1)])
 def test_open_loop_reaches_the_last_step(quiet, start, steps):
     assert np.isfinite(open_loop_error(*quiet, ONES, steps, start=start).plain).all()
+
+
+# Replays: the same as joint positions
+
+
+@pytest.mark.parametrize("start", [0, 1, 5])
+def test_replay_has_the_open_loop_error(real, start):
+    obs, actions = pairs(real, 3, 14, first=50)
+    variance = np.linspace(0.5, 9, 45)
+    for i in range(3):
+        played = dynamics.replay(obs[i], actions[i], start)
+        error = open_loop_error(obs[i : i + 1], actions[i : i + 1], variance, 13 - start, start=start)
+        np.testing.assert_array_equal(played.squared[1:], error.squared[0])
+        np.testing.assert_array_equal(played.normalised(variance), [0, *error.normalised[0]])
+        assert not played.squared[0].any() and len(played.imagined) == len(played.simulated) == 14 - start
+        np.testing.assert_array_equal(played.target_axis, obs[i, start, 36:39])
+
+
+def test_replay_is_gym_playing_the_actions(real):
+    obs, actions = pairs(real, 3, 14, first=50)
+    qpos, qvel = state_from_observations(obs, actions)
+    env = AdroitHandPenEnv()
+    for i in range(3):
+        played = dynamics.replay(obs[i], actions[i], 2)
+        np.testing.assert_allclose(played.imagined, qpos[i, 2:], rtol=1e-12)
+        np.testing.assert_array_equal(played.simulated[0], played.imagined[0])
+        env.reset(seed=0, options={"initial_state_dict": dict(qpos=qpos[i, 2], qvel=qvel[i, 2], desired_orien=real.targets[i])})
+        for k in range(11):
+            env.step(actions[i, 2 + k])
+            np.testing.assert_allclose(played.simulated[k + 1], env.data.qpos, rtol=1e-5, atol=1e-7)
+
+
+def test_replay_of_a_true_trajectory_stays_near_it(guided):
+    """Hand joints and pen position, to a tenth of how far they move; measured 1/20 or less."""
+    obs, actions = pairs(guided, 8, 12, first=20)
+    for i in range(8):
+        played, true = dynamics.replay(obs[i], actions[i]), guided.qpos[i, 21:32, :27]
+        np.testing.assert_allclose(played.imagined[:, :27], true, rtol=0, atol=1e-6)
+        assert np.abs(played.simulated[:, :27] - true).mean() < np.abs(true - true[0]).mean() / 10
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_replay_shows_what_there_is(quiet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo logs its warnings in the working folder
+    K = 38
+    for which, place, value, gone in (
+        (0, (1, 3), 30.0, range(K + 1)),  # a start with a joint far beyond its limits
+        (1, (7, 3), np.nan, range(7, K + 1)),  # the simulator gives up on the action of step 7
+        (1, (1, 3), np.nan, range(K + 1)),  # no velocity at the start
+    ):
+        broken = [x[1].copy() for x in quiet]
+        broken[which][place] = value
+        played = dynamics.replay(*broken)
+        assert np.isfinite(played.imagined).all() and len(played.imagined) == K + 1
+        for values in (played.simulated, played.squared):
+            np.testing.assert_array_equal(np.flatnonzero(np.isnan(values).all(1)), gone)
+            assert np.isfinite(np.delete(values, gone, 0)).all()
+    obs, actions = (x[1].copy() for x in quiet)
+    obs[7, 3] = np.nan
+    played = dynamics.replay(obs, actions)
+    assert np.isfinite(played.simulated).all() and np.flatnonzero(np.isnan(played.normalised(ONES))).tolist() == [6]
+    assert np.flatnonzero(np.isnan(played.imagined).any(1)).tolist()[0] <= 6  # its velocity, too
+
+
+@pytest.mark.parametrize("start", [-1, 39])
+def test_replay_needs_a_step_to_play(quiet, start):
+    with pytest.raises(ValueError, match="0 to 38"):
+        dynamics.replay(quiet[0][0], quiet[1][0], start)
+    assert len(dynamics.replay(quiet[0][0], quiet[1][0], 38).imagined) == 2
 
 
 # Rollouts from given trajectories
