@@ -110,10 +110,11 @@ class Dataset:
         return self.label.lower().replace(" pen-", "-").replace("stand-in", "standin")
 
 
-def load_data(dataset, source, steps):
+def load_data(dataset, source, steps, progress=tqdm, say=print):
     """The `Dataset` human, cloned or expert. `source`: "d4rl", "local" (the stand-in), or "auto": D4RL if it can be had.
 
-    `steps` is the size of the stand-ins cloned and expert; human always has 25 episodes of 200 steps.
+    `steps` is the size of the stand-ins cloned and expert; human always has 25 episodes of 200 steps. `progress` makes the
+    bar of what takes long, as tqdm does, and `say` prints.
     """
     folder = None
     if source in ("auto", "d4rl"):
@@ -122,12 +123,11 @@ def load_data(dataset, source, steps):
         except FileNotFoundError:
             if source == "d4rl":
                 raise
-            print(f"D4RL's {dataset} data is not on disk and cannot be downloaded (source='d4rl' says why): using the stand-in")
+            say(f"D4RL's {dataset} data is not on disk and cannot be downloaded (source='d4rl' says why): using the stand-in")
     is_d4rl = folder is not None
     name = f"D4RL pen-{dataset}" if is_d4rl else f"stand-in pen-{dataset}"
     if folder is None:
-        folder = _stand_in(dataset, steps)
-    started = time.time()
+        folder = _stand_in(dataset, steps, progress)
     key = store.key(content=minari_files.digest(folder), code=store.code_version("data", "minari_files"))
     cache = store.root() / "data" / f"{dataset}-{'d4rl' if is_d4rl else 'standin'}-{key}.safetensors"
     tensors, _ = store.artifact(
@@ -135,11 +135,11 @@ def load_data(dataset, source, steps):
     )
     raw = data.Trajectories.from_tensors(tensors, name)
     repaired, cut, dropped = data.end_at_falls(raw)
-    print(f"{name}: {len(raw.lengths):,} episodes, {len(raw.rewards):,} steps, read in {time.time() - started:.0f} s")
+    say(f"{name}: {len(raw.lengths):,} episodes, {len(raw.rewards):,} steps")
     return Dataset(repaired, raw, is_d4rl, cache.stem, cut, dropped)
 
 
-def _stand_in(dataset, steps):
+def _stand_in(dataset, steps, progress):
     steps = 5_000 if dataset == "human" else steps
     policy, card = load_guide(SHIPPED_GUIDE if dataset == "expert" else DEMONSTRATOR)
     inputs = dict(steps=steps, policy=card, code=store.code_version("adroit", "policies", "minari_files", "collect"))
@@ -147,7 +147,7 @@ def _stand_in(dataset, steps):
     place = folder / "standin" / "pen" / f"{dataset}-v0"
     with store.lock(folder):
         if not place.exists():
-            with tqdm(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
+            with progress(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
                 collect.write(dataset, folder, policy, steps, lambda done: bar.update(round(100 * done) - bar.n))
     return place
 
@@ -162,11 +162,11 @@ def _at_most(passes, steps, batch_size, data):
     return steps if passes is None else min(steps, max(1, round(passes * len(data.rewards) / batch_size)))
 
 
-def load_denoiser(dataset, p, device):
+def load_denoiser(dataset, p, device, progress=tqdm):
     """(EMA denoiser, losses [steps]) trained on the training side of `dataset` with the settings `p`; made if missing.
 
     `p` has horizon, features, blocks, kernel_size, train_steps, batch_size, learning_rate, epochs, passes, transform and seed.
-    Raises ValueError where no episode fills half a window.
+    `progress` makes the bar, as tqdm does. Raises ValueError where no episode fills half a window.
     """
     train_data, _ = train_val(dataset)
     if p.horizon > 2 * (longest := int(train_data.lengths.max())):
@@ -188,7 +188,7 @@ def load_denoiser(dataset, p, device):
         denoiser.to(device)
         windows = data.Windows(train_data, denoiser.normaliser, p.horizon, device)
         started = time.time()
-        with tqdm(total=steps, desc=f"training the denoiser on {dataset.label}", mininterval=5) as bar:
+        with progress(total=steps, desc=f"training the denoiser on {dataset.label}", mininterval=5) as bar:
 
             def report(step, losses):
                 bar.update(step - bar.n)

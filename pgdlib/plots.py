@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.figure import Figure
 
 from pgdlib import store
 
@@ -46,7 +47,8 @@ def returns(groups, references, title):
 
 def episode(obs, rewards, title):
     """One episode obs [T, 45], rewards [T]: the pen against its target, its height, the reward."""
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3))
+    fig = Figure(figsize=(11, 3))  # without pyplot, for a thread may draw it
+    axes = fig.subplots(1, 3)
     t = np.arange(len(obs)) / 100
     for i, (name, colour) in enumerate(zip("xyz", (DATA, MODEL, GUIDED))):
         axes[0].plot(t, obs[:, 33 + i], color=colour, label=name)
@@ -59,6 +61,31 @@ def episode(obs, rewards, title):
     axes[1].legend(fontsize="small")
     axes[2].plot(t, rewards, color=DATA)
     axes[2].set(xlabel="time (s)", ylabel="reward")
+    fig.suptitle(title, fontsize="medium")
+    return fig
+
+
+def restoring(clean, noised, denoised, sigmas, title):
+    """State channels [36, T] of a trajectory: for each of `sigmas` [L] noised [L, 36, T] above, denoised below; and `clean`.
+
+    All are normalised; the noised ones are scaled to unit variance.
+    """
+    fig = Figure(figsize=(2.1 * len(sigmas) + 3.2, 4.2))
+    axes = fig.subplots(2, len(sigmas) + 1, sharex=True, sharey=True, squeeze=False)
+    how = dict(aspect="auto", cmap="RdBu_r", vmin=-2.5, vmax=2.5, interpolation="nearest")
+    for (above, below), sigma, x, estimate in zip(axes.T, sigmas, noised, denoised):
+        above.imshow(x / np.sqrt(1 + sigma**2), **how)
+        image = below.imshow(estimate, **how)
+        above.set_title(f"noised, σ = {sigma:.2g}", fontsize="small")
+        below.set_title(f"denoised, error {np.mean((estimate - clean) ** 2):.2g}", fontsize="small")
+    for ax in axes[:, -1]:
+        ax.imshow(clean, **how)
+        ax.set_title("the truth", fontsize="small")
+    axes[0, 0].set(ylabel="36 states", yticks=[])
+    axes[1, 0].set(ylabel="36 states")
+    for ax in axes[1]:
+        ax.set_xlabel("step")
+    fig.colorbar(image, ax=axes[:, -1], label="std")
     fig.suptitle(title, fontsize="medium")
     return fig
 

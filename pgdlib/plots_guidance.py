@@ -24,7 +24,7 @@ def figure_1(clouds, sweep, floors, on_policy, title, limit=None):
     fig, axes = plt.subplots(len(estimators), 2, figsize=(11, 3.7 * len(estimators)), squeeze=False)
     for (left, right), estimator in zip(axes, estimators):
         _cloud(left, clouds, estimator, floors[estimator], on_policy)
-        _sweep(right, sweep, estimator, floors[estimator], on_policy)
+        over_lam(right, sweep, estimator, floors[estimator], on_policy)
         if limit is not None and limit <= 1.03 * sweep["lam"].max():
             right.axvline(limit, color="black", linewidth=1.2, linestyle="-.")
             right.text(
@@ -40,11 +40,12 @@ def _cloud(ax, clouds, estimator, floor, on_policy):
         ax.plot(x, y, marker, color=colour, markersize=3.5, alpha=0.55, markeredgewidth=0, label=f"λ = {lam:.3g}")
     ax.axhline(floor, color="black", linewidth=1, linestyle=":", label="floor: real data")
     ax.axvline(on_policy, color=MUTED, linewidth=1.2, linestyle="--", label="on-policy")
-    ax.set(xlabel=LIKELIHOOD, ylabel=f"dynamics error\n({_LABELS[estimator]})", yscale="log")
+    ax.set(xlabel=LIKELIHOOD, ylabel=f"dynamics error\n({LABELS[estimator]})", yscale="log")
     ax.legend(fontsize="x-small", markerscale=1.8, frameon=True, framealpha=0.9, edgecolor="none")
 
 
-def _sweep(ax, sweep, estimator, floor, on_policy):
+def over_lam(ax, sweep, estimator, floor, on_policy):
+    """On `ax` and a twin of it, which is returned: mean error and mean log-likelihood of a `sweep`, as for `figure_1`."""
     twin = ax.twinx()
     twin.spines["right"].set_visible(True)
     lams = sweep["lam"].to_numpy()
@@ -73,10 +74,12 @@ def _sweep(ax, sweep, estimator, floor, on_policy):
     if (sweep["diverged"] > 0).any():
         first = sweep["lam"][sweep["diverged"] > 0].min()
         ax.axvspan(first, 1.03 * top, color="black", alpha=0.07, linewidth=0)
-        ax.text(first, 0.5, "diverged", transform=ax.get_xaxis_transform(), rotation=90, ha="right", va="center")
+        inside = "left" if first < 0.9 * top else "right"  # of the grey band, if there is room
+        ax.text(first, 0.5, " diverged ", transform=ax.get_xaxis_transform(), rotation=90, ha=inside, va="center")
+    return twin
 
 
-_LABELS = {
+LABELS = {
     "reconstructed": "state reconstructed",
     "appendix_b": "the paper's Appendix B",
     "normalised": "reconstructed, / variance",

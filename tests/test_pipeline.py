@@ -197,6 +197,51 @@ def test_an_interrupted_collection_leaves_nothing(runs, offline, monkeypatch):
     assert kept(runs) == []
 
 
+class Bar:
+    """A bar as tqdm's that is only remembered."""
+
+    made = ()
+
+    def __init__(self, total, desc, **_):
+        self.total, self.desc, self.n, self.shown = total, desc, 0, []
+        type(self).made += (self,)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shown.append("closed")
+
+    def update(self, n):
+        self.n += n
+        self.shown.append(self.n)
+
+
+def test_bars_and_words_go_where_they_are_asked_to(runs, offline, monkeypatch, capsys):
+    def write(dataset, folder, guide, steps, report):
+        for share in (0.25, 0.751, 1.0):
+            report(share)
+        batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
+        return minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", [batch], "toy")
+
+    monkeypatch.setattr(collect, "write", write)
+    monkeypatch.setattr(Bar, "made", ())
+    said = []
+    pipeline.load_data("expert", "auto", 4_000, Bar, said.append)
+    (bar,) = Bar.made
+    assert bar.desc == "collecting the stand-in expert" and bar.total == 100 and bar.shown == [25, 75, 100, "closed"]
+    assert ["using the stand-in" in text for text in said] == [True, False] and said[1].startswith("stand-in pen-expert: 2 epi")
+    pipeline.load_data("expert", "local", 4_000, Bar, said.append)  # it is there: nothing takes long
+    assert len(Bar.made) == 1 and len(said) == 3 and capsys.readouterr() == ("", "")
+
+
+def test_a_bar_that_raises_lets_nothing_begin(runs, offline, monkeypatch):
+    monkeypatch.setattr(collect, "write", None)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.load_data("cloned", "local", 4_000, interrupted)
+    assert kept(runs) == []
+
+
 def test_a_damaged_stand_in_is_named(runs, offline, monkeypatch):
     batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
     monkeypatch.setattr(collect, "human", lambda *a: batch)

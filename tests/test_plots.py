@@ -40,6 +40,7 @@ def samplers(families=("multistep", "Heun", "Heun with churn"), lowest=0.1):
 FIGURES = {
     "returns": (({"a": RNG.normal(size=50), "b": RNG.normal(size=9)}, {"random": 96.0, "expert": 3077.0}), ["return on D4RL"]),
     "episode": ((RNG.normal(size=(T, 45)), RNG.normal(size=T)), ["time (s)"] * 3),
+    "restoring": ((RNG.normal(size=(36, T)), *RNG.normal(size=(2, 2, 36, T)), [0.5, 2.0]), ["step"] * 3),
     "floors": ((GROUPS,), ["one-step squared error / variance"]),
     "coverage": (([4, 8, 12], [1.0, 0.7, 0.2], 8), ["trajectory length"]),
     "learning_curve": (([0, 1e6], [0.0, 900.0], [10.0, 20.0], 3077), ["environment steps"]),
@@ -67,7 +68,8 @@ def test_titles_and_labels(name):
     arguments, labels = FIGURES[name]
     fig = drawn(name, *arguments)
     assert_labelled(fig, labels)
-    shared = name in ("episode", "floors", "sampler_quality")  # the labels of their y axes are titles or names of rows
+    # the labels of their y axes are titles or names of rows
+    shared = name in ("episode", "floors", "sampler_quality", "restoring")
     assert shared or sum(bool(ax.get_ylabel()) for ax in fig.axes) >= len(labels) - (name == "channels")
 
 
@@ -87,6 +89,19 @@ def test_returns_that_are_not_finite_leave_the_others_in_sight():
     assert [sum(p.get_height() for p in c.patches) for c in ax.containers] == pytest.approx([0.5, 0])
     low, high = ax.get_xlim()
     assert low < 1 and 9 < high < 20
+
+
+def test_restoring_shows_noise_at_unit_variance_and_the_error_of_each_estimate():
+    clean, sigmas = np.zeros((36, T)), [0.5, 2.0]
+    noised = clean + np.reshape(sigmas, (2, 1, 1)) * np.ones((36, T))
+    fig = drawn("restoring", clean, noised, clean + np.reshape([0.1, 0.2], (2, 1, 1)), sigmas)
+    shown = [np.asarray(ax.get_images()[0].get_array()) for ax in fig.axes[:6]]  # above: two noised, the truth; below as many
+    values = [0.5 / 1.25**0.5, 2 / 5**0.5, 0, 0.1, 0.2, 0]
+    for image, value in zip(shown, values, strict=True):
+        np.testing.assert_allclose(image, np.full((36, T), value))
+    titles = [ax.get_title() for ax in fig.axes[:6]]
+    assert titles[:2] == ["noised, σ = 0.5", "noised, σ = 2"]
+    assert titles[3:5] == ["denoised, error 0.01", "denoised, error 0.04"]
 
 
 def test_floors_leave_out_zeros():

@@ -100,7 +100,7 @@ def made(name, *arguments, **named):
 
 def test_every_function_is_tested():
     own = {k: v for k, v in vars(plots_guidance).items() if getattr(v, "__module__", "") == plots_guidance.__name__}
-    assert {k for k in own if k[0] != "_"} == {*FIGURES, "on_front"}
+    assert {k for k in own if k[0] != "_"} == {*FIGURES, "on_front", "over_lam"}  # the last is seen in figure_1
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -192,7 +192,12 @@ def wait_for(condition, seconds=20):
 def run(path, log, out, seconds):
     """In a process of its own: the artifact's value, and what was reported, into the file `out`."""
     said = []
-    tensors, _ = store.artifact(path, maker(log, seconds=seconds), said.append)
+
+    def report(message):
+        said.append(message)
+        out.with_suffix(".waits").touch()
+
+    tensors, _ = store.artifact(path, maker(log, seconds=seconds), report)
     out.write_text(f"{float(tensors['x'])} {said}")
 
 
@@ -216,7 +221,7 @@ def test_the_waiter_takes_over_from_a_killed_holder(path, tmp_path):
     wait_for(log.exists)
     waiter = fork.Process(target=run, args=(path, log, out, 0))
     waiter.start()
-    time.sleep(0.2)
+    wait_for(out.with_suffix(".waits").exists)
     assert waiter.is_alive() and not out.exists()
     os.kill(holder.pid, signal.SIGKILL)
     waiter.join(20)

@@ -1,0 +1,46 @@
+"""Picture of the λ explorer, in JupyterLab, for the README: python tools/screenshot.py, after `make paper`.
+
+It shows the sweep of notebook 04 that is in runs/, and needs a Chromium. -> figures/explorer.png
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from nbformat import write
+from nbformat.v4 import new_code_cell, new_notebook
+
+from pgdlib import store
+
+ROOT = Path(__file__).resolve().parent.parent
+CELL = """
+from pgdlib import explorer, params, plots, store, study
+plots.use_style()
+settings = dict(dataset="cloned", source="local", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
+lab = study.Study.open(params.defaults("quick", **settings))
+found = (store.root() / "sweeps").glob("*-cloned-quick-explicit-natural/*.safetensors")
+panel = explorer.Explorer(lab, {"explicit": [float(path.stem.partition("-")[2]) for path in found]})
+panel.widget
+"""
+
+
+def main():
+    sys.path.append(str(ROOT / "tests"))
+    from browser import lab, notebooks
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        lab(folder, {"PGD_RUNS": store.root()}) as server,
+        notebooks(*server, size=(1440, 1000)) as open_path,
+    ):
+        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        write(new_notebook(cells=[new_code_cell(CELL)], metadata={"kernelspec": kernel}), Path(folder, "explorer.ipynb"))
+        notebook = open_path("explorer.ipynb")
+        notebook.run_all(600)
+        notebook.wait_for("document.querySelector('.pgd-curve')?.naturalWidth > 0")
+        notebook.page.locator(".pgd-explorer").screenshot(path=ROOT / "figures/explorer.png")
+    print("figures/explorer.png")
+
+
+if __name__ == "__main__":
+    main()
