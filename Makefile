@@ -13,11 +13,11 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # The kernel is the one of .venv, even where the user has a kernel of the same name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help paper test lint lab figures notebooks clean
+.PHONY: help paper test test-browser lint lab bench figures notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
@@ -43,12 +43,19 @@ lint: .venv/.installed  ## ruff, check and format
 	$(BIN)/ruff format --check .
 
 # One thread a worker: torch's threads would fight over the cores. The notebooks run one at a time, with all of them.
-test: lint  ## lint, unit tests, then every notebook at ci scale
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not notebook" -n $(WORKERS)
+test: lint  ## lint, unit tests, every notebook at ci scale, then in a browser
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not notebook and not browser" -n $(WORKERS)
 	$(BIN)/pytest -q -m notebook --durations=0
+	$(BIN)/pytest -q -m browser --durations=0
+
+test-browser: .venv/.installed  ## only the notebooks in a browser; needs a Chromium
+	$(BIN)/pytest -q -m browser --durations=0
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
+
+bench: .venv/.installed  ## speed against plain baselines and the machine's limits, into runs/bench/
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 figures: .venv/.installed  ## copy a run's figures, their data and the verdicts into figures/
 	$(BIN)/python tools/promote.py --figures

@@ -15,10 +15,10 @@ from pgdlib.adroit import OBS_DIM
 STEPS = 10  # in a measurement
 
 
-def learner(runs, width, batch_size):
+def learner(runs, width, batch_size, device="cpu"):
     """A learner of `runs` seeds, and data of the shape of a run's synthetic data."""
-    agent = iql.IQL(range(runs), torch.zeros(OBS_DIM), torch.ones(OBS_DIM), (width, width))
-    data = [torch.randn(12_000, agents.WIDTH, generator=torch.Generator().manual_seed(0))] * runs
+    agent = iql.IQL(range(runs), torch.zeros(OBS_DIM), torch.ones(OBS_DIM), (width, width)).to(device)
+    data = [torch.randn(12_000, agents.WIDTH, generator=torch.Generator().manual_seed(0)).to(device)] * runs
     return agents.Learner(agent, range(runs), 1_000_000, batch_size), data
 
 
