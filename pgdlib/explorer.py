@@ -23,7 +23,7 @@ class Explorer:
 
     def __init__(self, lab, sweeps=None, calibrated=None):
         self.shelf, self.picked, self.listeners = shelf.Shelf(lab, sweeps, calibrated), None, []
-        self.lock, self._quiet, self._album = threading.RLock(), False, widgets.Album(self._draw)
+        self.lock, self._album = threading.RLock(), widgets.Album(self._draw)
         self._build()
         self.choose()
 
@@ -97,7 +97,7 @@ class Explorer:
     def redraw(self, _=None):
         """Draw what is chosen."""
         with self.lock:
-            if self._quiet or self.stop is None:
+            if self.stop is None:
                 return
             self._cloud.value, self._curve.value, self._numbers.value = self._album[self._key(self.stop)]
             self._number.value = self.stop[0]
@@ -117,11 +117,19 @@ class Explorer:
         return widgets.png(cloud), widgets.png(curve), STYLE + plots_explorer.numbers(view).to_html(border=0)
 
     def _restock(self, stop):
-        """Give the slider the stops of the shelf, and go to `stop`."""
-        stops, self._quiet = self.shelf.stops, True  # new options move the slider: nothing is to be drawn for that
+        """Show a slider over the stops of the shelf, at `stop`.
+
+        Each time a new one: in one that gets fewer options, a browser moves the handle, and the kernel would believe it.
+        """
+        stops = self.shelf.stops
         labels = [f"{lam:.3g}{' (fresh)' if drawn else ''}" for lam, drawn in stops] or ["–"]
-        self._slider.options = list(zip(labels, range(len(labels))))
-        self._slider.value, self._quiet = stops.index(stop) if stops else 0, False
+        options, place = list(zip(labels, range(len(labels)))), stops.index(stop) if stops else 0
+        self._slider.unobserve_all()
+        self._slider.close()
+        self._slider = w.SelectionSlider(options=options, value=place, layout=w.Layout(width="98%"), readout=False)
+        self._slider.add_class("pgd-lam")
+        self._slider.observe(self.redraw, "value")
+        self._slot.children = [self._slider]
         for widget in (self._slider, self._number, self._now):
             widget.disabled = not stops
         self._box.layout.display = "" if stops else "none"
@@ -134,8 +142,10 @@ class Explorer:
         for name, lam in (("calibrated", self.shelf.calibrated), ("limit", self.shelf.limit)):
             if lam is not None and len(lams) > 1 and lams[0] <= lam <= lams[-1]:
                 place = 100 * np.interp(lam, lams, np.arange(len(lams))) / (len(lams) - 1)
-                style = f"position:absolute;left:{place:.1f}%;white-space:nowrap;margin-left:-5px"
-                spans.append(f'<span style="{style}">▲ {name} {lam:.3g}</span>')
+                # What is far to the right is written to the left of its mark, or it would stick out.
+                at, text = (f"right:{100 - place:.1f}%", f"{name} {lam:.3g} ▲") if place > 70 else (f"left:{place:.1f}%", "")
+                style = f"position:absolute;{at};white-space:nowrap;margin:0 -5px"
+                spans.append(f'<span style="{style}">{text or f"▲ {name} {lam:.3g}"}</span>')
         style = "position:relative;height:16px;margin:-6px 2% 0 0;font-size:11px;line-height:16px"
         return f'<div style="{style}">{"".join(spans)}</div>'
 
@@ -156,7 +166,7 @@ class Explorer:
         self._dataset = w.Dropdown(options=params.DATASETS, description="dataset", value=self.shelf.dataset, **chooser)
         self._rule = w.Dropdown(options=guidance.RULES, description="rule", **chooser)
         self._estimator = w.Dropdown(options=plots_explorer.ESTIMATORS, description="error", **chooser)
-        self._slider = w.SelectionSlider(options=[("–", 0)], layout=w.Layout(width="98%"), readout=False)
+        self._slider, self._slot = w.SelectionSlider(options=["–"]), w.VBox()  # until there are stops
         self._marks, self._message, self._numbers = (w.HTML(layout=widgets.PAD) for _ in range(3))
         self._compute = w.Button(button_style="info", layout=w.Layout(width="150px"))
         self._cloud, self._curve = (widgets.picture(f"pgd-{name}", 500) for name in ("cloud", "curve"))
@@ -165,12 +175,11 @@ class Explorer:
         )
         self._now = w.Button(description="Sample now", icon="play", layout=w.Layout(width="120px"))
         self._job = widgets.Job()
-        for widget, name in ((self._slider, "pgd-lam"), (self._numbers, "pgd-numbers"), (self._now, "pgd-sample")):
+        for widget, name in ((self._numbers, "pgd-numbers"), (self._now, "pgd-sample")):
             widget.add_class(name)
         for widget in (self._dataset, self._rule):
             widget.observe(self.choose, "value")
-        for widget in (self._estimator, self._slider):
-            widget.observe(self.redraw, "value")
+        self._estimator.observe(self.redraw, "value")
         self._compute.on_click(self.compute)
         self._now.on_click(self.sample)
         self._clicks = ipyevents.Event(source=self._cloud, watched_events=["click"])
@@ -180,7 +189,7 @@ class Explorer:
             image.layout.flex = "0 1 49%"  # side by side, if at least 330 px remain for each
             image.layout.min_width = "330px"
         pictures = w.HBox([self._cloud, self._curve], layout=w.Layout(flex_flow="row wrap"))
-        self._box = w.VBox([self._slider, self._marks, pictures, self._numbers])
+        self._box = w.VBox([self._slot, self._marks, pictures, self._numbers])
         choosers = w.HBox([self._dataset, self._rule, self._estimator], layout=row)
         offer = w.HBox([self._message, self._compute], layout=row)
         sample = w.HBox([self._number, self._now, self._job.view], layout=row)

@@ -71,7 +71,7 @@ def cloud(view, fig=None):
     ax.set(xlabel=SHORT_LIKELIHOOD, xlim=x_limits, ylim=y_limits, yscale="log")
     ax.set_ylabel(f"dynamics error ({plots_guidance.LABELS[view.estimator]})")
     # Between the floor and the clouds, where there is room.
-    room = view.floor[view.estimator] < 0.02 * np.median(view.points[0.0].measures[view.estimator])
+    room = view.floor[view.estimator] < 0.02 * metrics.interval(view.points[0.0].measures[view.estimator], resamples=1)[0]
     place = dict(loc="center left", bbox_to_anchor=(0, 0.25)) if room else dict(loc="upper left")
     ax.legend(fontsize="x-small", frameon=True, framealpha=0.85, edgecolor="none", **place)
     _plain_log(ax)

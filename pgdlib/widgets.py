@@ -49,7 +49,8 @@ def show(widget, figure):
 
 def picture(name, width):
     """An empty image, `width` px wide or as wide as its place, that can be told by its class `name`."""
-    image = w.Image(format="png", layout=w.Layout(width=f"{width}px", max_width="100%"))
+    # No margin, or one as wide as its place would stick out of it by as much.
+    image = w.Image(format="png", layout=w.Layout(width=f"{width}px", max_width="100%", margin="0"))
     image.add_class(name)
     return image
 
@@ -96,7 +97,7 @@ def slide(name, options, render, start=0, width=900):
         options=list(zip(options, range(len(options)))),
         value=start,
         description=name,
-        layout=w.Layout(width="100%", max_width=f"{width}px"),
+        layout=w.Layout(width="100%", max_width=f"{width}px", margin="0"),
         style={"description_width": "initial"},
     )
     slider.add_class("pgd-slider")

@@ -109,8 +109,12 @@ def test_the_error_is_chosen(panel):
 
 
 def marks(panel):
-    """What is marked under the slider, and where in percent."""
-    return {name: float(left) for left, name in re.findall(r"left:([\d.]+)%[^>]*>▲ (\w+ [\d.]+)<", panel._marks.value)}
+    """What is marked under the slider, and where in percent from the left."""
+    pattern = r"(left|right):([\d.]+)%[^>]*>(?:▲ )?(\w+ [\d.]+)(?: ▲)?<"
+    return {
+        name: float(place) if side == "left" else round(100 - float(place), 1)
+        for side, place, name in re.findall(pattern, panel._marks.value)
+    }
 
 
 @pytest.mark.usefixtures("sketched")

@@ -6,6 +6,7 @@ with one folder of artifacts share them, and wait for one another's.
 
 import concurrent.futures
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -312,6 +313,21 @@ def test_05_takes_another_agent_and_real_data(run):
     table = run.table("05_table1_td3_bc_standin-human_1seeds")
     assert len(table) == 6 and {"TD3+BC, explicit rule, λ = 1", "TD3+BC, real data, 50 steps"} <= set(table["row"])
     assert not any("unguided" in row for row in table["row"]) and table["d4rl_return"].notna().all()
+
+
+@named("04")
+def test_04_shows_figures_where_nobody_can_move_its_panels(run, tmp_path):
+    command = [Path(sys.executable).with_name("jupyter-nbconvert"), "--to", "html", "--output-dir", tmp_path, run.output]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+    (file,) = tmp_path.glob("*.html")
+    page = file.read_text()
+    for name in ("04-slide", "04-player", "04-film"):
+        (cell,) = [c for c in run.cells if c.id == name]
+        (output,) = [o for o in cell.outputs if o.output_type == "display_data"]
+        assert set(output.data) == {"image/png", "text/plain"}
+        (shown,) = re.findall(rf'id="cell-id={name}"(.*?)(?=id="cell-id=|</main>)', page, re.DOTALL)
+        assert shown.count("<img") == 1
+    assert not re.search(f'model not found|<script type="{re.escape(promote.WIDGET_VIEW)}', page, re.IGNORECASE)
 
 
 @named("04 alone")
