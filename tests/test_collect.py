@@ -1,5 +1,6 @@
 """The stand-ins: their make-up, their demonstrator, their file."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -12,10 +13,10 @@ from pgdlib.collect import Demonstrator
 
 @pytest.fixture(scope="module")
 def quick_clone():
-    """Behaviour cloning with a tenth of its steps: tests need a clone, not a good one."""
+    """Behaviour cloning with a hundredth of its steps: tests need a clone, not a good one."""
     with pytest.MonkeyPatch.context() as patch:
         full = collect.behaviour_clone
-        patch.setattr(collect, "behaviour_clone", lambda obs, actions, seed, steps=200: full(obs, actions, seed, steps))
+        patch.setattr(collect, "behaviour_clone", lambda obs, actions, seed, steps=20: full(obs, actions, seed, steps))
         yield
 
 
@@ -23,22 +24,25 @@ def quick_clone():
 def files(guide, quick_clone, tmp_path_factory):
     """name -> `Trajectories` of the stand-in's file."""
     root = tmp_path_factory.mktemp("minari")
-    return {
-        name: minari_files.from_minari(collect.write(name, root, guide, steps), f"stand-in {name}")[0]
-        for name, steps in (("human", 0), ("cloned", 4_000), ("expert", 450))
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "HUMAN_EPISODES", 10)
+        patch.setattr(collect, "human", functools.cache(collect.human))  # simulated once for one seed
+        return {
+            name: minari_files.from_minari(collect.write(name, root, guide, steps), f"stand-in {name}")[0]
+            for name, steps in (("human", 0), ("cloned", 4_000), ("expert", 450))
+        }
 
 
 def test_episode_lengths(files):
-    assert files["human"].lengths.tolist() == [200] * 25
+    assert files["human"].lengths.tolist() == [200] * 10
     assert files["expert"].lengths.tolist() == [100] * 5
-    assert files["cloned"].lengths.tolist() == [200] * 25 + [100] * 20  # copies of the demonstrations, then rollouts
+    assert files["cloned"].lengths.tolist() == [200] * 10 + [100] * 20  # copies of the demonstrations, then rollouts
     assert set(files["human"].info) == set(files["cloned"].info) == {"qpos", "qvel", "target"}
 
 
 def test_cloned_holds_the_demonstrations(files):
-    assert torch.equal(files["cloned"].packed()[:5000], files["human"].packed())
-    assert not torch.equal(files["cloned"].packed()[5000:6000], files["human"].packed()[:1000])
+    assert torch.equal(files["cloned"].packed()[:2000], files["human"].packed())
+    assert not torch.equal(files["cloned"].packed()[2000:3000], files["human"].packed()[:1000])
 
 
 @pytest.mark.parametrize("steps, copies, rollouts", [(4_000, 1, 20), (30_000, 3, 150), (100_000, 10, 500)])
@@ -59,11 +63,11 @@ def test_half_of_cloned_is_copies(guide, quick_clone, monkeypatch, steps, copies
 
 
 def test_unique_episodes_are_split(files):
-    demos = files["cloned"].episodes(torch.arange(25).repeat(4))
+    demos = files["cloned"].episodes(torch.arange(10).repeat(4))
     train, val = data.split(demos, 0.2, 0)
-    assert (len(train.lengths), len(val.lengths)) == (80, 20)
+    assert (len(train.lengths), len(val.lengths)) == (32, 8)
     targets = [{tuple(t) for t in side.info["target"].tolist()} for side in (train, val)]  # each episode has its own
-    assert [len(t) for t in targets] == [20, 5] and not targets[0] & targets[1]
+    assert [len(t) for t in targets] == [8, 2] and not targets[0] & targets[1]
 
 
 def test_nothing_ends_at_a_fall(files):
@@ -104,6 +108,8 @@ def test_expert_acts_by_samples_of_the_guide(guide):
 
 def test_the_seed_decides(guide, quick_clone, monkeypatch):
     monkeypatch.setattr(collect, "HUMAN_EPISODES", 2)
+    monkeypatch.setattr(adroit, "D4RL_HORIZON", 30)
+    monkeypatch.setattr(adroit.rollout, "__defaults__", (30, None, None))
     for make in (lambda s: [collect.human(guide, s)], lambda s: collect.expert(guide, 200, s), lambda s: clones(guide, s)):
         first, again, other = ([b.actions for b in make(seed)] for seed in (0, 0, 1))
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))

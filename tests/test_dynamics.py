@@ -27,7 +27,7 @@ def test_floors_on_random_episodes(real):
 
 
 def test_floors_on_the_guides_episodes(guided):
-    ordered(*pairs(guided, 16, 100))
+    ordered(*pairs(guided, 8, 100))
 
 
 def test_still_predicts_what_is(real):

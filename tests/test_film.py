@@ -184,6 +184,9 @@ def test_a_process_that_draws_ends_without_a_word():
 
 
 BROKEN = """
+import sys, types
+seaborn = types.SimpleNamespace(color_palette=lambda name: [(0, 0, 0)] * 8)  # all that is needed of it here
+sys.modules["seaborn"] = seaborn  # importing it takes longer than all the rest
 import numpy as np
 from pgdlib import adroit, film
 {}

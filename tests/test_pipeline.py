@@ -116,18 +116,18 @@ def tiny_ppo(monkeypatch):
 
 
 def test_a_guide_is_trained_once(runs, tiny_ppo, monkeypatch):
-    policy, card = pipeline.train_guide(2_048, seed=3)
+    policy, card = pipeline.train_guide(512, seed=3)
     (file,) = kept(runs)
     assert file.startswith("guides/")
-    again, card_again = pipeline.train_guide(2_048, seed=3)
+    again, card_again = pipeline.train_guide(512, seed=3)
     assert len(tiny_ppo) == 1 and card == card_again
     assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values(), strict=True))
-    assert card["parameters"]["steps"] == 2_048 and card["seed"] == 3 and card["evaluation episodes"] == 4
-    assert [point[0] for point in card["curve"]] == [0, 2_048]
+    assert card["parameters"]["steps"] == 512 and card["seed"] == 3 and card["evaluation episodes"] == 4
+    assert [point[0] for point in card["curve"]] == [0, 512]
     assert policy.obs_mean.abs().max() > 0  # the normalisation came along
     loaded, _ = pipeline.load_guide(str(runs / file))
     assert torch.equal(loaded.log_std, policy.log_std)
-    for steps, seed in ((2_048, 4), (2_304, 3)):  # another guide each
+    for steps, seed in ((512, 4), (768, 3)):  # another guide each
         monkeypatch.setattr(ppo, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pipeline.train_guide(steps, seed)

@@ -106,7 +106,7 @@ def test_a_cloud_says_what_it_is():
     assert "stand-in pen-toy, explicit rule: λ = 0.123" in texts(fig)
     assert ax.get_xlabel() == "log-likelihood (nats per action dimension)"
     assert ax.get_ylabel() == "dynamics error (reconstructed, / variance)"
-    assert "Appendix B" in made(cloud, a_view(estimator="appendix_b")).axes[0].get_ylabel()
+    assert "Appendix B" in cloud(a_view(estimator="appendix_b")).axes[0].get_ylabel()
     assert all(plots_guidance.LABELS[e] for e in plots_explorer.ESTIMATORS.values())
 
 
@@ -336,7 +336,7 @@ def test_fresh_trajectories_are_marked_beside_the_sweep(lam):
         assert found == [[lam, pytest.approx(view.here.measures[name].mean())]]
         assert (means := [ln for ln in ax.get_lines() if len(ln.get_xdata()) == len(LAMS)]) and lam not in means[0].get_xdata()
     assert view_shares(fig.axes[0], [[lam, 1]])[0, 0] < 0.999 and np.diff(fig.axes[0].get_xlim()) > 0
-    np.testing.assert_array_equal(line(made(cloud, view).axes[0], f"λ = {lam:g}"), of(view.here))
+    np.testing.assert_array_equal(line(cloud(view).axes[0], f"λ = {lam:g}"), of(view.here))
     labels = [t.get_window_extent() for t in fig.axes[0].get_xticklabels()]
     assert all(a.x1 <= b.x0 for a, b in zip(labels, labels[1:]))
 

@@ -146,7 +146,15 @@ TINY = {"seed": 5, "steps": 2 * 32 * 8, "n_envs": 8, "n_steps": 32, "batch_size"
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def short():
+    """Episodes of 20 steps: most of a tiny training is its three times 64 episodes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adroit, "D4RL_HORIZON", 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny(short):
     """A training of two rollouts: the model, its curve, what was reported, the emitted observations and the moments' data."""
     emitted, merged, reported = [], [], []
     with pytest.MonkeyPatch.context() as patch:
@@ -198,7 +206,7 @@ def test_the_update_sees_the_moments_of_its_rollout(tiny):
     assert abs(values["train/approx_kl"]) < 1e-6 and values["train/clip_fraction"] == 0
 
 
-def test_training_is_deterministic(tiny):
+def test_training_is_deterministic(tiny, short):
     model, curve = ppo.train(**TINY)
     assert curve == tiny[1]
     for (name, mine), theirs in zip(model.policy.state_dict().items(), tiny[0].policy.state_dict().values()):
