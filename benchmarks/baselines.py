@@ -12,8 +12,14 @@ from pgdlib import adroit, agents, data, edm
 from pgdlib.reconstruct import state_from_observations
 
 
+def weights(net):
+    """A copy of the weights of a `pgdlib.unet.UNet` by name, those of convolutions as torch's own have them."""
+    state = {name: v.detach().transpose(1, 2) if v.ndim == 3 else v.detach() for name, v in net.state_dict().items()}
+    return {name: v.clone(memory_format=torch.contiguous_format) for name, v in state.items()}
+
+
 def unet(w, x, noise, groups=8):
-    """`pgdlib.unet.UNet` in float32: weights w by name, trajectories x [B, T, channels], noise [B] -> [B, T, channels]."""
+    """`pgdlib.unet.UNet` in float32: its `weights` w, trajectories x [B, T, channels], noise [B] -> [B, T, channels]."""
 
     def conv(name, x):
         return F.conv1d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding=w[f"{name}.weight"].shape[-1] // 2)
@@ -103,7 +109,7 @@ def sample(w, normaliser, policy, shape, steps, churn, warmup, lam, generator, d
     for i in range(steps):
         if i >= warmup:
             obs = x[:, :, data.OBS] * std[data.OBS] + mean[data.OBS]
-            aim = (policy(obs)[0] - mean[data.ACTIONS]) / std[data.ACTIONS]
+            aim = (mean_action(policy, obs) - mean[data.ACTIONS]) / std[data.ACTIONS]
             x = x.clone()
             x[:, :, data.ACTIONS] += lam * (aim - x[:, :, data.ACTIONS])
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
@@ -119,6 +125,15 @@ def sample(w, normaliser, policy, shape, steps, churn, warmup, lam, generator, d
             x_next = x + (sigma_next - sigma_hat) * (slope + slope_next) / 2
         x = x_next
     return x
+
+
+def mean_action(policy, obs):
+    """The mean of a `pgdlib.policies.GaussianPolicy` with tanh, [..., 24] at obs [..., 45], with torch's own layers."""
+    x = ((obs - policy.obs_mean) / policy.obs_std).clamp(-policy.obs_clip, policy.obs_clip)
+    *hidden, last = (layer for layer in policy.net if isinstance(layer, nn.Linear))
+    for layer in hidden:
+        x = F.linear(x, layer.weight, layer.bias).tanh()
+    return F.linear(x, last.weight, last.bias)
 
 
 class PlainIQL:

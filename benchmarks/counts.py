@@ -9,19 +9,19 @@ def matmul(m, k, n):
     return 2 * m * k * n
 
 
-def denoiser(batch, length, features, blocks=2, kernel=3):
-    """One evaluation of the U-Net on `batch` trajectories of `length` steps: its convolutions and linear layers."""
+def denoiser(batch, length, features, blocks=2, kernel=3, levels=None):
+    """One evaluation of the U-Net on `batch` trajectories of `length` steps at `levels` noise levels (None: one for each)."""
 
     def block(i, o, t):
         convolutions = matmul(t, kernel * i, o) + matmul(t, kernel * o, o) + (matmul(t, i, o) if i != o else 0)
-        return convolutions + matmul(1, features, 2 * o)
+        return batch * convolutions + matmul(levels or batch, features, 2 * o)
 
     widths = [features * 2**level for level in range(blocks)]
     lengths = [length // 2**level for level in range(blocks)]
-    embedding = matmul(1, _waves(features), features) + matmul(1, features, features)
+    embedding = matmul(levels or batch, _waves(features), features) + matmul(levels or batch, features, features)
     down = sum(block(i, o, t) for i, o, t in zip([features, *widths], widths, lengths))
-    up = sum(matmul(t // 2, 2 * w, w) + block(2 * w, w, t) for w, t in zip(widths[:-1], lengths))
-    return batch * (embedding + matmul(length, CHANNELS, features) + down + up + matmul(length, features, CHANNELS))
+    up = sum(batch * matmul(t // 2, 2 * w, w) + block(2 * w, w, t) for w, t in zip(widths[:-1], lengths))
+    return embedding + down + up + batch * (matmul(length, CHANNELS, features) + matmul(length, features, CHANNELS))
 
 
 def training(batch, length, features, blocks=2, kernel=3):

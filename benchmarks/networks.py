@@ -59,7 +59,7 @@ def denoiser(bench):
     for width, n, length in DENOISERS:
         made = make_denoiser(width, length, bench.device).requires_grad_(False)
         x, sigma = torch.randn(n, length, data.CHANNELS, device=bench.device), torch.ones(n, device=bench.device)
-        w, work = made.net.state_dict(), counts.denoiser(n, length, width)
+        w, work = baselines.weights(made.net), counts.denoiser(n, length, width)
         target = dict(target=0.7, judged="share") if width == 1024 else {}
         for precision, context in timing.precisions(bench.device).items():
             ours = timing.within(context, partial(made, x, sigma))
@@ -78,7 +78,7 @@ def training(bench):
         columns = [steps[:, s] for s in (data.OBS, data.ACTIONS, data.REWARD)]
         episodes = data.Trajectories(*columns, torch.zeros(4_000), steps[:, data.OBS], torch.full((40,), 100))
         windows = data.Windows(episodes, made.normaliser, length, bench.device)
-        how, w = edm.Training(3, n, 1e-4), made.net.state_dict()
+        how, w = edm.Training(3, n, 1e-4), baselines.weights(made.net)
         for precision, context in timing.precisions(bench.device).items():
             ours = timing.within(context, partial(edm.train, made, windows, how))
             size = f"width {width}, {n} x {length} steps, {precision}"
@@ -93,7 +93,7 @@ def sampling(device, width, trajectories, length, steps, warmup, churn, lam):
     policy = pipeline.load_guide()[0].to(device)
     shape = trajectories, length, data.CHANNELS
     hook = guidance.Guide("explicit", policy, made.normaliser, lam, steps, warmup)
-    generator, w = torch.Generator(device).manual_seed(0), made.net.state_dict()
+    generator, w = torch.Generator(device).manual_seed(0), baselines.weights(made.net)
     return (
         lambda: sampler.sample(made, shape, steps, churn, generator, hook, device),
         lambda: baselines.sample(w, made.normaliser, policy, shape, steps, churn, warmup, lam, generator, device),
@@ -105,7 +105,7 @@ def guided(bench):
     ours, plain = sampling(bench.device, **SAMPLED)
     n, length, steps = (SAMPLED[k] for k in ("trajectories", "length", "steps"))
     guides = (steps - SAMPLED["warmup"]) * counts.policy(n * length, [256, 256])
-    work = counts.sampler(steps) * counts.denoiser(n, length, SAMPLED["width"]) + guides
+    work = counts.sampler(steps) * counts.denoiser(n, length, SAMPLED["width"], levels=1) + guides
     for number, (precision, context) in enumerate(timing.precisions(bench.device).items()):
         size = f"width {SAMPLED['width']}, {n} x {length}, {steps} steps, {precision}"
         target = dict(target=2.5) if number == 0 else {}

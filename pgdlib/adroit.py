@@ -118,11 +118,14 @@ class PenBatch:
 
     def set_state(self, qpos, qvel, targets=None):
         """Put every simulation into the state qpos, qvel [n, 30] (rad, m, s); the observations [n, 45]."""
+        self._place(qpos, qvel, targets)
+        return self._observe_after(self._batch.forward)
+
+    def _place(self, qpos, qvel, targets=None):
         self._qpos[:], self._qvel[:], self._warmstart[:] = qpos, qvel, 0.0
         if targets is not None:
             self._target_quat[:] = targets
         self._broken[:] = False
-        return self._observe_after(self._batch.forward)
 
     def state(self):
         """Copies of qpos, qvel [n, 30] and of the targets [n, 4]."""
@@ -214,7 +217,7 @@ def advance(qpos, qvel, actions, threads=None, chunk=4096):
     for first in range(0, len(rows), chunk):
         ids = rows[first : first + chunk]
         padded = np.resize(ids, batch.n)  # the last chunk is filled up with rows again
-        batch.set_state(qpos[padded], qvel[padded])
+        batch._place(qpos[padded], qvel[padded])  # a step needs no observation of where it starts
         out[ids] = batch.step(actions[padded])[: len(ids)]
     return out
 

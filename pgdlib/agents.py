@@ -44,17 +44,34 @@ class StackedMLP(nn.Module):
     def forward(self, x, frozen=False):
         """[R, B, o] at x [R, B, i]. frozen: no gradient reaches the weights.
 
-        Hidden layers are in bfloat16 where the device multiplies it; the last, which gives values and actions, in float32.
+        Hidden layers and all gradients are in bfloat16 where the device multiplies it; the last layer, which gives values and
+        actions, is in float32.
         """
-        last = len(self.weights) - 1
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            if frozen:
-                weight, bias = weight.detach(), bias.detach()
-            low = i < last and has_bfloat16(x.device) and x.dtype != torch.float64
-            dtype = torch.bfloat16 if low else weight.dtype
-            x = torch.baddbmm(bias.to(dtype), x.to(dtype), weight.to(dtype))
-            x = x.relu() if i < last else x
-        return x
+        low = torch.bfloat16 if has_bfloat16(x.device) and x.dtype != torch.float64 else self.weights[0].dtype
+        layers = [(w.detach(), b.detach()) if frozen else (w, b) for w, b in zip(self.weights, self.biases)]
+        x = x.to(low)
+        for weight, bias in layers[:-1]:
+            x = torch.baddbmm(bias.to(low), x, weight.to(low)).relu_()
+        return _LastLayer.apply(x, *layers[-1])
+
+
+class _LastLayer(torch.autograd.Function):
+    """x w + b in the precision of w, with gradients in that of x, which autograd by itself would take in w's too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        x = x.to(weight.dtype)
+        if weight.shape[2] > 1:
+            return torch.baddbmm(bias, x, weight)
+        return torch.baddbmm(bias, weight.mT, x.mT).mT  # the same; CPUs are slow at products with one column
+
+    @staticmethod
+    def backward(ctx, slope):
+        x, weight = ctx.saved_tensors
+        low = slope.to(x.dtype)
+        of_weight = torch.bmm(x.mT, low).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return torch.bmm(low, weight.to(x.dtype).mT), of_weight, slope.sum(1, keepdim=True)
 
 
 class StackedPolicy(nn.Module):
@@ -158,7 +175,7 @@ class Learner:
         while self.step < until:
             if ids is None or self.step % CHUNK == 0:
                 ids = self._draw([len(d) for d in data])
-            self._step(torch.stack([d[i[self.step % CHUNK]] for d, i in zip(data, ids, strict=True)]))
+            self._step(torch.stack([d.index_select(0, i[self.step % CHUNK]) for d, i in zip(data, ids, strict=True)]))
             report(self.step)
 
     def _draw(self, counts):

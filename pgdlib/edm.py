@@ -4,6 +4,7 @@ Trajectories x are [B, T, 71] in normalised space; σ is the noise level.
 """
 
 import copy
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pgdlib import store
@@ -34,15 +36,15 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma):
         """Denoise x [B, T, 71] at noise levels sigma [B] or a number, all above zero (Eq. 7, Table 1 of Karras et al.)."""
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1)  # one number stays one, which is cheaper
         s, d = sigma[:, None, None], self.SIGMA_DATA
         c_skip = d**2 / (s**2 + d**2)
         c_out = s * d / (s**2 + d**2).sqrt()
         c_in = 1 / (s**2 + d**2).sqrt()
         c_noise = sigma.log() / 4
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
-            out = self.net(c_in * x, c_noise)
-        return c_skip * x + c_out * out.to(x.dtype)
+        low = has_bfloat16(x.device) and x.dtype == torch.float32
+        out = self.net((c_in * x).to(torch.bfloat16 if low else x.dtype), c_noise)
+        return torch.addcmul(c_skip * x, c_out, out.to(x.dtype))
 
 
 @cache
@@ -93,13 +95,22 @@ class Training:
     ema: float = 0.999
 
 
-def train(denoiser, windows, how, checkpoint=None, save_every=120.0, report=lambda step, loss: None):
+def train(denoiser, windows, how, checkpoint=None, save_every=90.0, report=lambda step, loss: None):
     """Train `denoiser` in place; returns its EMA copy and the training loss of every step, a tensor [steps].
 
-    With a `checkpoint` path, the state is written there every `save_every` seconds, and a run that finds it goes on from it
-    to the same weights that an uninterrupted run has: each step's randomness depends only on the seed and the step.
+    With a `checkpoint` path, the state is written there every `save_every` seconds and when `report` raises, and a run that
+    finds it goes on from it to the same weights that an uninterrupted run has: each step's randomness depends only on the
+    seed and the step.
+
+    Where torch.distributed is initialised, all processes call this with the same arguments and each takes its share of every
+    batch; the weights are those of one process up to float rounding, and the first process writes the checkpoints. Raises
+    ValueError if there are more processes than windows in a batch.
     """
-    device = windows.steps.device
+    device, (rank, world) = windows.steps.device, processes()
+    if how.batch_size < world:
+        raise ValueError(f"batch_size={how.batch_size} is not allowed with {world} processes; it must be at least {world}")
+    mine = slice(rank * how.batch_size // world, (rank + 1) * how.batch_size // world)
+    network = denoiser if world == 1 else _Share(denoiser, mine)
     ema = copy.deepcopy(denoiser).requires_grad_(False)
     optimiser = torch.optim.Adam(denoiser.net.parameters(), how.learning_rate, fused=True)
     first, losses = 0, torch.zeros(how.steps)
@@ -113,19 +124,90 @@ def train(denoiser, windows, how, checkpoint=None, save_every=120.0, report=lamb
         ids = torch.randint(len(windows), (how.batch_size,), generator=generator, device=device)
         x, mask = windows[ids]
         sigma = (P_MEAN + P_STD * torch.randn(len(x), generator=generator, device=device)).exp()
-        value = loss(denoiser, x, mask, sigma, generator).mean()
+        value = loss(network, x, mask, sigma, generator)[mine].sum() / how.batch_size
         optimiser.zero_grad()
         value.backward()
+        value = value.detach()
+        if world > 1:
+            _add_up([*(w.grad for w in denoiser.net.parameters()), value])
         optimiser.step()
         decay = min(how.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.net.parameters()), list(denoiser.net.parameters()), 1 - decay)
-        losses[step] = value.detach()
-        report(step + 1, losses)
-        if checkpoint is not None and time.monotonic() - saved > save_every:
-            _save(checkpoint, denoiser, ema, optimiser, losses, how, step + 1)
-            saved = time.monotonic()
+        losses[step] = value
+        try:
+            report(step + 1, losses)
+        except BaseException:
+            saved = -math.inf
+            raise
+        finally:
+            if checkpoint is not None and rank == 0 and time.monotonic() - saved > save_every:
+                _save(checkpoint, denoiser, ema, optimiser, losses, how, step + 1)
+                saved = time.monotonic()
     return ema, losses
+
+
+def processes():
+    """(number of this process, how many there are) of torch.distributed, (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def artifact(path, make):
+    """`store.artifact`; with torch.distributed all processes make it together, and the first one saves it."""
+    rank, world = processes()
+    if world == 1:
+        return store.artifact(path, make)
+    asked = []
+
+    def make_together():
+        asked.append(_first_says(True))
+        return make()
+
+    if rank == 0:
+        store.artifact(path, make_together)
+        if not asked:
+            _first_says(False)
+    elif _first_says(None):
+        make()
+    dist.barrier()
+    return store.load(path)
+
+
+def _first_says(what):
+    """What the first process says, in all processes."""
+    said = [what]
+    dist.broadcast_object_list(said)
+    return said[0]
+
+
+def steps_done(checkpoint):
+    """Training steps that the file `checkpoint` of `train` holds; 0 if there is none, or one that `train` will refuse."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(checkpoint, "pt") as f:
+            return json.loads(f.metadata()["card"])["step"]
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return 0
+
+
+class _Share:
+    """A denoiser of one part of a batch; the rest stays as it is. So `loss` draws the noise of the whole batch."""
+
+    def __init__(self, denoiser, mine):
+        self.denoiser, self.mine, self.SIGMA_DATA = denoiser, mine, denoiser.SIGMA_DATA
+
+    def __call__(self, x, sigma):
+        denoised = self.denoiser(x[self.mine], sigma[self.mine])
+        return torch.cat([x[: self.mine.start], denoised, x[self.mine.stop :]])
+
+
+def _add_up(tensors):
+    """Replace each tensor by its sum over all processes, by one exchange."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(total.view_as(t))
 
 
 def _schedule(step, steps):

@@ -11,7 +11,7 @@ import math
 import torch
 
 from pgdlib.data import ACTIONS
-from pgdlib.policies import is_gaussian
+from pgdlib.policies import is_gaussian, quick
 
 RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
 NOISED = ("explicit", "annealed")  # rules that are taken on noised trajectories by default
@@ -129,7 +129,7 @@ def action_gradient(policy, normaliser, x, units):
     obs, actions = normaliser.obs(x).detach(), normaliser.actions(x).detach()
     if units == "natural":
         with torch.no_grad():
-            return normaliser.normalise_actions(policy(obs)[0]) - x[..., ACTIONS]
+            return normaliser.normalise_actions(quick(policy, obs)[0]) - x[..., ACTIONS]
     return _gradient(policy, obs, actions) * normaliser.action_slope(x).detach()
 
 
@@ -141,7 +141,7 @@ def nearby(policy, normaliser, x, weight, units):
     with torch.no_grad():
         obs, actions = normaliser.obs(x), normaliser.actions(x)
         if is_gaussian(policy):
-            mean, std = policy(obs)
+            mean, std = quick(policy, obs)
             weight = weight * (std.square() if units == "natural" else normaliser.action_slope(x).square())
             nearest = actions + (mean - actions) / (1 + std.square() / weight)  # for an infinite weight too
         else:

@@ -8,7 +8,20 @@ import zipfile
 import torch
 from torch import nn
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+from pgdlib import edm
+
+
+class Tanh(nn.Module):
+    """tanh z as 2 σ(2 z) - 1, to 1e-6 the same and several times faster on CPUs, where it is most of what a policy costs."""
+
+    def forward(self, z):
+        """tanh of z, of any shape; it takes the place of z where no gradient is wanted."""
+        if torch.is_grad_enabled():
+            return 2 * (2 * z).sigmoid() - 1
+        return z.mul_(2).sigmoid_().mul_(2).sub_(1)
+
+
+ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU}
 
 
 class GaussianPolicy(nn.Module):
@@ -69,6 +82,17 @@ class GaussianPolicy(nn.Module):
 def is_gaussian(policy):
     """Whether `policy(obs)` gives the mean and std of a diagonal Gaussian."""
     return getattr(policy, "is_gaussian", False)
+
+
+def quick(policy, obs):
+    """Mean and std of a Gaussian policy as a call gives them, without gradients and in less precision: for guidance alone.
+
+    Where the device multiplies bfloat16 the mean is off by a hundredth of a typical std: little beside the noise that guidance
+    works in, but a likelihood must come from `log_prob`.
+    """
+    with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=edm.has_bfloat16(obs.device)):
+        mean, std = policy(obs)
+    return mean.to(obs.dtype), std.to(obs.dtype)
 
 
 def sharpened(policy, factor):

@@ -4,6 +4,10 @@ import math
 
 import torch
 
+from pgdlib import store
+from pgdlib.edm import seeded
+
+BLOCK = 32  # trajectories that share a generator
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # the paper's Table 2; RHO: Karras et al., Table 1
 S_TMIN, S_TMAX, S_NOISE = 0.05, 50.0, 1.003  # the paper's Table 2
 SOLVERS = ("heun", "multistep")
@@ -26,7 +30,7 @@ def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dt
     solver "heun": Algorithm 2 of Karras et al. with churn, two network evaluations a step, as the paper. "multistep":
     DPM-Solver++(2M) (Lu et al. 2022), no churn, one evaluation a step.
 
-    `generator` is one, or a list of one for each block of the batch, all of one size.
+    `generator` is one, or a list of (generator, trajectories) for each block of the batch.
 
     `guide(x, denoised, σ, step)` gives a shift: added to x before the step if `guide.on == "noised"` (then `denoised` is
     None), or to every denoised estimate if `guide.on == "denoised"`. Values beyond `DIVERGED` std are clamped, so that a
@@ -44,9 +48,8 @@ def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dt
         return denoised if shifted is None else denoised + shifted(x, denoised, sigma, step)
 
     def randn():
-        blocks = generator if isinstance(generator, list) else [generator]
-        block = (shape[0] // len(blocks), *shape[1:])
-        return torch.cat([torch.randn(block, generator=g, device=device, dtype=dtype) for g in blocks])
+        blocks = generator if isinstance(generator, list) else [(generator, shape[0])]
+        return torch.cat([torch.randn((size, *shape[1:]), generator=g, device=device, dtype=dtype) for g, size in blocks])
 
     sigmas = noise_levels(steps).tolist()
     gamma = min(churn / steps, math.sqrt(2) - 1)
@@ -61,18 +64,78 @@ def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dt
         sigma_hat, x_hat = sigma, x
         if gamma > 0 and S_TMIN <= sigma <= S_TMAX:
             sigma_hat = sigma * (1 + gamma)
-            x_hat = x + math.sqrt(sigma_hat**2 - sigma**2) * S_NOISE * randn()
+            x_hat = torch.add(x, randn(), alpha=math.sqrt(sigma_hat**2 - sigma**2) * S_NOISE)
         denoised = estimate(x_hat, sigma_hat, step)
         if solver == "multistep":
             x, before = _multistep(x_hat, denoised, sigma_hat, sigma_next, before)
             continue
-        d = (x_hat - denoised) / sigma_hat
-        x = x_hat + (sigma_next - sigma_hat) * d
+        # Euler's step along d = (x_hat - denoised) / σ, then Heun's along the mean of d at both ends, in few passes over x.
+        euler = torch.lerp(denoised, x_hat, sigma_next / sigma_hat)
+        x = euler
         if sigma_next > 0:
-            d_next = (x - estimate(x, sigma_next, step)) / sigma_next
-            x = x_hat + (sigma_next - sigma_hat) * (d + d_next) / 2
+            x = torch.lerp(x_hat, euler, 0.5)
+            x.add_(euler - estimate(euler, sigma_next, step), alpha=(sigma_next - sigma_hat) / (2 * sigma_next))
     x, out_of_range = _clamp(x, 0.0)
     return x, diverged | out_of_range
+
+
+def evaluations(solver, steps):
+    """How often the network is asked for each trajectory."""
+    return 2 * steps - 1 if solver == "heun" else steps
+
+
+def chunks(n, most):
+    """How n trajectories are drawn, at most `most` or one block at once: for each chunk the (number, size) of its blocks."""
+    blocks = [(i, min(BLOCK, n - first)) for i, first in enumerate(range(0, n, BLOCK))]
+    each = max(1, most // BLOCK)
+    return [blocks[i : i + each] for i in range(0, len(blocks), each)]
+
+
+def draw(
+    denoise, shape, steps, churn, seed, guide=None, device="cpu", solver="heun", most=None, parts=None, watch=None, **dtype
+):
+    """`sample`, at most `most` trajectories at once (None: all), each block with noise of its own, from `seed` and its number.
+
+    So trajectory i has the same noise for every guide and every `most`; what is drawn is equal up to float rounding. With a
+    folder `parts` each finished chunk but an only one is kept there, and a drawing that finds some goes on, to the same
+    values if `most` is the same (`kept_most`). `watch(x, denoised, σ, done)` sees every evaluation of the network, `done` the
+    share that is over; what it raises ends the drawing.
+    """
+    n, drawn, total = shape[0], [], evaluations(solver, steps) * shape[0]
+    over = 0  # evaluations, counted for each trajectory
+
+    def watched(x, sigma):
+        nonlocal over
+        denoised = denoise(x, sigma)
+        over += len(x)
+        watch(x, denoised, sigma, over / total)
+        return denoised
+
+    def make(blocks):
+        noise = [(seeded(device, 5_000_000 + seed, number), size) for number, size in blocks]
+        some = sum(size for _, size in blocks), *shape[1:]
+        asked = denoise if watch is None else watched
+        return sample(asked, some, steps, churn, noise, guide, device, solver=solver, **dtype)
+
+    plan = chunks(n, most or n)
+    for blocks in plan:
+        first = blocks[0][0] * BLOCK
+        end = first + sum(size for _, size in blocks)
+        if parts is None or len(plan) == 1:
+            drawn.append(make(blocks))
+            continue
+        path = parts / f"{first}-{end}.safetensors"
+        tensors, _ = store.artifact(path, lambda b=blocks: (dict(zip("xd", make(b))), {}), report=lambda message: None)
+        drawn.append([tensors[k].to(device) for k in "xd"])
+        over = end * evaluations(solver, steps)
+    x, diverged = (torch.cat(each) for each in zip(*drawn))
+    return x, diverged
+
+
+def kept_most(parts):
+    """How many trajectories at once made what `draw` keeps in the folder `parts`; None if there is nothing."""
+    first = next(parts.glob("0-*.safetensors"), None)
+    return first and int(first.stem.split("-")[1])
 
 
 def _multistep(x, denoised, sigma, sigma_next, before):
@@ -94,5 +157,6 @@ def _multistep(x, denoised, sigma, sigma_next, before):
 def _clamp(x, sigma):
     """x within DIVERGED std of data noised to σ, and which trajectories were not."""
     limit = DIVERGED * math.sqrt(sigma**2 + 1)
-    out_of_range = ~(x.abs() <= limit).flatten(1).all(1)
-    return x.nan_to_num(0.0).clamp(-limit, limit), out_of_range
+    values = x.flatten(1)
+    out_of_range = ~(torch.maximum(values.amax(1), -values.amin(1)) <= limit)  # NaN too
+    return (x.nan_to_num(0.0).clamp(-limit, limit) if out_of_range.any() else x), out_of_range

@@ -113,6 +113,29 @@ def test_low_precision_stays_near_float64(monkeypatch, low):
     assert 1e-4 < error < 0.01 if low else error < 1e-6, error
 
 
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_large_values_and_their_gradients_keep_their_precision(monkeypatch, low):
+    """Values near 1,000, which bfloat16 alone would round to steps of 4."""
+    monkeypatch.setattr(agents, "has_bfloat16", lambda device: low)
+    mlp, x = StackedMLP([69, 256, 256, 1], agents.generators(SEEDS)), draw(0, 3, 512, 69).requires_grad_()
+    with torch.no_grad():
+        mlp.weights[-1].mul_(100)
+        mlp.biases[-1].add_(1000)
+    aim = 1000 + 10 * draw(1, 3, 512, 1)
+
+    def found(dtype):
+        values, inputs = mlp.to(dtype)(x.to(dtype)), [*mlp.parameters(), x]
+        return values.detach(), torch.autograd.grad((values - aim).square().mean(), inputs)
+
+    (values, gradients), (exact, expected) = found(torch.float32), found(torch.float64)
+    assert values.dtype == torch.float32 and exact.mean().item() == pytest.approx(1000, rel=0.05) and exact.std() > 5
+    assert (values / exact - 1).abs().max() < (3e-4 if low else 1e-6)
+    errors = [(g - right).norm() / right.norm() for g, right in zip(gradients, expected, strict=True)]
+    assert all(g.dtype == torch.float32 for g in gradients)
+    assert max(errors) < (0.08 if low else 1e-5), errors  # most of it from hidden units that rounding turns on or off
+    assert max(errors[2], errors[5]) < 0.01, errors  # the last layer's own
+
+
 def test_initial_weights_are_those_of_linear_layers():
     widths = [69, 200, 100, 1]
     mlp = StackedMLP(widths, agents.generators((0, 1, 0)))

@@ -36,20 +36,20 @@ def env():
 def test_denoiser(denoiser):
     x, sigma = torch.randn(5, 16, 71, generator=torch.Generator().manual_seed(1)), torch.tensor([0.01, 0.2, 1.0, 9.0, 70.0])
     expected = denoiser(x, sigma)
-    torch.testing.assert_close(baselines.denoise(denoiser.net.state_dict(), x, sigma), expected, **FLOAT32)
+    torch.testing.assert_close(baselines.denoise(baselines.weights(denoiser.net), x, sigma), expected, **FLOAT32)
 
 
 def test_training(denoiser):
     windows = data.Windows(toy([40, 30]), denoiser.normaliser, 16)
     how = edm.Training(12, 8, 1e-3)
-    first = {name: v.clone() for name, v in denoiser.net.state_dict().items()}
+    first = baselines.weights(denoiser.net)
     plain, losses = baselines.train(first, windows, how)
     trained = edm.Denoiser(**denoiser.config)
     trained.load_state_dict(denoiser.state_dict())
     average, expected = edm.train(trained, windows, how)
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
     for own, theirs in ((plain.w, trained), (plain.average, average)):  # beside how far all weights have moved
-        three = [(own[name].detach(), v.detach(), first[name]) for name, v in theirs.net.named_parameters()]
+        three = [(own[name].detach(), v, first[name]) for name, v in baselines.weights(theirs.net).items()]
         off, moved = (sum((a - b).abs().sum() for a, b in group) for group in zip(*(((o, v), (v, f)) for o, v, f in three)))
         assert off < 1e-3 * moved
 
@@ -60,7 +60,7 @@ def test_sampler(denoiser, guide, churn):
     hook = guidance.Guide("explicit", guide, denoiser.normaliser, lam, steps, warmup)
     expected, diverged = sampler.sample(denoiser, shape, steps, churn, torch.Generator().manual_seed(0), hook)
     assert not diverged.any()
-    w, generator = denoiser.net.state_dict(), torch.Generator().manual_seed(0)
+    w, generator = baselines.weights(denoiser.net), torch.Generator().manual_seed(0)
     x = baselines.sample(w, denoiser.normaliser, guide, shape, steps, churn, warmup, lam, generator)
     torch.testing.assert_close(x, expected.detach(), rtol=1e-3, atol=1e-3)
 
@@ -127,12 +127,14 @@ def counted(call):
 
 def test_count_of_the_denoiser(denoiser):
     x = torch.randn(5, 16, 71)
-    assert counts.denoiser(5, 16, 16, denoiser.config["blocks"]) == counted(lambda: denoiser(x, 1.0))
+    for sigma in (torch.ones(5), 1.0):
+        expected = counts.denoiser(5, 16, 16, denoiser.config["blocks"], levels=torch.as_tensor(sigma).numel())
+        assert counted(lambda sigma=sigma: denoiser(x, sigma)) == expected
 
 
 def test_count_of_training(denoiser):
     x = torch.randn(5, 16, 71)
-    assert counts.training(5, 16, 16, denoiser.config["blocks"]) == counted(lambda: denoiser(x, 1.0).sum().backward())
+    assert counts.training(5, 16, 16, denoiser.config["blocks"]) == counted(lambda: denoiser(x, torch.ones(5)).sum().backward())
 
 
 def test_count_of_iql():

@@ -453,6 +453,13 @@ def test_smoothed_is_the_implicit_step_on_the_moreau_envelope(policy, x):
 # Policies that are not Gaussian
 
 
+@pytest.fixture
+def full_precision(monkeypatch):
+    """As on a device without bfloat16."""
+    monkeypatch.setattr(edm, "has_bfloat16", lambda device: False)
+
+
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_gaussian_policy_that_does_not_say_so_is_guided_to_alike(policy, normaliser, x, rule, dtype):
@@ -536,16 +543,21 @@ def small_denoiser(transform):
     return denoiser
 
 
+def exact(x, sigma):
+    """The exact denoiser of N(0, 1) data."""
+    return x / (1 + sigma**2)
+
+
 @every_way
 @pytest.mark.parametrize("on", ["noised", "denoised"])
 @every_transform
 def test_lam_0_is_the_unguided_sampler_bit_for_bit(transform, rule, units, on):
-    denoiser, policy = small_denoiser(transform), a_policy().float()
+    normaliser, policy = fitted(transform).float(), a_policy().float()
 
     def guided(lam, warmup=0):
-        return draw(denoiser, Guide(rule, policy, denoiser.normaliser, lam, 4, warmup, units, on), steps=4)
+        return draw(exact, Guide(rule, policy, normaliser, lam, 4, warmup, units, on), steps=4)
 
-    unguided, _ = draw(denoiser, steps=4)
+    unguided, _ = draw(exact, steps=4)
     # No guidance, none for all, none but warm-up.
     for lam, warmup in ((0.0, 0), (torch.zeros(2), 0), (0.5, 4)):
         assert torch.equal(guided(lam, warmup)[0], unguided)
@@ -576,11 +588,6 @@ def test_each_guided_step_contracts_by_one_minus_lam(policy, units, monkeypatch)
         expected = target + (1 - lam * sharp) ** (steps - warmup) * (start[..., ACTIONS] - target)
         torch.testing.assert_close(x[..., ACTIONS], expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(x[..., OTHERS], start[..., OTHERS])  # the states do not hear of it
-
-
-def exact(x, sigma):
-    """The exact denoiser of N(0, 1) data."""
-    return x / (1 + sigma**2)
 
 
 @every_way
@@ -655,7 +662,10 @@ LAMS = (0.0, 1e-3, 1.0, 100.0, 10_000.0)
 def test_implicit_rules_are_stable_for_every_lam(rule, units, kind, transform):
     """Beside a policy of common std one of a hundredth of it."""
     denoiser, policies = small_denoiser(transform), [a_policy().float(), a_policy(scale=0.01).float()]
-    policy = Stacked([shaped(p, kind) for p in policies])
+    policy = Stacked(policies)
+    if kind != "Gaussian":  # both in one, which differ in their std alone
+        std = torch.stack([p.log_std.exp().detach() for p in policies]).repeat_interleave(len(LAMS), 0)[:, None]
+        policy = Shaped(lambda obs: policies[0](obs)[0].detach(), std, SHAPES[kind])
     guide = Guide(rule, policy, denoiser.normaliser, torch.tensor(2 * LAMS), 12, units=units)
     x, diverged = draw(denoiser, guide, steps=12, shape=(2 * len(LAMS), 8, CHANNELS))
     assert x.isfinite().all() and not diverged.any()
@@ -677,6 +687,7 @@ def test_implicit_rules_are_stable_to_the_largest_float(rule, units, transform):
     assert x.isfinite().all() and not diverged.any()
 
 
+@pytest.mark.usefixtures("full_precision")
 @every_transform
 def test_proximal_for_a_large_lam_draws_the_policys_mean_at_its_own_states(transform):
     denoiser, policy = small_denoiser(transform), a_policy().float()

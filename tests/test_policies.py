@@ -16,7 +16,8 @@ import torch
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from pgdlib.policies import GaussianPolicy, Stacked, from_sb3_zip, sharpened
+from pgdlib import agents, edm, pipeline
+from pgdlib.policies import GaussianPolicy, Stacked, Tanh, from_sb3_zip, quick, sharpened
 from pgdlib.ppo import ObservationNormaliser
 
 OBS, ACTIONS = 7, 3
@@ -123,6 +124,38 @@ def test_a_sharpened_policy_has_another_std_and_the_same_mean(policy, batch, fac
     for parameter in sharp.parameters():  # a copy: neither changes the other
         parameter.zero_()
     assert all(torch.equal(v, kept[k]) for k, v in policy.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-15)], ids=["float32", "float64"])
+def test_tanh_is_torchs(dtype, tolerance):
+    z = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-math.inf, -1e30, -1e-30, 1e-30, 1e30, math.inf])]).to(dtype)
+    kept, z = z.clone(), z.requires_grad_()
+    ours, theirs = Tanh()(z), torch.tanh(z)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    slopes = (torch.autograd.grad(tanh.sum(), z)[0] for tanh in (ours, theirs))
+    torch.testing.assert_close(*slopes, rtol=0, atol=tolerance)
+    with torch.no_grad():
+        again = kept.clone()
+        assert torch.equal(Tanh()(again), ours) and torch.equal(again, ours) and torch.equal(z, kept)
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_quick_is_near_the_call(monkeypatch, low):
+    """Its mean is off by far less than a std, for the shipped guide, a stack of it, and stacked agents, whatever the device."""
+    guide = pipeline.load_guide()[0]
+    agent = agents.StackedPolicy((256, 256), agents.generators((0, 1)), guide.obs_mean, guide.obs_std)
+    obs = guide.obs_mean + guide.obs_std * torch.randn(64, 16, 45, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(agents, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(edm, "has_bfloat16", lambda device: low)
+    for policy in (guide, Stacked([guide, sharpened(guide, 2.0)]), agent):
+        (mean, std), (exact, exact_std) = quick(policy, obs), policy(obs)
+        assert mean.dtype == std.dtype == torch.float32 and not mean.requires_grad
+        assert torch.equal(std, exact_std)
+        error = (mean - exact) / std
+        assert 1e-4 < error.square().mean().sqrt() < 0.015 if low else torch.equal(mean, exact)
+        assert error.mean((0, 1)).abs().max() < 0.005  # it does not lean to a side
+    guide, obs = guide.double(), obs.double()
+    assert all(map(torch.equal, quick(guide, obs), guide(obs)))  # float64 stays
 
 
 class NotGaussian:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import cut
 
-from pgdlib import sampler
+from pgdlib import edm, sampler
 
 
 def gaussian_denoiser(x, sigma):
@@ -186,11 +187,89 @@ def test_a_list_of_generators_gives_separate_samples_one_after_the_other(solver,
             gaussian_denoiser, (count, 4, 3), 12, churn, generators, guide, dtype=torch.float64, solver=solver
         )
 
-    x, diverged = drawn(6, [torch.Generator().manual_seed(seed) for seed in (4, 0, 7)])
-    parts = [drawn(2, torch.Generator().manual_seed(seed)) for seed in (4, 0, 7)]
+    sizes = {4: 2, 0: 3, 7: 1}
+    x, diverged = drawn(6, [(torch.Generator().manual_seed(seed), size) for seed, size in sizes.items()])
+    parts = [drawn(size, torch.Generator().manual_seed(seed)) for seed, size in sizes.items()]
     assert torch.equal(x, torch.cat([part[0] for part in parts])) and torch.equal(diverged, torch.cat([p[1] for p in parts]))
     assert len(x[:, 0, 0].unique()) == 6
-    again = drawn(6, [torch.Generator().manual_seed(4)])
+    again = drawn(6, [(torch.Generator().manual_seed(4), 6)])
     assert torch.equal(again[0], drawn(6, torch.Generator().manual_seed(4))[0])  # a list of one is that one
-    same = drawn(4, [torch.Generator().manual_seed(1) for _ in range(2)])[0]
+    same = drawn(4, [(torch.Generator().manual_seed(1), 2) for _ in range(2)])[0]
     assert torch.equal(same[:2], same[2:])  # two of one seed
+
+
+# In chunks
+
+
+def network():
+    """A small U-Net with random weights, in float64, so that only the order of sums differs between chunks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return edm.Denoiser(4, 8, 2).double().requires_grad_(False)
+
+
+def in_chunks(n, denoise=gaussian_denoiser, churn=3.0, guide=None, seed=3, **named):
+    return sampler.draw(denoise, (n, 4, 71), 6, churn, seed, guide, dtype=torch.float64, **named)
+
+
+@pytest.mark.parametrize("n", [1, 6, 32, 33, 70, 96])
+def test_a_drawing_is_the_samplers_with_a_generator_for_every_32(n):
+    noise = [(edm.seeded("cpu", 5_000_003, i), len(ids)) for i, ids in enumerate(torch.arange(n).split(32))]
+    expected = sampler.sample(gaussian_denoiser, (n, 4, 71), 6, 3.0, noise, dtype=torch.float64)
+    for most in (None, 1, 32, 40, 64, 1000):
+        found = in_chunks(n, most=most)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))  # a formula for each value rounds alike
+    assert len(found[0][:, 0, 0].unique()) == n
+    assert not torch.equal(in_chunks(n, seed=4)[0], found[0])
+
+
+@pytest.mark.parametrize("on", ["noised", "denoised"])
+@pytest.mark.parametrize("n, chunks", [(20, 1), (70, 3), (96, 3)])
+def test_chunks_change_nothing_but_rounding(n, chunks, on):
+    sizes, model, whole = [], network(), in_chunks(n, network(), guide=Shift(on, 0.3))
+
+    def counted(x, sigma):
+        sizes.append(len(x))
+        return model(x, sigma)
+
+    x, diverged = in_chunks(n, counted, guide=Shift(on, 0.3), most=32)
+    assert len(sizes) == 11 * chunks and max(sizes) <= 32
+    torch.testing.assert_close(x, whole[0], rtol=1e-9, atol=1e-9)
+    assert torch.equal(diverged, whole[1]) and x.shape == (n, 4, 71)
+
+
+def test_every_chunk_is_watched():
+    seen = []
+    in_chunks(70, most=32, watch=lambda x, denoised, sigma, done: seen.append((len(x), done)))
+    assert [size for size, _ in seen] == [32] * 22 + [6] * 11
+    shares = [done for _, done in seen]
+    assert shares == sorted(set(shares)) and shares[-1] == 1.0
+    assert shares[10] == pytest.approx(32 / 70) and shares[21] == pytest.approx(64 / 70)
+
+
+def test_a_killed_drawing_goes_on_with_the_next_chunk(tmp_path):
+    seen, folder = [], tmp_path / "parts"
+    whole = in_chunks(100, network(), most=32)
+
+    def killed(x, denoised, sigma, done):
+        if done > 0.7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_chunks(100, network(), most=32, parts=folder, watch=killed)
+    assert sorted(f.name for f in folder.glob("*.safetensors")) == ["0-32.safetensors", "32-64.safetensors"]
+    assert sampler.kept_most(folder) == 32
+    x, diverged = in_chunks(100, network(), most=32, parts=folder, watch=lambda *given: seen.append(given[-1]))
+    assert torch.equal(x, whole[0]) and torch.equal(diverged, whole[1])
+    assert len(seen) == 22 and seen[0] > 0.64 and seen[-1] == 1.0  # two chunks were there
+    torch.testing.assert_close(in_chunks(100, network(), most=64, parts=folder)[0], x, rtol=1e-9, atol=1e-9)
+
+
+def test_a_damaged_chunk_is_drawn_again_and_an_only_one_is_not_kept(tmp_path):
+    folder = tmp_path / "parts"
+    assert sampler.kept_most(folder) is None
+    in_chunks(64, most=64, parts=folder)
+    assert not folder.exists()
+    x, _ = in_chunks(64, most=32, parts=folder)
+    cut(folder / "0-32.safetensors")
+    assert torch.equal(in_chunks(64, most=32, parts=folder)[0], x)
