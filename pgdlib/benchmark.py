@@ -3,14 +3,14 @@
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from pgdlib import adroit, data, pgd, pipeline, store
+from pgdlib import adroit, budget, data, pgd, pipeline, sampler, store
 from pgdlib.agents import WIDTH, Learner
 
 SETTINGS = ("hidden", "polyak", "resample_every", "windows", "real_fraction")  # beside agent_*, draw_*, ...
@@ -98,13 +98,13 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs):
         policy = learner.agent.policy
         returns, _, falls = pgd.evaluate(policy, p.test_episodes, adroit.D4RL_HORIZON, test_seeds)
         native = pgd.evaluate(policy, native_episodes(p), adroit.NATIVE_HORIZON, test_seeds)[1]
-        checkpoint.unlink(missing_ok=True)
         arrays = dict(curve=curve, facts=facts, returns=returns, native=native, falls=falls, diverged_at=learner.diverged_at)
         tensors = {k: torch.as_tensor(v) for k, v in arrays.items()}
         card = dict(kind=kind, stack=stack, rows=[vars(r) for r in rows], settings=settings)
         return {**{f"policy.{k}": v for k, v in policy.state_dict().items()}, **tensors}, card
 
     tensors, _ = store.artifact(path, make)
+    checkpoint.unlink(missing_ok=True)  # not before the result is kept
     policy = make_agent(stack).policy.requires_grad_(False)
     policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")})
     arrays = {k: v.numpy() for k, v in tensors.items() if not k.startswith("policy.")}
@@ -117,8 +117,12 @@ def native_episodes(p):
 
 
 def announce(make_agent, rows, seeds, sources, p, device):
-    """Print what `train` is to do, with its time and memory as measured on one training step, draw and control step each."""
-    runs = len(rows) * len(seeds)
+    """Print what `train` is to do, with its time and memory as measured on one training step, draw and control step each.
+
+    A draw is measured with few trajectories and three steps. Raises ValueError, as `budget.require`, if the denoiser does not
+    fit.
+    """
+    runs, diffusion = len(rows) * len(seeds), sources.diffusion
     rounds = math.ceil(p.agent_steps / p.resample_every)
     guided = sum(row.source == "diffusion" for row in rows)
     draws = guided * rounds * p.windows + sum(row.lam == "calibrated" for row in rows) * (rounds - 1) * 10 * pgd.CALIBRATION
@@ -126,22 +130,31 @@ def announce(make_agent, rows, seeds, sources, p, device):
     print(f"{len(rows)} rows x {len(seeds)} seeds = {runs} agents, {p.agent_steps:,} steps each, batches of {p.agent_batch}")
     print(f"{rounds} rounds of synthetic data: {len(seeds) * draws:,} trajectories in all; {runs * episodes:,} test episodes")
 
+    config, memory, few = getattr(diffusion.denoiser, "config", None), 0.0, max(1, min(64, p.windows))
+    if config is not None:  # else it is no network of ours: a formula
+        at_once = sum(size for _, size in sampler.chunks(p.windows, diffusion.chunk // len(seeds))[0])
+        memory = budget.require(config, at_once * len(seeds), device)
+        flops = budget.count(config, 1, device)[0] * len(seeds)
+        few = int(max(1, min(few, budget.TEST[torch.device(device).type] // flops)))
     learner = Learner(make_agent([0] * runs).to(device), [0] * runs, p.agent_steps, p.agent_batch, p.agent_rate)
-    policy, diffusion = learner.agent.policy.select(range(len(seeds))), sources.diffusion
-    few = max(1, min(64, p.windows))
+    policy, quick = learner.agent.policy.select(range(len(seeds))), replace(diffusion, steps=3, warmup=0)
+    asked = sampler.evaluations(diffusion.solver, diffusion.steps) / sampler.evaluations(diffusion.solver, 3)
+
+    def draw(n):
+        quick.draw(policy, "explicit", [1.0] * len(seeds), n, seeds, 0)
+
     learner.train([sources.real] * runs, 2)  # of everything, what comes first takes longer
-    weights = [1.0] * len(seeds)
-    diffusion.draw(policy, "explicit", weights, 1, seeds, 0)
     pgd.evaluate(learner.agent.policy, 1, 1, learner.seeds)
+    draw(1)
     each = [
         _seconds(lambda: learner.train([sources.real] * runs, learner.step + 3)) / 3 * p.agent_steps,
-        _seconds(lambda: diffusion.draw(policy, "explicit", weights, few, seeds, 0)) / few * draws,
+        _seconds(lambda: draw(few)) / few * asked * draws,
         _seconds(lambda: pgd.evaluate(learner.agent.policy, 8, 10, learner.seeds)) / 80 * episodes * adroit.D4RL_HORIZON,
     ]
     size = sum(t.numel() * t.element_size() for t in learner.state()[0].values())
-    memory = 2 * size + runs * p.windows * diffusion.denoiser.horizon * WIDTH * 4
+    memory += 2 * size + runs * p.windows * diffusion.denoiser.horizon * WIDTH * 4
     words = ", ".join(f"{name} {s / 60:.1f}" for name, s in zip(("training", "synthetic data", "tests"), each))
-    print(f"estimated: {sum(each) / 60:.1f} minutes ({words}), {memory / 1e9:.2f} GB of agents and data", file=sys.stderr)
+    print(f"estimated: {sum(each) / 60:.1f} minutes ({words}), {memory / 1e9:.2f} GB of memory", file=sys.stderr)
 
 
 def _seconds(call):

@@ -16,6 +16,7 @@ from pgdlib import adroit, store, synthetic
 
 FACTS = ("lam", "log_likelihood", "on_policy", "kept", "ended", "diverged")  # of `synthetic.Batch`, kept for every round
 CALIBRATION = 32  # trajectories of each run for one step of the search for its λ
+LONG = 20.0  # seconds of drawing after which a row's data are kept until their round is over
 
 
 @dataclass
@@ -96,7 +97,7 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
     The runs of `learner` are the rows' seeds, row by row. Every `resample_every` steps the policies are fixed as targets,
     and `sources(row, policy, round)` gives each row its data. Returns the curve, `score(policy)` [R] at each of the steps
     `marks`, and the `FACTS` of the generated data [rounds, 6, R]. With a `checkpoint` path a run that was killed goes on to
-    the same result.
+    the same result; data whose drawing took `LONG` lie beside it, a file for each row, until their round is over.
     """
     agent, each = learner.agent, len(learner.seeds) // len(rows)
     kept = dict(
@@ -109,15 +110,36 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
         learner.load_state(tensors, card)
         target.load_state_dict({k.removeprefix("target."): v for k, v in tensors.items() if k.startswith("target.")})
         kept = {k: tensors[k] for k in kept}
+    paths = [] if checkpoint is None else [Path(checkpoint).with_suffix(f".row{i}.safetensors") for i in range(len(rows))]
     saved = time.monotonic()
 
-    def after(step):
+    def save():
         nonlocal saved
+        tensors, card = learner.state()
+        store.save(checkpoint, {**tensors, **{f"target.{k}": v for k, v in target.state_dict().items()}, **kept}, card)
+        saved = time.monotonic()
+
+    def after(step):
         if checkpoint is not None and time.monotonic() - saved > save_every:
-            tensors, card = learner.state()
-            store.save(checkpoint, {**tensors, **{f"target.{k}": v for k, v in target.state_dict().items()}, **kept}, card)
-            saved = time.monotonic()
+            save()
         report(step)
+
+    def drawn(i, policy, number):
+        card = dict(row=vars(rows[i]), round=number, target=store.digest(policy.state_dict()))
+        if paths and (found := _kept(paths[i], card, learner.diverged_at.device)):
+            return found
+        started = time.monotonic()
+        made, batch = sources(rows[i], policy, number)
+        facts = None if batch is None else torch.stack([getattr(batch, name) for name in FACTS])
+        if paths and facts is not None and time.monotonic() - started > LONG:
+            save()  # a run that goes on must come to the same targets, or these data are not for it
+            sizes = torch.tensor([len(d) for d in made])
+            store.save(paths[i], dict(data=torch.cat([d.cpu() for d in made]), sizes=sizes, facts=facts), card)
+        return made, facts
+
+    def forget():
+        for path in paths:
+            path.unlink(missing_ok=True)
 
     data, known = None, None
     while True:
@@ -125,16 +147,30 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
         if step in marks and kept["curve"][marks.index(step)].isnan().all():
             kept["curve"][marks.index(step)] = torch.as_tensor(score(agent.policy), dtype=torch.float32)
         if step >= learner.steps:
+            forget()
             return kept["curve"], kept["facts"]
         number = step // resample_every
         if step % resample_every == 0:
             target.load_state_dict(agent.policy.state_dict())
         if number != known:
             data, known = [], number
-            for i, row in enumerate(rows):
+            for i in range(len(rows)):
                 first, end = i * each, (i + 1) * each
-                made, batch = sources(row, target.select(range(first, end)), number)
+                made, facts = drawn(i, target.select(range(first, end)), number)
                 data += made
-                if batch is not None:
-                    kept["facts"][number, :, first:end] = torch.stack([getattr(batch, name) for name in FACTS])
-        learner.train(data, min(m for m in (*marks, (number + 1) * resample_every, learner.steps) if m > step), after)
+                if facts is not None:
+                    kept["facts"][number, :, first:end] = facts
+        over = min((number + 1) * resample_every, learner.steps)
+        learner.train(data, min(m for m in (*marks, over) if m > step), after)
+        if learner.step == over and any(path.exists() for path in paths):
+            save()  # first: what an older checkpoint goes on with are these data
+            forget()
+
+
+def _kept(path, card, device):
+    """(transitions of each run, facts) in the file `path` if they are those of `card`; None if not, or if it is damaged."""
+    try:
+        tensors, found = store.load(path)
+    except (FileNotFoundError, store.CorruptArtifact):
+        return None
+    return (tensors["data"].to(device).split(tensors["sizes"].tolist()), tensors["facts"]) if found == card else None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pgdlib import adroit, collect, data, edm, metrics, minari_files, store, worldmodel
+from pgdlib import adroit, budget, collect, data, edm, metrics, minari_files, store, worldmodel
 from pgdlib.policies import GaussianPolicy, from_sb3_zip
 
 SHIPPED_GUIDE = store.PACKAGE / "assets" / "ppo_pen.safetensors"
@@ -162,11 +162,13 @@ def _at_most(passes, steps, batch_size, data):
     return steps if passes is None else min(steps, max(1, round(passes * len(data.rewards) / batch_size)))
 
 
-def load_denoiser(dataset, p, device, progress=tqdm):
+def load_denoiser(dataset, p, device, progress=tqdm, say=print):
     """(EMA denoiser, losses [steps]) trained on the training side of `dataset` with the settings `p`; made if missing.
 
     `p` has horizon, features, blocks, kernel_size, train_steps, batch_size, learning_rate, epochs, passes, transform and seed.
-    `progress` makes the bar, as tqdm does. Raises ValueError where no episode fills half a window.
+    `progress` makes the bar, as tqdm does, and `say` prints what a long training takes (`budget.announce_training`). With
+    torch.distributed all processes train together. Raises ValueError where no episode fills half a window, and where the
+    device has too little memory.
     """
     train_data, _ = train_val(dataset)
     if p.horizon > 2 * (longest := int(train_data.lengths.max())):
@@ -181,6 +183,7 @@ def load_denoiser(dataset, p, device, progress=tqdm):
     checkpoint = store.root() / "checkpoints" / f"{name}.safetensors"
 
     def make():
+        budget.announce_training(config, how, edm.steps_done(checkpoint), p.scale, device, say)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             denoiser = edm.Denoiser(**config)
@@ -194,11 +197,11 @@ def load_denoiser(dataset, p, device, progress=tqdm):
                 bar.update(step - bar.n)
 
             ema, losses = edm.train(denoiser, windows, how, checkpoint, report=report)
-        checkpoint.unlink(missing_ok=True)
         card = dict(kind="denoiser", config=config, how=vars(how), data=dataset.label, data_key=dataset.key, scale=p.scale)
         return {**ema.state_dict(), "losses": losses}, {**card, "seconds": time.time() - started}
 
-    tensors, card = store.artifact(store.root() / "denoisers" / f"{name}.safetensors", make)
+    tensors, card = edm.artifact(store.root() / "denoisers" / f"{name}.safetensors", make)
+    checkpoint.unlink(missing_ok=True)  # not before the weights are kept
     losses = tensors.pop("losses")
     return restored(tensors, card).to(device), losses
 
@@ -231,11 +234,11 @@ def load_world_model(dataset, p, device):
             losses = worldmodel.train(
                 ensemble, train_data, val_data, how, checkpoint, report=lambda step, losses: bar.update(step - bar.n)
             )
-        checkpoint.unlink(missing_ok=True)
         card = dict(kind="world model", config=ensemble.config, how=how.card(), data=dataset.label, data_key=dataset.key)
         return {**ensemble.state_dict(), "losses": losses}, {**card, "seconds": time.time() - started}
 
     tensors, card = store.artifact(store.root() / "worldmodels" / f"{name}.safetensors", make)
+    checkpoint.unlink(missing_ok=True)  # not before the weights are kept
     losses = tensors.pop("losses")
     ensemble = worldmodel.Ensemble(**card["config"])
     ensemble.load_state_dict(tensors)

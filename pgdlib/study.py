@@ -1,8 +1,10 @@
 """A study of guidance: one dataset, its denoiser and a guide. Trajectories drawn by any rule and λ, their measures, sweeps.
 
-Every λ starts from the same noise, so trajectory i at one λ is the sibling of trajectory i at another.
+Every λ starts from the same noise, so trajectory i at one λ is the sibling of trajectory i at another, in whatever chunks
+they are drawn.
 """
 
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +13,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from pgdlib import calibrate, data, dynamics, guidance, metrics, pipeline, sampler, store
+from pgdlib import budget, calibrate, data, dynamics, guidance, metrics, pipeline, sampler, store
 from pgdlib.synthetic import WARMED
 
 # What is swept of each rule, in natural units; λ = 0 is always in it.
@@ -45,6 +47,7 @@ class Study:
         self.train, self.val = pipeline.train_val(dataset)
         self.variance = self.train.obs.var(0).numpy()
         self.on_policy = metrics.on_policy_log_likelihood(policy)
+        self._most = {}
 
     @classmethod
     def open(cls, p, progress=tqdm, say=print):
@@ -52,7 +55,7 @@ class Study:
         device = pipeline.device_of(p.device)
         policy, _ = pipeline.load_guide(p.guide)
         dataset = pipeline.load_data(p.dataset, p.source, p.data_steps, progress, say)
-        denoiser, _ = pipeline.load_denoiser(dataset, p, device, progress)
+        denoiser, _ = pipeline.load_denoiser(dataset, p, device, progress, say)
         return cls(dataset, denoiser, policy.to(device), p, device)
 
     @cached_property
@@ -82,20 +85,26 @@ class Study:
         scaled = self.limit / 2 if rule in WARMED else 1.0
         return [scaled * lam for lam in GRIDS[rule]]
 
-    def draw(self, rule, lam, n=None, seed=None, units=None, target=None, warmup=None, on=None, watch=None):
+    def draw(self, rule, lam, n=None, seed=None, units=None, target=None, warmup=None, on=None, watch=None, parts=None):
         """n trajectories [n, T, 71], normalised, guided by `rule` with λ, and which diverged [n].
 
-        `target` is another policy than the study's. `watch(x, denoised, σ, done)` sees every evaluation of the network, `done`
-        the share that is over; what it raises ends the drawing.
+        `target` is another policy than the study's. They are drawn as many at once as fit (`most`); `watch` and `parts`
+        as in `sampler.draw`.
         """
         p, target = self.p, target or self.policy
         n, seed, units = n or p.samples, p.seed if seed is None else seed, units or p.units
         warmup = (p.warmup if warmup is None else warmup) if rule in WARMED else 0  # the others begin at the highest noise
         guide = guidance.Guide(rule, target, self.normaliser, lam, p.steps, warmup, units, on)
-        noise = torch.Generator(self.device).manual_seed(seed)  # the same for every rule and λ
-        denoise = self.denoiser if watch is None else _watched(self.denoiser, watch, p.solver, p.steps)
-        shape = (n, p.horizon, data.CHANNELS)
-        return sampler.sample(denoise, shape, p.steps, p.churn, noise, guide, self.device, solver=p.solver)
+        most = (parts and sampler.kept_most(parts)) or self.most(n)
+        where = dict(device=self.device, solver=p.solver, most=most, parts=parts, watch=watch)
+        return sampler.draw(self.denoiser, (n, p.horizon, data.CHANNELS), p.steps, p.churn, seed, guide, **where)
+
+    def most(self, n):
+        """How many of n trajectories are drawn at once (`budget.most`); the same every time."""
+        if n not in self._most:
+            asked = sampler.evaluations(self.p.solver, self.p.steps)
+            self._most[n] = budget.most(self.denoiser, n, self.p.horizon, asked, self.device)
+        return self._most[n]
 
     def judge(self, x, diverged=None, estimators=dynamics.ESTIMATORS):
         """The measures of normalised trajectories [n, T, 71], name -> [n]; counts of what has none."""
@@ -117,35 +126,48 @@ class Study:
         lost = 0 if diverged is None else int(diverged.sum())
         return measures, {"diverged": lost, "unjudged": error["reconstructed"].unjudged}
 
-    def calibrate(self, rule, tolerance, start):
-        """The `Calibration` of a rule; at ci scale, where nothing is learnt, only to 20%. If out of reach, the nearest."""
+    def calibrate(self, rule, tolerance, start, watch=None):
+        """The `Calibration` of a rule; at ci scale, where nothing is learnt, only to 20%. If out of reach, the nearest.
+
+        `watch` as in `draw`. Until it is over, what was drawn in several chunks is kept, as that of a `point`.
+        """
+        kept = self._kept(self._path(rule, 0.0), "calibration")
 
         def likelihoods(lam, n, seed):
-            x, _ = self.draw(rule, lam, n, self.p.seed + 1000 + seed)
+            parts = kept / f"{float(lam)!r}-{n}-{seed}"
+            x, _ = self.draw(rule, lam, n, self.p.seed + 1000 + seed, watch=watch, parts=parts)
             steps = self.normaliser.denormalise(x)
             alive = metrics.alive(steps[..., data.TERMINAL])
             return metrics.log_likelihood(self.policy, steps[..., data.OBS], steps[..., data.ACTIONS], alive).cpu().numpy()
 
         try:
-            return calibrate.calibrate(likelihoods, self.on_policy, 0.2 if self.p.scale == "ci" else tolerance, start=start)
+            found = calibrate.calibrate(likelihoods, self.on_policy, 0.2 if self.p.scale == "ci" else tolerance, start=start)
         except calibrate.OutOfReach as reason:
             print(f"{rule}: {reason}; the nearest is taken")
-            return reason.nearest
+            found = reason.nearest
+        shutil.rmtree(kept, ignore_errors=True)
+        return found
 
     def sweep(self, rule, lams, progress=tqdm):
         """λ -> `Point` of a rule, for `lams` and 0, rising; each is kept in runs/ and made only if missing."""
         return {lam: self.point(rule, lam) for lam in progress(self._wanted(lams), desc=rule, mininterval=5)}
 
     def point(self, rule, lam, watch=None):
-        """The `Point` of one λ, from runs/ or made and kept there; `watch` as in `draw`."""
+        """The `Point` of one λ, from runs/ or made and kept there; `watch` as in `draw`.
+
+        Until it is complete the finished chunks of its trajectories are in runs/checkpoints/, from where a killed run goes on.
+        """
+        path = self._path(rule, lam)
+        parts = self._kept(path, "point")
 
         def make():
-            x, diverged = self.draw(rule, lam, watch=watch)
+            x, diverged = self.draw(rule, lam, watch=watch, parts=parts)
             measures, counts = self.judge(x, diverged)
             tensors = {"x": x, **{f"measures.{k}": torch.from_numpy(v) for k, v in measures.items()}}
             return tensors, dict(kind="guided trajectories", lam=lam, counts=counts, inputs=self._inputs(rule))
 
-        tensors, card = store.artifact(self._path(rule, lam), make, report=lambda message: None)
+        tensors, card = store.artifact(path, make, report=lambda message: None)
+        shutil.rmtree(parts, ignore_errors=True)
         measures = {name: tensors[f"measures.{name}"].numpy() for name in MEASURES}
         return Point(tensors["x"].to(self.device), measures, card["counts"])
 
@@ -167,6 +189,10 @@ class Study:
     def _wanted(lams):
         return sorted({0.0, *map(float, lams)})
 
+    @staticmethod
+    def _kept(path, what):
+        return store.root() / "checkpoints" / f"{what}-{path.parent.name}-{path.stem}"
+
     def _path(self, rule, lam):
         name = f"{self.dataset.slug}-{self.p.scale}-{rule}-{self.p.units}"
         return store.root() / "sweeps" / name / f"{store.key(**self._inputs(rule))}-{float(lam)!r}.safetensors"
@@ -185,20 +211,6 @@ class Study:
             "data": self.dataset.key,
         }
         return {**digests, "code": store.code_version(*ROOMS)}
-
-
-def _watched(denoiser, watch, solver, steps):
-    """`denoiser`, with `watch(x, denoised, σ, done)` called after every evaluation."""
-    evaluations, done = 2 * steps - 1 if solver == "heun" else steps, 0
-
-    def denoise(x, sigma):
-        nonlocal done
-        denoised = denoiser(x, sigma)
-        done += 1
-        watch(x, denoised, sigma, done / evaluations)
-        return denoised
-
-    return denoise
 
 
 def summary(points):

@@ -9,7 +9,6 @@ from pgdlib.adroit import ACTION_DIM
 from pgdlib.agents import transitions
 from pgdlib.edm import seeded
 
-BLOCK = 32  # trajectories of a run that share a generator
 WARMED = ("explicit", "proximal", "annealed")  # rules that leave the highest noise unguided
 
 
@@ -30,7 +29,7 @@ class Batch:
 class Diffusion:
     """A denoiser and how trajectories are drawn from it (`sampler.sample`), about `chunk` at once.
 
-    A run's noise comes from its own seed, `BLOCK` trajectories at a time: it does not depend on the other runs of a stack.
+    A run's noise comes from its own seed, by blocks (`sampler.chunks`): it does not depend on the other runs of a stack.
     """
 
     denoiser: torch.nn.Module
@@ -49,21 +48,13 @@ class Diffusion:
             raise ValueError(f"seeds={list(seeds)!r} is not allowed; it must hold one for each of the {policy.runs} runs")
         device, parts = self.denoiser.normaliser.mean.device, []
         weights = torch.as_tensor(lam, dtype=torch.float32, device=device)
-        sizes = [BLOCK] * (n // BLOCK) + [n % BLOCK] * (n % BLOCK > 0)
-        blocks = [(i, size) for i, size in enumerate(sizes)]
-        at_once = max(1, self.chunk // (policy.runs * BLOCK))
-        while blocks:
-            size = blocks[0][1]
-            some = [i for i, s in blocks[:at_once] if s == size]
-            blocks = blocks[len(some) :]
-            generators = [seeded(device, 2_000_000 + seed, 1_000 * round + i) for seed in seeds for i in some]
-            warmup = self.warmup if rule in WARMED else 0
-            each = weights.repeat_interleave(size * len(some))
+        warmup = self.warmup if rule in WARMED else 0
+        for blocks in sampler.chunks(n, self.chunk // policy.runs):
+            noise = [(seeded(device, 2_000_000 + seed, 1_000 * round + i), size) for seed in seeds for i, size in blocks]
+            each = weights.repeat_interleave(sum(size for _, size in blocks))
             guide = guidance.Guide(rule, policy, self.denoiser.normaliser, each, self.steps, warmup)
             shape = (len(each), self.denoiser.horizon, data.CHANNELS)
-            x, diverged = sampler.sample(
-                self.denoiser, shape, self.steps, self.churn, generators, guide, device, solver=self.solver
-            )
+            x, diverged = sampler.sample(self.denoiser, shape, self.steps, self.churn, noise, guide, device, solver=self.solver)
             parts.append([v.unflatten(0, (policy.runs, -1)) for v in (x, diverged)])
         x, diverged = (torch.cat(each, 1) for each in zip(*parts))
         return x.flatten(0, 1), diverged.flatten()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Ideal, cut, kept, toy
 
-from pgdlib import adroit, benchmark, params, pgd, store, synthetic
+from pgdlib import adroit, benchmark, budget, params, pgd, store, synthetic
 from pgdlib.agents import BC, WIDTH, of_trajectories
 from pgdlib.benchmark import Result, per_seed
 from pgdlib.edm import seeded
@@ -254,6 +254,28 @@ def test_killed_while_it_is_tested(runs, monkeypatch, trainings):
     assert_same(resumed, train())
 
 
+def test_killed_while_it_is_saved_nothing_is_trained_again(runs, evaluations, monkeypatch, trainings):
+    run, save = pgd.run, store.save
+    monkeypatch.setattr(pgd, "run", lambda *a, **k: run(*a, **k, save_every=-1.0))
+
+    def killed(path, tensors, card):
+        if path.parent.name == "agents":
+            raise KeyboardInterrupt
+        save(path, tensors, card)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "save", killed)
+        train()
+    (checkpoint,) = kept(runs)
+    assert store.load(runs / checkpoint)[1]["step"] == 6
+    sources = Random()
+    resumed = train(sources=sources)
+    assert sources.calls == [] and len(trainings) == 2
+    (file,) = kept(runs)  # the checkpoint is gone
+    (runs / file).unlink()
+    assert_same(resumed, train())
+
+
 def test_a_damaged_checkpoint_is_named(runs, evaluations, monkeypatch):
     run = pgd.run
     monkeypatch.setattr(pgd, "run", lambda *a, **k: run(*a, **k, save_every=-1.0))
@@ -275,6 +297,8 @@ def test_a_diverged_run_in_the_simulator_itself(runs, tmp_path, monkeypatch):
             return made, batch
 
     monkeypatch.chdir(tmp_path)  # MuJoCo leaves its log where it stands
+    for name, steps in (("D4RL_HORIZON", 20), ("NATIVE_HORIZON", 40)):
+        monkeypatch.setattr(adroit, name, steps)
     p = settings(curve_points=1, curve_episodes=1, test_episodes=2)
     clean, result = (train(p, rows=ROWS[:2], sources=s, inputs=dict(i=i)) for i, s in enumerate((Random(), Poisoned())))
     assert result.diverged_at.tolist() == [-1, -1, 1, -1]
@@ -392,11 +416,14 @@ def test_the_announcement_tells_what_is_to_come_and_leaves_no_trace(rows, runs, 
     assert err.startswith("estimated: ") and "minutes" in err and "GB" in err and "estimated" not in out
 
 
-def test_the_estimate_is_what_each_part_takes(runs, capsys, monkeypatch):
-    """With a clock that only the parts move: a training step takes 1 s, a trajectory 2 s, a step in the simulator 0.5 s."""
+@pytest.mark.parametrize("solver, steps, asked", [("multistep", 5, 5), ("heun", 5, 9), ("heun", 400, 799)])
+def test_the_estimate_is_what_each_part_takes(runs, capsys, monkeypatch, solver, steps, asked):
+    """With a clock that only the parts move: a training step takes 1 s, a step in the simulator 0.5 s, and a trajectory 2 s
+    for each time that the denoiser is `asked`. Only three steps of the sampler are taken."""
     now, p = [0.0], settings(agent_steps=100, resample_every=50, windows=8, curve_points=1, curve_episodes=2, test_episodes=10)
     monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: now[0]))
     sources, step = all_sources(), benchmark.Learner._step
+    sources.diffusion.solver, sources.diffusion.steps, sources.diffusion.warmup = solver, steps, steps // 2
     draw_ = synthetic.Diffusion.draw
 
     def one_step(self, batch):
@@ -405,7 +432,8 @@ def test_the_estimate_is_what_each_part_takes(runs, capsys, monkeypatch):
 
     def one_draw(self, policy, rule, lam, n, seeds, round):
         assert seeds == SEEDS and policy.runs == len(lam) == 2
-        now[0] += 2.0 * n
+        assert self.steps == 3 and self.warmup < 3  # guided, too
+        now[0] += 2.0 * n * dict(multistep=3, heun=5)[solver]
         return draw_(self, policy, rule, lam, n, seeds, round)
 
     def one_evaluation(policy, episodes, horizon, seeds):
@@ -417,11 +445,52 @@ def test_the_estimate_is_what_each_part_takes(runs, capsys, monkeypatch):
     monkeypatch.setattr(pgd, "evaluate", one_evaluation)
     benchmark.announce(make_agent, ROWS, SEEDS, sources, p, CPU)
     training = 100 * 1.0
-    data_ = 2.0 * (2 * 2 * 8 + 10 * 32)  # two rows and rounds of 8; one search of 10 draws of 32
+    data_ = 2.0 * asked * (2 * 2 * 8 + 10 * 32)  # two rows and rounds of 8; one search of 10 draws of 32
     tests = 0.5 * 100 * (10 + 2 * 2 + 2 * 2)  # of native episodes each counts twice
     words = f"(training {training / 60:.1f}, synthetic data {data_ / 60:.1f}, tests {tests / 60:.1f})"
+    assert sources.diffusion.steps == steps
     err = capsys.readouterr().err
     assert words in err and f"estimated: {(training + data_ + tests) / 60:.1f} minutes" in err, err
+
+
+class Large(Ideal):
+    """A formula with the sizes of a network."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.config = dict(horizon=10, features=features, blocks=2, kernel_size=3)
+
+
+def announced(features, capsys, windows=200, chunk=512):
+    """(how many trajectories were drawn for each seed to measure, GB that were said)."""
+    ours, shapes = all_sources(), []
+    ours.diffusion = synthetic.Diffusion(Large(features), "heun", 400, 80.0, 64, chunk)
+    ours.diffusion.denoiser.forward = lambda x, sigma: shapes.append(len(x)) or x / (1 + sigma**2)
+    benchmark.announce(make_agent, ROWS, SEEDS, ours, settings(windows=windows), CPU)
+    assert set(shapes[:5]) == {2}  # two draws of three steps, the first of one trajectory
+    return sum(shapes[5:]) // 5 // 2, float(capsys.readouterr().err.split(" GB of memory")[0].split()[-1])
+
+
+def test_what_is_measured_is_as_little_as_the_denoiser_is_large(runs, capsys, monkeypatch):
+    monkeypatch.setitem(budget.TEST, "cpu", 1e10)
+    found = [announced(features, capsys)[0] for features in (8, 512, 1024, 4096)]
+    assert found[0] == 64 > found[1] > found[2] > found[3] == 1
+    for features, n in zip((512, 1024), found[1:3]):
+        one, _ = budget.count(Large(features).config, 1, CPU)
+        assert 2 * n * one <= 1e10 < 2 * (n + 1) * one  # both seeds' together
+    assert announced(8, capsys, windows=3)[0] == 3
+
+
+def test_the_memory_is_that_of_the_denoiser_too(runs, capsys, monkeypatch):
+    """For what is drawn at once: whole blocks of 32 for both seeds, about `chunk` together, or all."""
+    data_ = 6 * 200 * 10 * 116 * 4 / 1e9
+    for windows, chunk, at_once in ((200, 512, 400), (200, 128, 128), (200, 150, 128), (200, 32, 64)):
+        expected = budget.needed(Large(512).config, at_once, CPU) / 1e9 + data_ * windows / 200
+        assert announced(512, capsys, windows, chunk)[1] == pytest.approx(expected, abs=0.02), (windows, chunk)
+    monkeypatch.setattr(budget, "memory_there", lambda device: budget.needed(Large(512).config, 200, CPU))
+    announced(512, capsys, chunk=128)
+    with pytest.raises(ValueError, match="features=512 with horizon=10 is not allowed on device='cpu'"):
+        announced(512, capsys, chunk=512)
 
 
 def test_the_simulator_is_started_before_it_is_timed(runs, monkeypatch):

@@ -156,7 +156,7 @@ def assert_same(a, b):
     torch.testing.assert_close(a[0], b[0], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(a[1], b[1], rtol=0, atol=0, equal_nan=True)
     for (name, x), y in zip(a[2].state()[0].items(), b[2].state()[0].values(), strict=True):
-        assert torch.equal(x, y), name
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,6 +231,190 @@ def test_checkpoints_are_written_when_it_is_time(tmp_path, monkeypatch):
     saved.clear()
     run(learner(), Noted(), save_every=-1.0)
     assert saved == []
+
+
+# Data whose drawing takes long
+
+
+class Killed(Noted):
+    """Sources that are interrupted instead of drawing the data of the row and round `at`."""
+
+    def __init__(self, at=None):
+        super().__init__()
+        self.at = at
+
+    def __call__(self, row, policy, round):
+        if (row.name, round) == self.at:
+            raise Stop
+        return super().__call__(row, policy, round)
+
+    @property
+    def drawn(self):
+        return [(name, number) for name, number, _ in self.calls if name != "a"]  # real data are not drawn
+
+
+@pytest.fixture
+def long(monkeypatch):
+    monkeypatch.setattr(pgd, "LONG", -1.0)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+FILES = ["it.row1.safetensors", "it.row2.safetensors"]  # of b and c
+ALL = [(name, k) for k in range(3) for name in "bc"]
+
+
+@pytest.mark.parametrize("at", ALL)
+def test_killed_between_two_rows_it_draws_only_what_is_missing(at, tmp_path, long):
+    """With no checkpoint but those of the drawing and of the rounds' ends."""
+    expected, path, killed = whole("iql"), tmp_path / "it.safetensors", Killed(at)
+    with pytest.raises(Stop):
+        run(learner("iql"), killed, checkpoint=path, save_every=1e9)
+    name, number = at
+    files = FILES[:1] if name == "c" else []
+    assert names(tmp_path) == sorted(files + ["it.safetensors"] * (at != ("b", 0)))
+    if at != ("b", 0):
+        assert store.load(path)[1]["step"] == EVERY * number
+    agent, sources, steps = learner("iql"), Killed(), []
+    found = run(agent, sources, checkpoint=path, save_every=1e9, report=steps.append)
+    assert_same((*found, agent), expected)
+    assert killed.drawn + sources.drawn == ALL and steps == [*range(EVERY * number + 1, STEPS + 1)]
+    assert names(tmp_path) == ["it.safetensors"]
+
+
+@pytest.mark.parametrize("save_every", [1e9, -1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_in_training_it_draws_nothing_of_that_round_again(kind, save_every, tmp_path, long):
+    expected = whole(kind)
+    for at in (1, 4, 7, 9, 13):
+        (tmp_path / str(at)).mkdir()
+        path, killed = tmp_path / str(at) / "it.safetensors", Killed()
+        with pytest.raises(Stop):
+            run(learner(kind), killed, checkpoint=path, save_every=save_every, report=stopping(at))
+        assert names(path.parent) == [*FILES, path.name]
+        agent, sources, steps = learner(kind), Killed(), []
+        found = run(agent, sources, checkpoint=path, save_every=save_every, report=steps.append)
+        assert_same((*found, agent), expected)
+        assert killed.drawn + sources.drawn == ALL
+        assert steps[0] == 1 + (at if save_every < 0 else at // EVERY * EVERY)
+        assert names(path.parent) == [path.name]
+
+
+def test_killed_at_the_end_it_draws_and_trains_nothing_again(tmp_path, long):
+    expected, path, agent, sources = whole("bc"), tmp_path / "it.safetensors", learner(), Killed()
+
+    def deadly(policy):
+        if policy is agent.agent.policy and agent.step == STEPS:
+            raise Stop
+        return score(policy)
+
+    with pytest.raises(Stop):
+        run(agent, Killed(), deadly, checkpoint=path, save_every=1e9)
+    again = learner()
+    found = run(again, sources, checkpoint=path, report=stopping(STEPS))
+    assert_same((*found, again), expected)
+    assert sources.calls == [] and names(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("at", [5, 14])
+def test_files_that_a_killed_run_did_not_come_to_remove_do_no_harm(at, tmp_path, long, monkeypatch):
+    """Even where the targets of all rounds are the same, as those of policies that learn nothing are."""
+
+    def still():
+        stack = SEEDS * len(ROWS)
+        return Learner(BC(stack, MEAN, STD, hidden=(6,)), stack, STEPS, batch_size=4, learning_rate=0.0)
+
+    expected, path, agent, unlink = run(still(), Noted()), tmp_path / "it.safetensors", still(), pgd.Path.unlink
+
+    def deadly(self, **named):
+        if self.name in FILES and agent.step == at:
+            raise Stop
+        unlink(self, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(pgd.Path, "unlink", deadly)
+        run(agent, Noted(), checkpoint=path, save_every=1e9)
+    assert names(tmp_path) == [*FILES, path.name] and store.load(path)[1]["step"] == at
+    sources = Killed()
+    curve, facts = run(still(), sources, checkpoint=path, save_every=1e9)
+    assert torch.equal(curve, expected[0]) and torch.equal(facts[..., 2:], expected[1][..., 2:])
+    assert sources.drawn == (ALL[2:] if at == 5 else []) and names(tmp_path) == [path.name]
+
+
+def test_kept_data_lie_there_until_their_round_is_over(tmp_path, long, monkeypatch):
+    path, seen = tmp_path / "it.safetensors", []
+
+    class Looking(Noted):
+        def __call__(self, row, policy, round):
+            seen.append((row.name, names(tmp_path)))
+            return super().__call__(row, policy, round)
+
+    run(learner(), Looking(), checkpoint=path, save_every=1e9, report=lambda step: seen.append((step, names(tmp_path))))
+    checkpoint, both = [path.name], [*FILES, path.name]
+    for number in range(3):
+        first = checkpoint if number else []
+        drawn = [("a", first), ("b", first), ("c", [FILES[0], path.name])]
+        steps = [(step, both) for step in range(5 * number + 1, min(5 * number + 5, STEPS) + 1)]
+        assert seen[: 3 + len(steps)] == drawn + steps
+        del seen[: 3 + len(steps)]
+    assert seen == [] and names(tmp_path) == checkpoint
+    path.unlink()
+    run(learner(), Noted())  # no checkpoint, no files
+    monkeypatch.setattr(pgd, "LONG", 20.0)
+    run(learner(), Noted(), checkpoint=path, save_every=1e9, report=lambda step: seen.append(names(tmp_path)))
+    assert seen == [[]] * STEPS and names(tmp_path) == []  # drawing was short
+
+
+def test_only_rows_whose_drawing_took_long_are_kept(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pgd, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Slow(Noted):
+        def __call__(self, row, policy, round):
+            now[0] += dict(a=100.0, b=19.0, c=21.0)[row.name]
+            return super().__call__(row, policy, round)
+
+    with pytest.raises(Stop):
+        run(learner(), Slow(), checkpoint=tmp_path / "it.safetensors", save_every=1e9, report=stopping(2))
+    assert names(tmp_path) == [FILES[1], "it.safetensors"]
+
+
+def altered(path, **changes):
+    tensors, card = store.load(path)
+    store.save(path, {**tensors, "data": tensors["data"] + 1}, {**card, **changes})
+
+
+SPOILS = {
+    "damaged": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "another round's": lambda path: altered(path, round=0),
+    "another target's": lambda path: altered(path, target="0" * 64),
+    "another row's": lambda path: altered(path, row=vars(ROWS[2])),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
+def test_data_that_are_damaged_or_of_something_else_are_drawn_again(spoil, tmp_path, long):
+    expected, path = whole("bc"), tmp_path / "it.safetensors"
+    with pytest.raises(Stop):
+        run(learner(), Killed(), checkpoint=path, save_every=-1.0, report=stopping(7))
+    spoil(tmp_path / FILES[0])
+    agent, sources = learner(), Killed()
+    found = run(agent, sources, checkpoint=path, save_every=1e9)
+    assert_same((*found, agent), expected)
+    assert sources.drawn == [("b", 1), ("b", 2), ("c", 2)] and names(tmp_path) == [path.name]
+
+
+def test_what_is_kept_is_used(tmp_path, long):
+    """Other data in a file of the right card make other agents: so the runs above are those of the kept ones."""
+    expected, path = whole("bc"), tmp_path / "it.safetensors"
+    with pytest.raises(Stop):
+        run(learner(), Killed(), checkpoint=path, save_every=-1.0, report=stopping(7))
+    altered(tmp_path / FILES[0])
+    curve, _ = run(learner(), Killed(), checkpoint=path)
+    assert torch.equal(curve[-1, [0, 1, 4, 5]], expected[0][-1, [0, 1, 4, 5]])  # of the rows a and c
+    assert not torch.isclose(curve[-1, 2:4], expected[0][-1, 2:4]).any()
 
 
 def test_a_diverged_run_is_marked_and_leaves_the_others_untouched():
@@ -470,6 +654,28 @@ def test_a_run_without_data_is_marked_as_diverged_and_leaves_the_others_untouche
     torch.testing.assert_close(facts[..., others], facts_2[..., others], rtol=0, atol=0, equal_nan=True)
     assert (agent.diverged_at[[0, 3]] > 0).all() and agent.diverged_at[others].tolist() == [-1, -1]
     assert facts_2[-1, FACTS.index("diverged"), [0, 3]].tolist() == [1, 1]
+
+
+def test_a_killed_run_of_real_sources_goes_on_with_what_is_kept(ensemble, tmp_path, long, monkeypatch):
+    """Rows of both models, runs without data and with real ones among them."""
+    rows = [ROWS[1], Row("w", "world model"), Row("r", "real")]
+    results, asked = [], []
+    for at, fraction in ((None, 0.4), (5, 0.4), (None, 1.0), (5, 1.0)):
+        path, agent = tmp_path / f"{at}-{fraction}.safetensors", learner("iql", rows, 8)
+        agent.agent.policy.net.weights[0].data[0] = math.nan
+        if at:
+            with pytest.raises(Stop):
+                pgd.run(agent, rows, sources(ensemble, fraction), 3, [0, 8], score, path, 1e9, stopping(at))
+            agent, ours = learner("iql", rows, 8), sources(ensemble, fraction)
+            with monkeypatch.context() as patch:
+                patch.setattr(Sources, "__call__", lambda *a, c=Sources.__call__: asked.append((a[1].name, a[3])) or c(*a))
+                results.append((*pgd.run(agent, rows, ours, 3, [0, 8], score, path, 1e9), agent))
+        else:
+            results.append((*pgd.run(agent, rows, sources(ensemble, fraction), 3, [0, 8], score), agent))
+    assert asked == 2 * [("r", 1), ("b", 2), ("w", 2), ("r", 2)]
+    assert_same(*results[:2])
+    assert_same(*results[2:])
+    assert not torch.equal(results[0][0][-1, 1:], results[2][0][-1, 1:])
 
 
 # Evaluation

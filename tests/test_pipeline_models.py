@@ -119,7 +119,7 @@ def test_an_interrupted_training_goes_on(runs, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(edm, "train", lambda *a, report: train(*a, report=lambda step, losses: steps.append(step)))
         resumed, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
-    assert steps == [3, 4]
+    assert steps == [4]  # what was raised by the report of a step did not lose it
     (file,) = kept(runs)  # the checkpoint is gone
     (runs / file).unlink()
     assert_same(resumed, pipeline.load_denoiser(dataset(), settings(), CPU)[0])
@@ -211,6 +211,32 @@ def test_an_interrupted_training_of_the_world_model_goes_on(runs, monkeypatch):
     (file,) = kept(runs)  # the checkpoint is gone
     (runs / file).unlink()
     assert_same(resumed, pipeline.load_world_model(dataset(), model_settings(), CPU)[0])
+
+
+@pytest.mark.parametrize("load, given", [("load_denoiser", settings), ("load_world_model", model_settings)])
+def test_killed_while_it_is_saved_nothing_is_trained_again(load, given, runs, monkeypatch):
+    steps, save = [], store.save
+    module = edm if load == "load_denoiser" else worldmodel
+    train = module.train
+
+    def killed(path, tensors, card):
+        if path.parent.name != "checkpoints":
+            raise KeyboardInterrupt
+        save(path, tensors, card)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "train", lambda *a, report: train(*a, save_every=0.0, report=report))
+        patch.setattr(store, "save", killed)
+        getattr(pipeline, load)(dataset(), given(), CPU)
+    (checkpoint,) = kept(runs)
+    assert checkpoint.startswith("checkpoints/")
+    last = store.load(runs / checkpoint)[1]["step"]
+    monkeypatch.setattr(module, "train", lambda *a, report: train(*a, report=lambda step, losses: steps.append(step)))
+    resumed = getattr(pipeline, load)(dataset(), given(), CPU)[0]
+    assert last > 1 and steps == [*range(last + 1, len(steps) + last + 1)] and len(steps) <= 1
+    (file,) = kept(runs)  # the checkpoint is gone
+    (runs / file).unlink()
+    assert_same(resumed, getattr(pipeline, load)(dataset(), given(), CPU)[0])
 
 
 def test_a_world_model_lies_on_the_device_that_was_asked_for(runs):

@@ -81,7 +81,7 @@ def median(panel):
     """The trajectory in the middle of those that have an error."""
     error = panel.view.here.measures["normalised"].tolist()
     finite = sorted(e for e in error if e == e)
-    assert len(finite) % 2 == 1 and len(finite) < len(error)
+    assert 1 < len(finite) < len(error)
     return error.index(finite[len(finite) // 2])
 
 

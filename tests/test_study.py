@@ -14,7 +14,22 @@ import torch
 from conftest import cut, kept, replay, smooth
 from torch import nn
 
-from pgdlib import adroit, calibrate, collect, data, dynamics, guidance, metrics, params, pipeline, sampler, store, study
+from pgdlib import (
+    adroit,
+    budget,
+    calibrate,
+    collect,
+    data,
+    dynamics,
+    edm,
+    guidance,
+    metrics,
+    params,
+    pipeline,
+    sampler,
+    store,
+    study,
+)
 from pgdlib.guidance import RULES
 from pgdlib.policies import GaussianPolicy
 from pgdlib.synthetic import WARMED
@@ -103,12 +118,17 @@ def seen_by(lab, *arguments, **named):
 # Drawing
 
 
+def noise_of(seed, n):
+    """Where the noise of n trajectories comes from, of one block."""
+    return [(edm.seeded("cpu", 5_000_000 + seed, 0), n)]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_without_a_weight_every_rule_draws_what_the_sampler_does(lab, solver):
     lab = lab(solver=solver, churn=2.0 * (solver == "heun"))
     for named in ({}, dict(n=3, seed=0), dict(n=2, seed=8, units="raw", warmup=0, on="noised")):
-        noise = torch.Generator().manual_seed(named.get("seed", 3))
         shape = named.get("n", 6), 10, 71
+        noise = noise_of(named.get("seed", 3), shape[0])
         expected, _ = sampler.sample(lab.denoiser, shape, 6, lab.p.churn, noise, None, solver=solver)
         for rule in RULES:
             x, diverged = lab.draw(rule, 0.0, **named)
@@ -128,7 +148,7 @@ def test_a_drawing_is_the_samplers_with_that_guide(lab, dataset, rule, transform
     }
     for named, (policy, warmup, units, on, seed) in calls.items():
         guide = guidance.Guide(rule, policy, lab.normaliser, 0.3, 6, warmup if rule in WARMED else 0, units, on)
-        noise = torch.Generator().manual_seed(seed)
+        noise = noise_of(seed, 6)
         expected = sampler.sample(lab.denoiser, (6, 10, 71), 6, 2.0, noise, guide)
         found = lab.draw(rule, 0.3, **dict(named))
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
@@ -482,6 +502,77 @@ def test_an_interrupted_sweep_goes_on(lab, runs, monkeypatch):
     assert drawn == [2.0, 3.0]
 
 
+# In chunks
+
+
+def test_chunks_change_a_drawing_by_rounding_alone(lab, dataset, monkeypatch):
+    """With a network in float64, for every rule."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = edm.Denoiser(10, 8, 2)
+    model.normaliser = Ideal(dataset).normaliser
+    monkeypatch.setattr(edm, "has_bfloat16", lambda device: False)
+    whole = lab(denoiser=model, samples=40)
+    cut_up = lab(denoiser=model, samples=40)
+    monkeypatch.setattr(cut_up, "most", lambda n: 32)
+    for rule in RULES:
+        (x, diverged), (y, diverged_too) = (each.draw(rule, 0.1) for each in (whole, cut_up))
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+        assert torch.equal(diverged, diverged_too)
+
+
+def test_a_killed_point_goes_on_to_the_same(lab, runs, monkeypatch):
+    """Whatever chunks would be chosen now: those that are there say how it was begun."""
+    monkeypatch.setattr(study.Study, "most", lambda lab, n: 32)
+    expected = lab(samples=100).draw("explicit", 0.2)
+
+    def killed(x, denoised, sigma, done):
+        if done > 0.4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab(samples=100).point("explicit", 0.2, killed)
+    (part,) = kept(runs)
+    assert part.startswith("checkpoints/point-standin-toy-ci-explicit-natural-") and part.endswith("-0.2/0-32.safetensors")
+    assert lab(samples=100).status("explicit", [0.2]) == ([], [0.0, 0.2], set())
+    monkeypatch.setattr(study.Study, "most", lambda lab, n: 64)
+    shares = []
+    point = lab(samples=100).point("explicit", 0.2, lambda x, denoised, sigma, done: shares.append(done))
+    assert torch.equal(point.x, expected[0]) and len(shares) == 33 and shares[-1] == 1.0
+    assert len(kept(runs)) == 1 and kept(runs)[0].startswith("sweeps/") and not list((runs / "checkpoints").iterdir())
+
+
+def test_a_killed_calibration_goes_on_to_the_same(lab, runs, monkeypatch):
+    """The draws that were over are not repeated, and nothing of them stays."""
+    monkeypatch.setattr(study.Study, "most", lambda lab, n: 32)
+    mine = dict(scale="quick", solver="multistep", churn=0.0, warmup=0)
+    expected, seen = lab(**mine).calibrate("explicit", 0.03, 0.3), []
+    assert kept(runs) == []
+
+    def killed(*given):
+        seen.append(given[-1])
+        if len(seen) == 40:  # of 12 for each draw of 64, in two chunks
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab(**mine).calibrate("explicit", 0.03, 0.3, killed)
+    assert len(kept(runs)) == 6 and all(f.startswith("checkpoints/calibration-standin-toy-quick") for f in kept(runs))
+    again = []
+    found = lab(**mine).calibrate("explicit", 0.03, 0.3, lambda *given: again.append(given[-1]))
+    assert found == expected and kept(runs) == []
+    whole = sum(6 * math.ceil(n / 32) for _, n, *_ in expected.trace)
+    assert len(again) == whole - 36
+
+
+def test_how_many_at_once_is_found_once(lab, monkeypatch):
+    asked = []
+    monkeypatch.setattr(budget, "most", lambda *given: asked.append(given[1:]) or 32)
+    mine = lab(samples=33)
+    mine.draw("explicit", 0.1)
+    mine.draw("smoothed", 0.1)
+    assert asked == [(33, 10, 11, torch.device("cpu"))] and mine.most(40) == 32 and len(asked) == 2
+
+
 # Limits and grids
 
 
@@ -523,7 +614,7 @@ def test_calibration_meets_the_policys_own_likelihood(lab, monkeypatch, scale, t
     """On noise of its own: that of no sweep. At ci scale to 20%, whatever is asked."""
     lab = lab(scale=scale, solver="multistep", churn=0.0, warmup=0)
     seeds, asked, draw, find = [], [], lab.draw, calibrate.calibrate
-    monkeypatch.setattr(lab, "draw", lambda rule, lam, n, seed: seeds.append(seed) or draw(rule, lam, n, seed))
+    monkeypatch.setattr(lab, "draw", lambda rule, lam, n, seed, **k: seeds.append(seed) or draw(rule, lam, n, seed))
     monkeypatch.setattr(
         calibrate, "calibrate", lambda f, target, given, **k: asked.append(given) or find(f, target, given, **k)
     )

@@ -336,14 +336,14 @@ def train_in(job, runs, until, save_every=120.0):
     return made, kept(runs)
 
 
-@pytest.mark.parametrize("save_every, left", [(120.0, 0), (0.0, 1)])
-def test_a_cancelled_training_leaves_no_model_and_goes_on_later(runs, save_every, left):
+@pytest.mark.parametrize("save_every", [120.0, 0.0])
+def test_a_cancelled_training_leaves_no_model_and_goes_on_later(runs, save_every):
     expected, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
     (runs / kept(runs)[0]).unlink()
     job = widgets.Job()
     made, files = train_in(job, runs, 0.75, save_every)
     assert not made and job.line.value == "cancelled"
-    assert len(files) == left and all(name.startswith("checkpoints/") for name in files)
+    assert [name.split("/")[0] for name in files] == ["checkpoints"]
     (made,), (file,) = train_in(job, runs, 2.0)
     assert_same(made, expected)
     assert file.startswith("denoisers/")
