@@ -2,8 +2,7 @@
 PYTHON ?= python3
 SCALE ?= quick
 WORKERS ?= 2
-# 04 comes last: it gathers the verdicts of the others.
-NOTEBOOKS ?= 01_data 02_diffusion 03_ppo_guide 06_world_model 05_iql_benchmark 04_guidance
+NOTEBOOKS ?=
 
 BIN := .venv/bin
 # torch is demanded at its exact version in the same pip call as everything else: a looser demand could fetch another
@@ -27,16 +26,8 @@ help:  ## this list
 	$(BIN)/pip install -q -c constraints.txt $(TORCH) -e '.[dev]'
 	@touch $@
 
-# `quick` is every notebook's default, so nothing is injected then and the run can be promoted by `make notebooks`.
 paper: .venv/.installed  ## the main job: run all notebooks (SCALE=quick) into runs/notebooks/
-	@mkdir -p runs/notebooks; start=$$(date +%s); \
-	for name in $(NOTEBOOKS); do \
-	  echo "== $$name, scale $(SCALE)"; begin=$$(date +%s); \
-	  $(BIN)/papermill -k python3 $(if $(filter-out quick,$(SCALE)),-p scale $(SCALE)) \
-	    notebooks/$$name.ipynb runs/notebooks/$$name.ipynb || { echo "== $$name FAILED, see runs/notebooks/$$name.ipynb" >&2; exit 1; }; \
-	  echo "== $$name took $$(( $$(date +%s) - begin )) s"; \
-	done; \
-	echo "== all notebooks took $$(( $$(date +%s) - start )) s; figures are in runs/figures/$(SCALE)/"
+	$(BIN)/python tools/paper.py --scale $(SCALE) $(NOTEBOOKS)
 
 lint: .venv/.installed  ## ruff, check and format
 	$(BIN)/ruff check .
