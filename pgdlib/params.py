@@ -21,10 +21,10 @@ SETTINGS = {
     # training (Table 3)
     "train_steps": dict(ci=60, quick=10_000, paper=None),
     "epochs": dict(ci=None, quick=None, paper=512),  # of the data's steps, where train_steps is None
-    "passes": dict(ci=16, quick=16, paper=None),  # over all windows at most: on human's 5,000 steps more of them overfit
+    "passes": dict(ci=16, quick=8, paper=None),  # over all windows at most: on human's 5,000 steps more of them overfit
     "batch_size": dict(ci=16, quick=32, paper=16),
     "learning_rate": dict(ci=1e-3, quick=2e-3, paper=1e-3),
-    # the world model that the paper argues against; at quick about the denoiser's training time
+    # the world model that the paper argues against; at quick half the denoiser's training time
     "model_steps": dict(ci=60, quick=12_000, paper=200_000),
     "model_passes": dict(ci=80, quick=80, paper=None),
     "long": dict(ci=16, quick=64, paper=128),  # length of the trajectories compared with it
