@@ -204,6 +204,8 @@ def denoising(films, step, title, action=0):
     fig = Figure(figsize=(11, 5.2), layout="constrained")
     axes = fig.subplots(2, len(films), sharex=True, sharey="row", height_ratios=(1.5, 1), squeeze=False)
     groups = {name: s for name, s in adroit.OBS_SLICES.items() if s.stop <= 36}  # the rest is the target, and differences
+    # Away from the policy's mean, and in the same place at every step.
+    room = "lower left" if np.mean([film.means[..., action].mean() for film in films.values()]) > 0 else "upper left"
     for (name, film), (above, below), colour in zip(films.items(), axes.T, cycle((DATA, MODEL, GUIDED))):
         sigma = film.sigma[step]
         states = film.noised[step][:, :36].T / np.sqrt(1 + sigma**2)
@@ -213,7 +215,7 @@ def denoising(films, step, title, action=0):
         below.plot(film.actions[step][:, action], color=colour, marker=".", label="denoised action")
         below.plot(film.means[step][:, action], color="black", linestyle=":", label="the policy's mean there")
         below.set(xlabel="step of the trajectory", ylim=(-1.6, 1.6))
-        below.legend(fontsize="x-small", loc="upper left", ncols=2)
+        below.legend(fontsize="x-small", loc=room, ncols=2)
     axes[1, 0].set_ylabel(f"action {action}")
     fig.colorbar(image, ax=axes[0], label="state (std)", shrink=0.9)
     fig.suptitle(title, fontsize="medium")

@@ -1,6 +1,7 @@
 """What the widgets show holds the numbers it is made of: each point, each mean, each step, and the words around them."""
 
 import copy
+import dataclasses
 import io
 import math
 import re
@@ -536,6 +537,17 @@ def test_denoising_shows_one_step_of_each_film(count, step, action):
         "pen angular velocity": 30,
         "pen axis": 33,
     }
+
+
+def test_the_legend_of_denoising_keeps_away_from_the_policys_mean():
+    for level, low in ((1.0, True), (-1.0, False)):
+        film = dataclasses.replace(FILMS["unguided"], means=np.full_like(FILMS["unguided"].means, level))
+        for step in (0, 4):  # the same at every step
+            fig = denoising({"unguided": film}, step, TITLE)
+            fig.draw_without_rendering()
+            below = fig.axes[1]
+            box = below.get_legend().get_window_extent().transformed(below.transData.inverted())
+            assert (box.y1 < 0) if low else (box.y0 > 0)
 
 
 @pytest.mark.parametrize("count, steps", [(1, [0, 2, 4]), (2, np.array([0, 4])), (3, [3])])
