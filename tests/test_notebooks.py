@@ -333,7 +333,7 @@ def test_04_shows_figures_where_nobody_can_move_its_panels(run, tmp_path):
 @named("04 alone")
 def test_04_makes_what_it_misses(run):
     folders = {f.relative_to(run.artifacts).parts[0] for f in run.files()}
-    assert folders == {"minari", "data", "denoisers", "figures", "results"}
+    assert folders == {"minari", "data", "denoisers", "sweeps", "figures", "results"}
     assert len(run.files("denoisers/*")) == 1
 
 
