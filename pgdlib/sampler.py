@@ -92,7 +92,18 @@ def chunks(n, most):
 
 
 def draw(
-    denoise, shape, steps, churn, seed, guide=None, device="cpu", solver="heun", most=None, parts=None, watch=None, **dtype
+    denoise,
+    shape,
+    steps,
+    churn,
+    seed,
+    guide=None,
+    device="cpu",
+    solver="heun",
+    most=None,
+    parts=None,
+    watch=None,
+    dtype=torch.float32,
 ):
     """`sample`, at most `most` trajectories at once (None: all), each block with noise of its own, from `seed` and its number.
 
@@ -115,7 +126,7 @@ def draw(
         noise = [(seeded(device, 5_000_000 + seed, number), size) for number, size in blocks]
         some = sum(size for _, size in blocks), *shape[1:]
         asked = denoise if watch is None else watched
-        return sample(asked, some, steps, churn, noise, guide, device, solver=solver, **dtype)
+        return sample(asked, some, steps, churn, noise, guide, device, dtype, solver)
 
     plan = chunks(n, most or n)
     for blocks in plan:
