@@ -30,11 +30,6 @@ def training(batch, length, features, blocks=2, kernel=3):
     return 3 * denoiser(batch, length, features, blocks, kernel) - first
 
 
-def sampler(steps):
-    """Evaluations of the denoiser in `steps` steps of Heun's method."""
-    return 2 * steps - 1
-
-
 def policy(rows, hidden):
     """One evaluation of a policy's network with `hidden` layers at `rows` observations."""
     return sum(_layers(rows, [OBS_DIM, *hidden, ACTION_DIM]))

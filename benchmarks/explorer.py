@@ -9,14 +9,11 @@ import argparse
 import itertools
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from nbformat import write
-from nbformat.v4 import new_code_cell, new_notebook
 
 from pgdlib import params, plots, plots_explorer, shelf, store, study, widgets
 
@@ -54,18 +51,9 @@ def seconds(work, rounds):
 def moves(scale, n):
     """Yield (what is moved to, the ms of `n` moves of the slider)."""
     sys.path.append(str(ROOT / "tests"))
-    from browser import lab, notebooks
+    from browser import one_cell
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        lab(folder, {"PGD_RUNS": store.root()}) as server,
-        notebooks(*server) as open_path,
-    ):
-        cell = new_code_cell(CELL.format(scale=scale, settings=SETTINGS))
-        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-        write(new_notebook(cells=[cell], metadata={"kernelspec": kernel}), Path(folder, "explorer.ipynb"))
-        notebook = open_path("explorer.ipynb")
-        notebook.run_all(600)
+    with one_cell(CELL.format(scale=scale, settings=SETTINGS), {"PGD_RUNS": store.root()}) as notebook:
         notebook.execute("widgets.live = lambda: False")  # from now on nothing is drawn ahead
         notebook.page.evaluate(CLOCK)
         handle = notebook.page.locator(".pgd-lam .noUi-handle")

@@ -105,7 +105,7 @@ def guided(bench):
     ours, plain = sampling(bench.device, **SAMPLED)
     n, length, steps = (SAMPLED[k] for k in ("trajectories", "length", "steps"))
     guides = (steps - SAMPLED["warmup"]) * counts.policy(n * length, [256, 256])
-    work = counts.sampler(steps) * counts.denoiser(n, length, SAMPLED["width"], levels=1) + guides
+    work = sampler.evaluations("heun", steps) * counts.denoiser(n, length, SAMPLED["width"], levels=1) + guides
     for number, (precision, context) in enumerate(timing.precisions(bench.device).items()):
         size = f"width {SAMPLED['width']}, {n} x {length}, {steps} steps, {precision}"
         target = dict(target=2.5) if number == 0 else {}

@@ -17,6 +17,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import sync_playwright
 
 SETTINGS = {
@@ -97,6 +99,18 @@ def notebooks(url, token, screenshots=None, size=(1280, 900)):
     how = dict(executable_path=find_chromium() or "chromium", args=arguments)
     with sync_playwright() as playwright, playwright.chromium.launch(**how) as browser:
         yield lambda path: Notebook(browser.new_page(viewport=viewport), address.format(path), screenshots)
+
+
+@contextlib.contextmanager
+def one_cell(source, env=None, size=(1280, 900), timeout=600):
+    """The `Notebook` whose only cell is `source`, in a JupyterLab of its own, after it has run (`timeout` s at most)."""
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    with tempfile.TemporaryDirectory() as folder:
+        nbformat.write(new_notebook(cells=[new_code_cell(source)], metadata={"kernelspec": kernel}), Path(folder, "cell.ipynb"))
+        with lab(folder, env) as server, notebooks(*server, size=size) as open_path:
+            notebook = open_path("cell.ipynb")
+            notebook.run_all(timeout)
+            yield notebook
 
 
 class Notebook:

@@ -4,11 +4,7 @@ It shows the sweep of notebook 04 that is in runs/, and needs a Chromium. -> fig
 """
 
 import sys
-import tempfile
 from pathlib import Path
-
-from nbformat import write
-from nbformat.v4 import new_code_cell, new_notebook
 
 from pgdlib import store
 
@@ -26,17 +22,9 @@ panel.widget
 
 def main():
     sys.path.append(str(ROOT / "tests"))
-    from browser import lab, notebooks
+    from browser import one_cell
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        lab(folder, {"PGD_RUNS": store.root()}) as server,
-        notebooks(*server, size=(1440, 1000)) as open_path,
-    ):
-        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-        write(new_notebook(cells=[new_code_cell(CELL)], metadata={"kernelspec": kernel}), Path(folder, "explorer.ipynb"))
-        notebook = open_path("explorer.ipynb")
-        notebook.run_all(600)
+    with one_cell(CELL, {"PGD_RUNS": store.root()}, (1440, 1000)) as notebook:
         notebook.wait_for("document.querySelector('.pgd-curve')?.naturalWidth > 0")
         notebook.page.locator(".pgd-explorer").screenshot(path=ROOT / "figures/explorer.png")
     print("figures/explorer.png")
