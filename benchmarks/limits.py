@@ -50,10 +50,10 @@ class Limits:
         x, w, bias = (self._random(kind, *shape) for shape in ((5, 512, 256), (5, 256, 256), (5, 1, 256)))
         self._one(kind, "baddbmm 5 x 512x256x256", lambda: torch.baddbmm(bias, x, w), 5 * counts.matmul(512, 256, 256))
         self._product(kind, 256 * 64, 3 * 64, 64)  # a convolution of the sampler, unfolded
-        self._product(kind, 4 * 64, 3 * 1024, 1024)  # and of the paper's denoiser, the same as the next
-        y, kernel = self._random(kind, 4, 1024, 64), self._random(kind, 1024, 1024, 3)
-        work = counts.matmul(4 * 64, 3 * 1024, 1024)
-        self._one(kind, "conv1d 1024, 4 x 64 steps", lambda: torch.conv1d(y, kernel, padding=1), work)
+        self._product(kind, 16 * 128, 3 * 1024, 1024)  # and of the paper's denoiser, the same as the next
+        y, kernel = self._random(kind, 16, 1024, 128), self._random(kind, 1024, 1024, 3)
+        work = counts.matmul(16 * 128, 3 * 1024, 1024)
+        self._one(kind, "conv1d 1024, 16 x 128 steps", lambda: torch.conv1d(y, kernel, padding=1), work)
 
     def _product(self, kind, m, k, n):
         a, b = self._random(kind, m, k), self._random(kind, k, n)

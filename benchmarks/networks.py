@@ -9,7 +9,7 @@ from benchmarks import baselines, counts, stacked_seeds, timing
 from benchmarks.limits import Limits
 from pgdlib import data, edm, guidance, pipeline, sampler
 
-DENOISERS = ((64, 64, 64), (128, 64, 32), (1024, 4, 64))  # width, trajectories, length
+DENOISERS = ((64, 64, 64), (128, 64, 32), (1024, 16, 128))  # width, trajectories, length; the last as the paper trains
 SAMPLED = dict(width=64, trajectories=256, length=64, steps=6, warmup=1, churn=2.5, lam=0.3)
 WIDTH, BATCH = 256, 512  # of IQL: the paper's sizes
 SEEDS = 1, 5, 20

@@ -1,14 +1,14 @@
-"""The pipeline in slices, for a machine that is lent for minutes: data, training, Figure 1, the fronts of the rules, claims.
+"""The pipeline in slices, for a machine that is lent for minutes: data, training, Figure 1, fronts, claims, Table 1.
 
-python benchmarks/paper_scale.py --minutes 9 --scale paper [--out runs/paper_scale] [--features 512 ...]
+python -m benchmarks.paper_scale --minutes 9 --scale paper [--out runs/paper_scale] [--features 512 ...]
 
 Each call goes on where the last one stopped, in runs/, and ends after about so many minutes; the exit status is 0 when all is
 done, 3 when more is left. `--out` gets what is known by then: figures, their tables, and card.json. Data are collected in one
-go, minutes at paper scale.
+go, minutes at paper scale. Table 1 comes last, for `--seeds` agents of each row (0: not at all) and without the world model,
+so C6, which needs one, is left to notebook 06.
 """
 
 import json
-import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from pgdlib import adroit, budget, claims, data, edm, guidance, params, pipeline, plots, plots_guidance, store, study, train
+from benchmarks import paper_results
+from pgdlib import budget, guidance, params, pipeline, plots, store, study, train
 
 FIGURE_1 = [0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 3.0]  # and 0
 RULES = {
@@ -33,10 +33,12 @@ RULES = {
     "guide": params.text(),
     "units": params.one_of("natural", "raw"),
     "lams": params.numbers(0),
-    **params.optional_settings("solver steps warmup churn samples"),
+    "seeds": params.integer(0, 1000),
+    **params.optional_settings("solver steps warmup churn samples agent_steps hidden resample_every windows test_episodes"),
+    **params.optional_settings("draw_solver draw_steps draw_warmup draw_churn"),
 }
 GIVEN = {**train.GIVEN, "scale": "paper", "minutes": 9, "out": "runs/paper_scale", "rule": "annealed"}
-GIVEN |= {"guide": "shipped", "units": "natural", "lams": FIGURE_1}
+GIVEN |= {"guide": "shipped", "units": "natural", "lams": FIGURE_1, "seeds": 5}
 LARGEST = 16 * 2**20  # bytes of a file in `--out`
 MORE_LEFT = 3
 
@@ -116,7 +118,7 @@ def run(part):
         denoiser, losses = pipeline.load_denoiser(dataset, p, device, part.bar)
     lab = study.Study(dataset, denoiser, policy.to(device), p, device)
     if not (part.out / "losses.csv").exists() or part.card["slices"] == 1:
-        show_training(part, lab, losses.numpy())
+        paper_results.show_training(part, lab, losses.numpy())
 
     plan = {"explicit": sorted({0.0, *map(float, p.lams)}), **{r: lab.grid(r) for r in study.GRIDS if r != "explicit"}}
     missing = {rule: set(lab.status(rule, lams)[1]) & set(lams) for rule, lams in plan.items()}
@@ -132,88 +134,21 @@ def run(part):
         finally:
             if missing[rule] and len(points[rule]) > 1:
                 part.save(f"sweep_{rule}", table=study.summary(points[rule]))
-                show_figure_1(part, lab, points["explicit"])
-                show_fronts(part, lab, points)
+                paper_results.show_figure_1(part, lab, points["explicit"])
+                paper_results.show_fronts(part, lab, points)
     with part.stage("calibration"):
         for rule, tolerance, start in (("explicit", 0.05, 0.1), (p.rule, 0.02, 0.3)):
             if rule not in part.card["calibrated"]:
                 part.card["calibrated"][rule] = lab.calibrate(rule, tolerance, start, part.check).lam
     with part.stage("claims"):
-        judge(part, lab, points["explicit"])
+        verdicts = paper_results.judge(part, lab, points["explicit"])
+        verdicts += [paper_results.likely(lab, points["explicit"][0.0]), paper_results.states(part, lab)]
+        paper_results.publish(part, lab, verdicts)
+    if p.seeds:
+        with part.stage("Table 1"):
+            paper_results.publish(part, lab, [*verdicts, *paper_results.table_1(part, lab)])
     part.card["complete"] = True
     part.write()
-
-
-def show_training(part, lab, losses):
-    """The losses of training, and by noise level on both sides of the data."""
-    sigmas = torch.logspace(-2.3, 1.5, 10)
-    sides = [data.Windows(side, lab.normaliser, lab.p.horizon, lab.device) for side in (lab.train, lab.val)]
-    curves = [edm.validation_loss(lab.denoiser, w, sigmas, 128, lab.p.seed).cpu().numpy() for w in sides]
-    fig = plots.training(losses, sigmas.numpy(), *curves, f"denoiser on {lab.dataset.label}, scale {lab.p.scale}")
-    part.save("training", fig, {"sigma": sigmas.numpy(), "training": curves[0], "validation": curves[1]})
-    thinned = np.array_split(losses, min(len(losses), 1000))
-    part.save("losses", table={"step": np.cumsum([len(v) for v in thinned]), "loss": [v.mean() for v in thinned]})
-
-
-def show_figure_1(part, lab, sweep):
-    """Figure 1 of the paper's rule, with the clouds of λ = 0 and of the calibrated λ, before that of the likeliest one."""
-    frame = study.summary(sweep)
-    best = part.card["calibrated"].get("explicit", float(frame.lam[frame["log_likelihood.mean"].idxmax()]))
-    clouds = {lam: sweep[lam].measures for lam in sorted({0.0, best}) if lam in sweep}
-    title = f"Figure 1 on {lab.dataset.label}: explicit rule, scale {lab.p.scale}"
-    floors = {e: lab.floor[e] for e in ("normalised", "appendix_b")}
-    part.save("figure1", plots_guidance.figure_1(clouds, frame, floors, lab.on_policy, title, lab.limit))
-
-
-def show_fronts(part, lab, points):
-    """Error against likelihood of the rules of which points are there, if there are two."""
-    names = ("log_likelihood.mean", "normalised.mean", "normalised.low", "normalised.high")
-    frames = {rule: study.summary(each) for rule, each in points.items() if len(each) > 1}
-    if len(frames) < 2:
-        return
-    curves = {rule: tuple(f[c].to_numpy()[1:] for c in names) for rule, f in frames.items()}
-    zero = tuple(frames["explicit"].loc[0, list(names[:2])])
-    ours = lab.p.rule if lab.p.rule in curves else "explicit"
-    title = f"Fronts of the rules on {lab.dataset.label}: {lab.p.samples} trajectories a point, scale {lab.p.scale}"
-    part.save("fronts", plots_guidance.fronts(curves, zero, lab.on_policy, ours, title))
-
-
-def judge(part, lab, sweep):
-    """The claims C1 to C3, C5 and C7, as notebook 04 judges them; C8 and C9 need what only the notebooks have."""
-    p, weights = lab.p, part.card["calibrated"]
-    zero, at, own = (
-        lab.point(*key, part.check).measures
-        for key in (("explicit", 0.0), ("explicit", weights["explicit"]), (p.rule, weights[p.rule]))
-    )
-    sweep = {lam: lab.point("explicit", lam, part.check) for lam in sorted({*sweep, weights["explicit"]})}
-    frame = study.summary(sweep)
-    part.save("sweep_explicit", table=frame)
-    show_figure_1(part, lab, sweep)
-    parts = store.root() / "checkpoints" / f"no-warmup-{store.key(**part.card['settings'])}"
-    pair = [
-        lab.judge(*lab.draw("explicit", weights["explicit"], warmup=n, watch=part.check, parts=parts / str(n)))
-        for n in (p.warmup, 0)
-    ]
-    shutil.rmtree(parts, ignore_errors=True)
-    noise = np.random.default_rng(p.seed)
-    returns = adroit.rollout(lab.policy.act(), 200, noise, adroit.D4RL_HORIZON).d4rl_returns
-    raised = claims.likelihood_raised(zero["log_likelihood"], at["log_likelihood"], lab.on_policy)
-    kept = claims.error_not_raised(zero["normalised"], at["normalised"], "the paper's rule, state reconstructed")
-    measured = [[point.measures[k] for point in sweep.values()] for k in ("log_likelihood", "normalised")]
-    verdicts = [
-        raised,
-        kept,
-        claims.error_not_raised(zero["appendix_b"], at["appendix_b"], "the paper's rule, Appendix B"),
-        claims.error_not_raised(zero["normalised"], own["normalised"], f"{p.rule} rule, state reconstructed"),
-        claims.threshold(list(sweep), *measured, [point.counts["diverged"] / p.samples for point in sweep.values()]),
-        claims.warmup_cures(*(v["normalised"] for v, _ in pair), [counts["diverged"] / p.samples for _, counts in pair]),
-        claims.better_guide(returns, lab.dataset.data.returns().numpy(), raised, kept),
-    ]
-    claims.record(verdicts, lab.dataset.label, lab.dataset.slug, p.scale)
-    part.card["claims"] = [
-        {"id": c.id, "measure": c.measure, "effect": claims.effect(c), "verdict": c.verdict} for c in verdicts
-    ]
-    part.save("claims", table=part.card["claims"])
 
 
 def main(arguments=None):

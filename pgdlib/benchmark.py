@@ -69,11 +69,12 @@ class Result:
         return np.where(self.diverged_at < 0, self.returns.mean(1), np.nan)
 
 
-def train(kind, make_agent, rows, seeds, sources, p, device, inputs):
+def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tqdm):
     """The `Result` of `make_agent(seeds)` on all rows and seeds; kept in runs/agents/, made if missing.
 
     `kind` names the agent, `inputs` (plain JSON values) what the sources rest on. `p` has the settings of the benchmark
-    (`params.SETTINGS`: agent_*, hidden, polyak, resample_every, windows, draw_*, curve_*, test_episodes).
+    (`params.SETTINGS`: agent_*, hidden, polyak, resample_every, windows, draw_*, curve_*, test_episodes). `progress` makes the
+    bar, as tqdm does; what its update raises ends the training, which goes on from there with the next call.
     """
     settings = {k: v for k, v in vars(p).items() if k.startswith(("agent_", "draw_", "curve_", "test_")) or k in SETTINGS}
     inputs = dict(inputs, kind=kind, rows=[(r.source, r.rule, r.lam) for r in rows], seeds=list(seeds), settings=settings)
@@ -84,7 +85,7 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs):
 
     def make():
         learner = Learner(make_agent(stack).to(device), stack, p.agent_steps, p.agent_batch, p.agent_rate)
-        with tqdm(total=p.agent_steps, desc=f"training {len(stack)} agents ({kind})", mininterval=5) as bar:
+        with progress(total=p.agent_steps, desc=f"training {len(stack)} agents ({kind})", mininterval=5) as bar:
             curve, facts = pgd.run(
                 learner,
                 rows,

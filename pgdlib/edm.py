@@ -44,7 +44,7 @@ class Denoiser(nn.Module):
         c_noise = sigma.log() / 4
         low = has_bfloat16(x.device) and x.dtype == torch.float32
         out = self.net((c_in * x).to(torch.bfloat16 if low else x.dtype), c_noise)
-        return torch.addcmul(c_skip * x, c_out, out.to(x.dtype))
+        return (c_out * out).add_(c_skip * x)  # several times faster than addcmul with factors that are broadcast
 
 
 @cache

@@ -33,7 +33,7 @@ SETTINGS = {
     "steps": dict(ci=8, quick=32, paper=400),
     "warmup": dict(ci=2, quick=5, paper=64),  # steps without guidance, at the highest noise
     "churn": dict(ci=1.6, quick=13.2, paper=80.0),
-    "samples": dict(ci=8, quick=256, paper=1024),  # trajectories for each λ
+    "samples": dict(ci=8, quick=192, paper=1024),  # trajectories for each λ
     # the agents of the benchmark (IQL: Table 4); at quick fewer steps with faster targets
     "agent_steps": dict(ci=40, quick=4_000, paper=50_000),
     "real_steps": dict(ci=None, quick=None, paper=1_000_000),  # one more row on real data, as long as published results
@@ -49,8 +49,8 @@ SETTINGS = {
     "draw_warmup": dict(ci=2, quick=3, paper=64),
     "draw_churn": dict(ci=0.0, quick=0.0, paper=80.0),
     "curve_points": dict(ci=2, quick=4, paper=10),
-    "curve_episodes": dict(ci=2, quick=20, paper=50),  # for each agent at each point
-    "test_episodes": dict(ci=4, quick=200, paper=1_000),  # for each agent at the end
+    "curve_episodes": dict(ci=2, quick=12, paper=50),  # for each agent at each point
+    "test_episodes": dict(ci=4, quick=160, paper=1_000),  # for each agent at the end
     # the guide
     "ppo_steps": dict(ci=2_048, quick=5_000_000, paper=5_000_000),  # environment steps, if it is trained anew
     "episodes": dict(ci=20, quick=200, paper=1_000),  # for its return

@@ -43,6 +43,7 @@ class Sources:
     windows: int  # generated for each run, every time
     real_fraction: float
     seeds: list
+    _first: tuple = (None, None)  # which policies they were for, and the data of the first round
 
     def __call__(self, row, policy, round):
         """(packed transitions of each run of `policy`, the `synthetic.Batch` or None) for a round.
@@ -55,8 +56,14 @@ class Sources:
             starts, length = self.real[:, : adroit.OBS_DIM], self.diffusion.denoiser.horizon - 1
             target = self.behaviour if round == 0 else policy
             batch = synthetic.from_world_model(self.world_model, target, starts, self.windows, length, self.seeds, round)
+        elif round == 0:  # runs of one seed start alike, so these are the same for every row
+            if self._first[0] != (start := store.digest(policy.state_dict())):
+                unguided = self.diffusion.generate(policy, row.rule, torch.zeros(policy.runs), self.windows, self.seeds, 0)
+                self._first = start, unguided
+            batch = self._first[1]
         else:
-            lam = torch.zeros(policy.runs) if round == 0 else self.weights(row, policy, round)
+            self._first = None, None
+            lam = self.weights(row, policy, round)
             batch = self.diffusion.generate(policy, row.rule, lam, self.windows, self.seeds, round)
         # A run whose policy is no longer finite gets no data: with NaN it stays marked as diverged, and stops no other.
         made = [d if len(d) else d.new_full((1, d.shape[1]), math.nan) for d in batch.data]

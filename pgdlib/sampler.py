@@ -49,7 +49,8 @@ def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dt
 
     def randn():
         blocks = generator if isinstance(generator, list) else [(generator, shape[0])]
-        return torch.cat([torch.randn((size, *shape[1:]), generator=g, device=device, dtype=dtype) for g, size in blocks])
+        drawn = [torch.randn((size, *shape[1:]), generator=g, device=device, dtype=dtype) for g, size in blocks]
+        return torch.cat(drawn) if len(drawn) > 1 else drawn[0]
 
     sigmas = noise_levels(steps).tolist()
     gamma = min(churn / steps, math.sqrt(2) - 1)

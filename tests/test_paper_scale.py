@@ -11,6 +11,7 @@ from benchmarks import paper_scale
 from pgdlib import store, study
 
 FLAGS = "--scale ci --dataset human --source local --samples 40 --features 8 --train-steps 9 --steps 3 --warmup 1 --lams [1.0]"
+FLAGS += " --seeds 2 --test-episodes 2"
 
 pytestmark = pytest.mark.notebook  # slow
 
@@ -46,24 +47,29 @@ def small(tmp_path, monkeypatch):
 def test_slices_give_what_one_run_gives(small):
     (once, whole), (slices, parts) = small("whole", 10**9), small("parts", 55)
     assert once == [0] and slices[-1] == 0 and len(slices) > 3 and set(slices[:-1]) == {paper_scale.MORE_LEFT}
-    files = [f for f in kept(whole) if f.split("/")[0] in ("sweeps", "denoisers")]
-    assert files == [f for f in kept(parts) if f.split("/")[0] in ("sweeps", "denoisers")] and len(files) > 5
+    files = [f for f in kept(whole) if f.split("/")[0] in ("sweeps", "denoisers", "agents")]
+    assert files == [f for f in kept(parts) if f.split("/")[0] in ("sweeps", "denoisers", "agents")] and len(files) > 5
     for name in files:
         (a, _), (b, _) = (store.load(folder / name) for folder in (whole, parts))
         assert a.keys() == b.keys() and all(torch.equal(v.nan_to_num(), b[k].nan_to_num()) for k, v in a.items()), name
     assert not [f for f in kept(parts) if f.startswith("checkpoints")]
     cards = [json.loads((folder / "out/card.json").read_text()) for folder in (whole, parts)]
-    assert cards[0]["claims"] == cards[1]["claims"] and {c["id"][:2] for c in cards[0]["claims"]} == {
-        "C1",
-        "C2",
-        "C3",
-        "C5",
-        "C7",
-    }
+    assert cards[0]["claims"] == cards[1]["claims"] and [c["id"][:2] for c in cards[0]["claims"]] == [
+        *("C1", "C2", "C2", "C2", "C3", "C5", "C7", "C8", "C9"),
+        *("C4", "C4"),
+    ]
     assert cards[1]["complete"] and cards[1]["slices"] == len(slices) and cards[1]["data"] == "stand-in pen-human"
-    assert {"data", "training", "Figure 1", "front of annealed", "calibration", "claims"} == set(cards[1]["seconds"])
+    assert {"data", "training", "Figure 1", "front of annealed", "calibration", "claims", "Table 1"} == set(cards[1]["seconds"])
     made = {f.name for f in (parts / "out").iterdir()}
-    assert made >= {"figure1.png", "fronts.png", "training.png", "sweep_explicit.csv", "sweep_annealed.csv", "claims.csv"}
+    assert made >= {
+        "figure1.png",
+        "fronts.png",
+        "training.png",
+        "sweep_explicit.csv",
+        "sweep_annealed.csv",
+        "claims.csv",
+        "table1.csv",
+    }
     assert pd.read_csv(parts / "out/sweep_annealed.csv").lam.tolist() == [0.0, 0.1, 0.3]
 
 
