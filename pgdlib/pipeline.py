@@ -55,11 +55,14 @@ def save_guide(path, policy, card):
 
 
 def train_guide(steps, seed):
-    """(policy, card) of a guide trained with PPO for `steps` environment steps; kept in runs/guides/."""
+    """(policy, card) of a guide trained with PPO for `steps` environment steps; kept in runs/guides/.
+
+    If it is stopped, the next call goes on from its checkpoint and loses at most two minutes' work.
+    """
     from pgdlib import ppo
 
     key = store.key(steps=steps, seed=seed, code=store.code_version("adroit", "ppo"))
-    path = store.root() / "guides" / f"ppo-{key}.safetensors"
+    path, checkpoint = (store.root() / folder / f"ppo-{key}.safetensors" for folder in ("guides", "checkpoints"))
 
     def make():
         with tqdm(total=steps, desc="training PPO", unit=" steps", mininterval=5) as bar:
@@ -68,7 +71,7 @@ def train_guide(steps, seed):
                 bar.update(done - bar.n)
                 bar.set_postfix_str(f"return {mean:.0f} ± {se:.0f}")
 
-            model, curve = ppo.train(seed=seed, steps=steps, report=report)
+            model, curve = ppo.train(seed=seed, steps=steps, report=report, checkpoint=checkpoint, say=bar.write)
         with tempfile.TemporaryDirectory() as folder:
             model.save(Path(folder) / "model.zip")
             policy = from_sb3_zip(Path(folder) / "model.zip", adroit.OBS_DIM, adroit.ACTION_DIM)
@@ -76,6 +79,7 @@ def train_guide(steps, seed):
         return policy.state_dict(), {**card, **_evaluation(policy)}
 
     store.artifact(path, make)
+    checkpoint.unlink(missing_ok=True)  # not before the guide is kept
     return load_guide(path)
 
 

@@ -1,6 +1,7 @@
 """Train the guide: Stable-Baselines3 PPO on the D4RL-scale Adroit Pen, in a batch of simulations."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from pgdlib import adroit
+from pgdlib import adroit, store
 
 # Found on this task; the paper does not give its own.
 DEFAULTS = dict(
@@ -69,6 +70,13 @@ class PenVecEnv(VecEnv):
             self._returns[ended], self._lengths[ended] = 0.0, 0
         return obs.astype(np.float32), rewards.astype(np.float32), dones, infos
 
+    def arrays(self):
+        """What the environments keep from step to step, but for their random numbers: name -> array, live, to read or write."""
+        pens = self._batch
+        simulations = pens._batch.state  # of MuJoCo, whole: a simulation is its row, with the warm start of its solver
+        kept = dict(simulations=simulations, targets=pens._target_quat, broken=pens._broken)
+        return {**kept, "returns": self._returns, "lengths": self._lengths}
+
     def close(self):
         pass
 
@@ -110,18 +118,30 @@ class ObservationNormaliser(BaseFeaturesExtractor):
 
 
 class _Progress(BaseCallback):
-    """Between rollouts: update the observation moments (so a rollout and its updates see the same ones), evaluate, report."""
+    """Between rollouts: update the observation moments (so a rollout and its updates see the same ones), save, evaluate."""
 
-    def __init__(self, evaluate_every, report):
+    def __init__(self, evaluate_every, report, checkpoint, save_every, how, say):
         super().__init__()
         self.curve, self._every, self._report = [], evaluate_every, report
+        self._checkpoint, self._save_every, self._how, self._say = checkpoint, save_every, how, say
+        self._seen, self._saved = None, time.monotonic()
+
+    def _on_training_start(self):
+        if self._checkpoint and (found := _find(self._checkpoint, self._how, self._say)):
+            self.curve = _restore(self.model, *found)
+            self.num_timesteps = self.model.num_timesteps
+            for point in self.curve:
+                self._report(*point)
 
     def _on_step(self):
         return True
 
     def _on_rollout_start(self):
-        if self.num_timesteps:
+        if self._seen is not None:  # the moments in a checkpoint have been updated
             self.model.policy.features_extractor.update(self._seen.reshape(-1, adroit.OBS_DIM))
+        if self._checkpoint and time.monotonic() - self._saved >= self._save_every:
+            _save(self._checkpoint, self._how, self.model, self.curve)
+            self._saved = time.monotonic()
         if self.num_timesteps >= len(self.curve) * self._every:
             self._evaluate()
 
@@ -140,10 +160,69 @@ class _Progress(BaseCallback):
         self._report(*self.curve[-1])
 
 
-def train(seed=0, evaluate_every=250_000, report=lambda steps, mean, se: None, **overrides):
+def _save(path, how, model, curve):
+    """Keep a training between two rollouts. What only logs need is not kept, nor the learning rate, which follows the steps."""
+    env, adam = model.env, model.policy.optimizer.state_dict()["state"]
+    tensors = {f"policy.{k}": v.clone() for k, v in model.policy.state_dict().items()}  # clones: some are there twice
+    tensors.update({f"adam.{i}.{k}": v for i, state in adam.items() for k, v in state.items()})
+    arrays = dict(obs=model._last_obs, starts=model._last_episode_starts, curve=np.array(curve, dtype=float).reshape(-1, 3))
+    moments = np.array([env.ret_rms.mean, env.ret_rms.var, env.ret_rms.count])
+    arrays.update(discounted=env.returns, moments=moments, **env.venv.arrays())
+    tensors.update({k: torch.from_numpy(v) for k, v in arrays.items()}, torch=torch.get_rng_state())
+    kind, key, *rest = np.random.get_state()  # noqa: NPY002 (Stable-Baselines3 draws from it)
+    random = dict(numpy=[kind, key.tolist(), *rest], targets=env.venv._rng.bit_generator.state)
+    store.save(path, tensors, dict(how=how, steps=model.num_timesteps, updates=model._n_updates, random=random))
+
+
+def _find(path, how, say):
+    """The (tensors, card) that `_save` kept at `path`; None if there are none, or if they are damaged and were set aside."""
+    try:
+        tensors, card = store.load(path)
+    except FileNotFoundError:
+        return None
+    except store.CorruptArtifact as e:
+        aside = path.with_name(f"{path.name}.{int(time.time())}.damaged")
+        path.rename(aside)
+        say(f"{e}. Set aside as {aside.name}; training begins anew.")
+        return None
+    kept = card.get("how", {})
+    if other := [f"{k}={kept.get(k)!r}, not {v!r}" for k, v in how.items() if store.key(v=kept.get(k)) != store.key(v=v)]:
+        raise ValueError(f"checkpoint {path} is of another training: {', '.join(other)}")
+    say(f"training goes on from checkpoint {path.name}: {card['steps']:,} of {how['steps']:,} steps are done")
+    return tensors, card
+
+
+def _restore(model, tensors, card):
+    """Bring a training that has just begun to where `_save` kept it; its curve."""
+
+    def part(prefix):
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    env, optimiser, adam = model.env, model.policy.optimizer, {}
+    model.policy.load_state_dict(part("policy."))
+    for name, value in part("adam.").items():
+        i, field = name.split(".")
+        adam.setdefault(int(i), {})[field] = value
+    optimiser.load_state_dict({"state": adam, "param_groups": optimiser.state_dict()["param_groups"]})
+    model._last_obs, model._last_episode_starts, env.returns = (tensors[k].numpy() for k in ("obs", "starts", "discounted"))
+    env.ret_rms.mean, env.ret_rms.var, env.ret_rms.count = tensors["moments"].numpy()
+    for name, array in env.venv.arrays().items():
+        array[:] = tensors[name].numpy()
+    model.num_timesteps, model._n_updates = card["steps"], card["updates"]
+    torch.set_rng_state(tensors["torch"])
+    np.random.set_state(card["random"]["numpy"])  # noqa: NPY002
+    env.venv._rng.bit_generator.state = card["random"]["targets"]
+    return [(int(steps), mean, se) for steps, mean, se in tensors["curve"].tolist()]
+
+
+def train(seed=0, evaluate_every=250_000, report=lambda *_: None, checkpoint=None, save_every=60.0, say=print, **overrides):
     """Train PPO; the SB3 model and its learning curve [(steps, mean D4RL-scale return of 64 episodes, standard error)].
 
     `overrides` replace entries of `DEFAULTS`; `report` is called at each point of the curve.
+
+    With a `checkpoint` path, the state is written there between rollouts, `save_every` seconds or a rollout more apart. A run
+    that finds it says so, reports its curve and goes on to the same weights, bit for bit on as many threads, that an
+    uninterrupted run has. A damaged one is set aside; raises ValueError for one of other parameters.
     """
     p = {**DEFAULTS, **overrides}
     env = VecNormalize(PenVecEnv(p["n_envs"], seed), norm_obs=False, norm_reward=True, gamma=p["discount"])
@@ -169,6 +248,7 @@ def train(seed=0, evaluate_every=250_000, report=lambda steps, mean, se: None, *
     rng = np.random.default_rng(seed)
     first = adroit.rollout(lambda obs: rng.uniform(-1, 1, (len(obs), adroit.ACTION_DIM)), 64, rng, adroit.D4RL_HORIZON)
     model.policy.features_extractor.update(first.obs.reshape(-1, adroit.OBS_DIM))
-    progress = _Progress(evaluate_every, report)
+    how = {**p, "seed": seed, "evaluate_every": evaluate_every}
+    progress = _Progress(evaluate_every, report, checkpoint and Path(checkpoint), save_every, how, say)
     model.learn(p["steps"], callback=progress)
     return model, progress.curve

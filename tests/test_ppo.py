@@ -1,11 +1,14 @@
-"""The vectorised environment against gymnasium's, the observation moments against numpy, and a tiny training."""
+"""The vectorised environment against gymnasium's, the observation moments against numpy, a tiny training, and one stopped."""
+
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import cut, kept
 from stable_baselines3.common.vec_env import VecCheckNan, VecNormalize
 
-from pgdlib import adroit, ppo
+from pgdlib import adroit, pipeline, ppo, store
 
 N = 6
 
@@ -122,6 +125,34 @@ def test_stable_baselines3s_wrappers_accept_it():
     env.close()
 
 
+def test_environments_go_on_from_their_arrays():
+    """Mid-episode, one simulation broken, into environments with a past of their own: the same stream, bit for bit."""
+    rng = np.random.default_rng(0)
+    env, other = ppo.PenVecEnv(N, seed=0), ppo.PenVecEnv(N, seed=1)
+    for e, steps in ((env, 70), (other, 15)):
+        e.reset()
+        for t in range(steps):
+            e.step(actions(t, rng))
+    env.step(np.where(np.arange(N)[:, None] == 1, np.nan, actions(0, rng)))
+    assert env.arrays()["broken"].tolist() == [False, True] + [False] * (N - 2)
+    for name, array in env.arrays().items():
+        other.arrays()[name][:] = array
+    other._rng.bit_generator.state = env._rng.bit_generator.state
+    ended = 0
+    for t in range(120):
+        a = actions(t, rng)
+        (*mine, infos), (*theirs, other_infos) = env.step(a), other.step(a)
+        for x, y in zip(mine, theirs):
+            np.testing.assert_array_equal(x, y)
+        for x, y in zip(infos, other_infos):
+            assert x.keys() == y.keys()
+            if x:
+                ended += 1
+                np.testing.assert_array_equal(x["terminal_observation"], y["terminal_observation"])
+                np.testing.assert_equal([x["episode"][k] for k in "rl"], [y["episode"][k] for k in "rl"])
+    assert ended > N
+
+
 def test_moments_are_numpys():
     rng = np.random.default_rng(0)
     scale, shift = rng.uniform(0.01, 20, 45), rng.normal(size=45) * 5
@@ -211,3 +242,177 @@ def test_training_is_deterministic(tiny, short):
     assert curve == tiny[1]
     for (name, mine), theirs in zip(model.policy.state_dict().items(), tiny[0].policy.state_dict().values()):
         assert torch.equal(mine, theirs), name
+
+
+# A training that is stopped
+
+ROLLOUT = 16 * 8
+STOPPED = {**TINY, "steps": 6 * ROLLOUT, "n_steps": 16, "batch_size": 32, "n_epochs": 2, "evaluate_every": ROLLOUT}
+
+
+@pytest.fixture(scope="module")
+def shorter(short):
+    """Episodes of 6 steps: a rollout ends within them, but for each third one, which ends with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adroit, "D4RL_HORIZON", 6)
+        yield
+
+
+def everything(model):
+    """All that training changes, as tensors and plain values."""
+    env, (kind, key, *rest) = model.env, np.random.get_state()  # noqa: NPY002
+    adam = model.policy.optimizer.state_dict()
+    tensors = {
+        **model.policy.state_dict(),
+        **{f"{i}.{k}": v for i, state in adam["state"].items() for k, v in state.items()},
+        **{k: torch.tensor(v) for k, v in env.venv.arrays().items()},
+        "obs": torch.tensor(model._last_obs),
+        "starts": torch.tensor(model._last_episode_starts),
+        "discounted": torch.tensor(env.returns),
+        "torch": torch.get_rng_state(),
+    }
+    moments = [float(x) for x in (env.ret_rms.mean, env.ret_rms.var, env.ret_rms.count)]
+    counts = [model.num_timesteps, model._n_updates, model._current_progress_remaining, adam["param_groups"][0]["lr"]]
+    return tensors, [moments, counts, kind, key.tolist(), rest, env.venv._rng.bit_generator.state]
+
+
+def assert_same(one, other):
+    (tensors, values), (others, other_values) = everything(one), other
+    assert tensors.keys() == others.keys() and values == other_values
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(shorter):
+    """Everything of an uninterrupted training without checkpoints of six rollouts, and its curve."""
+    model, curve = ppo.train(**STOPPED)
+    return everything(model), curve
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(steps):
+    def report(done, mean, se):
+        if done == steps:
+            raise Stop
+
+    return report
+
+
+def test_a_stopped_training_goes_on_to_the_same_result(whole, tmp_path, monkeypatch, capsys):
+    """Stopped four times, by its report; every rollout is made once, and the curve is reported anew."""
+    taken, step_wait = [], ppo.PenVecEnv.step_wait
+    monkeypatch.setattr(ppo.PenVecEnv, "step_wait", lambda self: taken.append(1) or step_wait(self))
+    how = dict(**STOPPED, checkpoint=tmp_path / "checkpoint.safetensors", save_every=0)
+    digests = []
+    for steps in (2 * ROLLOUT, 2 * ROLLOUT, 3 * ROLLOUT, 3 * ROLLOUT):
+        with pytest.raises(Stop):
+            ppo.train(report=stop_at(steps), **how)
+        assert len(taken) == steps / 8 and store.load(how["checkpoint"])[1]["steps"] == steps
+        digests.append(store.digest(*store.load(how["checkpoint"])))
+    assert digests[0] == digests[1] != digests[2] == digests[3]  # read and written anew
+    reported = []
+    model, curve = ppo.train(report=lambda *point: reported.append(point), **how)
+    assert len(taken) == STOPPED["steps"] / 8
+    assert curve == reported == whole[1]
+    assert_same(model, whole[0])
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "256 of 768 steps are done",
+        "256 of 768 steps are done",
+        "384 of 768 steps are done",
+        "384 of 768 steps are done",
+    ]
+
+
+def test_checkpoints_change_nothing_and_are_two_minutes_apart_at_most(whole, tmp_path, monkeypatch):
+    """On a clock where a rollout takes 32 s; with the seconds that are the default."""
+    now, saved = [0.0], [(0.0, 0)]
+    save, step_wait = store.save, ppo.PenVecEnv.step_wait
+
+    def step(self):
+        now[0] += 2
+        return step_wait(self)
+
+    def spy(path, tensors, card):
+        saved.append((now[0], card["steps"]))
+        save(path, tensors, card)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now[0])
+        patch.setattr(store, "save", spy)
+        patch.setattr(ppo.PenVecEnv, "step_wait", step)
+        model, curve = ppo.train(checkpoint=str(tmp_path / "checkpoint.safetensors"), **STOPPED)
+    assert saved == [(0.0, 0), (64.0, 2 * ROLLOUT), (128.0, 4 * ROLLOUT)] and now[0] - saved[-1][0] <= 120
+    assert curve == whole[1]
+    assert_same(model, whole[0])
+
+
+def test_a_damaged_checkpoint_is_set_aside(whole, tmp_path):
+    path, said = tmp_path / "checkpoint.safetensors", []
+    with pytest.raises(Stop):
+        ppo.train(report=stop_at(ROLLOUT), checkpoint=path, save_every=0, **STOPPED)
+    cut(path)
+    damaged = path.read_bytes()
+    model, curve = ppo.train(checkpoint=path, say=said.append, **STOPPED)
+    (aside,) = kept(tmp_path)
+    assert aside.endswith(".damaged") and (tmp_path / aside).read_bytes() == damaged
+    (words,) = said
+    assert words.startswith(f"{path} is damaged") and aside in words and words.endswith("begins anew.")
+    assert curve == whole[1]
+    assert_same(model, whole[0])
+
+
+def test_a_checkpoint_of_another_training_is_refused(shorter, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Stop):
+        ppo.train(report=stop_at(0), checkpoint=path, save_every=0, **{**TINY, "hidden": (16, 16)})
+    before = path.read_bytes()
+    for change, words in (
+        ({"seed": 6}, "seed=5, not 6$"),
+        ({"lr": 1e-3, "steps": 9}, "steps=512, not 9, lr=0.0003, not 0.001$"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint {path} is of another training: {words}"):
+            ppo.train(checkpoint=path, **{**TINY, **change})
+    store.save(tmp_path / "denoiser.safetensors", {}, {"step": 3})
+    with pytest.raises(ValueError, match="of another training: steps=None, not 512, n_envs=None"):
+        ppo.train(checkpoint=tmp_path / "denoiser.safetensors", **TINY)
+    assert path.read_bytes() == before
+    with pytest.raises(Stop):  # a list is what a tuple becomes
+        ppo.train(report=stop_at(0), checkpoint=path, **TINY)
+
+
+def test_a_guide_that_was_stopped_is_finished(shorter, runs, monkeypatch):
+    """Its checkpoint goes when the guide is kept, not before."""
+    train, changes = ppo.train, {k: v for k, v in STOPPED.items() if k not in ("seed", "steps")}
+    monkeypatch.setattr(pipeline._evaluation, "__defaults__", (4,))
+
+    def guide(stop=None, **more):
+        def tiny_train(report, **how):
+            return train(report=stop_at(stop) if stop else report, **how, **changes, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo, "train", tiny_train)
+            return pipeline.train_guide(2 * ROLLOUT, seed=5)
+
+    def stopped(*_):
+        raise Stop
+
+    with pytest.raises(Stop):
+        guide(stop=ROLLOUT, save_every=0)
+    (checkpoint,) = kept(runs)
+    assert checkpoint.startswith("checkpoints/ppo-") and store.load(runs / checkpoint)[1]["steps"] == ROLLOUT
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(pipeline, "_evaluation", stopped)
+        guide()
+    assert kept(runs) == [checkpoint]
+    policy, card = guide()
+    (file,) = kept(runs)
+    assert file == checkpoint.replace("checkpoints/", "guides/")
+    (runs / file).unlink()
+    expected, expected_card = guide()
+    assert card == expected_card
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
