@@ -48,7 +48,10 @@ def lock(path, report=print, wait=True):
                     yield
                 return
             if _is_at(f, side):  # else its last holder has removed it
-                yield
+                try:
+                    yield
+                finally:
+                    fcntl.flock(f, fcntl.LOCK_UN)  # processes that were forked meanwhile have the file open, too
                 return
 
 
