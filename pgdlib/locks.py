@@ -34,10 +34,9 @@ def lock(path, report=print, wait=True):
             report(f"waiting for another process that is making {path.name}")
         said = True
 
-    side = path.with_name(f".{path.name}.lock")
     while True:
-        with disk.explained(side):
-            f = open(side, "a")  # noqa: SIM115 (closed below)
+        with disk.explained(path):
+            f = open(side(path), "a")  # noqa: SIM115 (closed below)
         with f:
             got = _flock(f)
             if got is False:
@@ -47,7 +46,7 @@ def lock(path, report=print, wait=True):
                 with leases.lease(path, busy):
                     yield
                 return
-            if _is_at(f, side):  # else its last holder has removed it
+            if _is_at(f, side(path)):  # else its last holder has removed it
                 try:
                     yield
                 finally:
@@ -55,10 +54,15 @@ def lock(path, report=print, wait=True):
                 return
 
 
+def side(path):
+    """The file beside `path` that is locked in its stead: `path` itself may be replaced, or not yet exist."""
+    return path.with_name(f".{path.name}.lock")
+
+
 def is_held(path):
     """Whether a process holds `path`."""
     try:
-        with open(path.with_name(f".{path.name}.lock"), "r+") as f:
+        with open(side(path), "r+") as f:
             got = _flock(f)
     except OSError:
         return False  # there is no lock file, or it is not ours
@@ -67,7 +71,7 @@ def is_held(path):
 
 def forget(path):
     """Remove the lock file of `path`; only its holder may do so."""
-    path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+    side(path).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import platform
 import re
 import secrets
 import subprocess
-import time
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -88,7 +87,7 @@ def load(path, own=False):
     """The (tensors, card) that `save` wrote. Raises CorruptArtifact, naming file and reason, if the checksum does not hold.
 
     With `own` also if it was saved under another name, so is a copy of something else. What a user names, such as a guide, may
-    be such a copy. The time of this use is noted, as the file's time of access.
+    be such a copy.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,8 +95,6 @@ def load(path, own=False):
     tensors, card, name = read(path)
     if own and name not in (None, place(path)):  # None: of a version that noted no names
         raise CorruptArtifact(f"{path} is another artifact: it was saved as {name}")
-    with contextlib.suppress(OSError):  # of another user, or on a read-only disk
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     return tensors, card
 
 
@@ -126,19 +123,36 @@ def artifact(path, make, report=print):
     set aside, not deleted.
     """
     path = Path(path)
+    found = None
     with contextlib.suppress(FileNotFoundError, CorruptArtifact):
-        return load(path, own=True)  # needs no lock, so none in a folder that is read-only
-    with lock(path, report):
-        try:
-            return load(path, own=True)
-        except FileNotFoundError:
-            pass
-        except CorruptArtifact as e:
-            aside = set_aside(path, e)
-            report(f"{e}. Set aside as {aside.name}; making it again.")
-        tensors, card = make()
-        save(path, tensors, {**card, "versions": versions()})
-    return load(path, own=True)
+        found = load(path, own=True)  # needs no lock, so no folder that can be written
+    if found is None:
+        with lock(path, report):
+            try:
+                found = load(path, own=True)
+            except FileNotFoundError:
+                pass
+            except CorruptArtifact as e:
+                report(f"{e}. Set aside as {set_aside(path, e).name}; making it again.")
+            if found is None:
+                tensors, card = make()
+                save(path, tensors, {**card, "versions": versions()})
+                found = load(path, own=True)
+    note_use(path)
+    return found
+
+
+def note_use(path):
+    """Note that the artifact at `path` is used now: by its lock file's time, for times of access are not kept everywhere."""
+    with contextlib.suppress(OSError):  # in a folder of another user, or a read-only one
+        locks.side(path).touch()
+
+
+def last_use(path):
+    """When the use of `path` was last noted, a Unix time, s; 0 if never."""
+    with contextlib.suppress(FileNotFoundError):
+        return locks.side(path).stat().st_mtime
+    return 0.0
 
 
 def set_aside(path, reason):
@@ -180,3 +194,9 @@ def digest(tensors, card=None):
         h.update(f"{name} {t.dtype} {tuple(t.shape)};".encode())
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
+
+
+if __name__ == "__main__":
+    from pgdlib import inventory  # which imports this file once more, under its own name
+
+    raise SystemExit(inventory.main())

@@ -349,8 +349,8 @@ def test_an_artifact_of_before_names_is_taken(path, tmp_path):
 
 
 def test_files_set_aside_never_meet_whatever_the_clock_says(path, monkeypatch):
-    monkeypatch.setattr(store.time, "time", lambda: 0.0)
-    monkeypatch.setattr(store.time, "time_ns", lambda: 0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
     path.parent.mkdir()
     for i in range(20):
         path.write_text(str(i))
@@ -363,12 +363,18 @@ def test_files_set_aside_never_meet_whatever_the_clock_says(path, monkeypatch):
 # The disk
 
 
-def test_a_loaded_artifact_notes_its_use_not_its_age(path):
-    store.save(path, TENSORS, CARD)
-    os.utime(path, (1000, 2000))
+def test_a_use_is_noted_and_does_not_make_a_file_younger(path, tmp_path):
+    store.artifact(path, maker(tmp_path / "log"))
+    for file in path.parent.iterdir():
+        os.utime(file, (1000, 2000))
+    assert store.last_use(path) == 2000
+    path.read_bytes()
+    store.load(path)  # by a user who names the file
+    assert store.last_use(path) == 2000
     before = time.time()
-    store.load(path)
-    assert path.stat().st_mtime == 2000 and path.stat().st_atime >= before - 1
+    store.artifact(path, None)
+    assert path.stat().st_mtime == 2000 and store.last_use(path) >= before - 1
+    assert store.last_use(path.with_name("other")) == 0
 
 
 def test_file_and_folder_are_on_the_disk_before_save_ends(path, monkeypatch):
@@ -413,7 +419,7 @@ def test_other_errors_stay_what_they_are(path):
     with pytest.raises(ZeroDivisionError), store.replacing(path):
         1 / 0  # noqa: B018
     with pytest.raises(FileNotFoundError, match="elsewhere"), store.replacing(path):
-        open(path.parent / "elsewhere")
+        (path.parent / "elsewhere").read_text()
 
 
 def limited(path, size):
@@ -459,7 +465,10 @@ def test_what_a_killed_save_left_is_removed_by_the_next(path):
 def test_an_artifact_in_a_folder_that_is_read_only_is_found(path, tmp_path, monkeypatch):
     """Root may write everywhere: so nothing that writes may be called."""
     store.artifact(path, maker(tmp_path / "log"))
-    for name in ("mkdir", "open", "replace"):
-        monkeypatch.setattr(os, name, lambda *a, **k: pytest.fail("written"))
-    monkeypatch.setattr(os, "utime", lambda *a, **k: (_ for _ in ()).throw(PermissionError()))
+
+    def refuse(*args, **named):
+        raise PermissionError(13, "read-only")
+
+    for name in ("mkdir", "open", "replace", "utime"):
+        monkeypatch.setattr(os, name, refuse)
     assert_same(store.artifact(path, None)[0], {"x": torch.tensor([1.0])})
