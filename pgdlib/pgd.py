@@ -171,9 +171,12 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
 
 
 def _kept(path, card, device):
-    """(transitions of each run, facts) in the file `path` if they are those of `card`; None if not, or if it is damaged."""
+    """(transitions of each run, facts) in the file `path` if they are those of `card`, or None; set aside if damaged."""
     try:
         tensors, found = store.load(path, own=True)
-    except (FileNotFoundError, store.CorruptArtifact):
+    except FileNotFoundError:
+        return None
+    except store.CorruptArtifact as e:
+        store.set_aside(path, e)
         return None
     return (tensors["data"].to(device).split(tensors["sizes"].tolist()), tensors["facts"]) if found == card else None
