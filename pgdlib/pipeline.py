@@ -1,5 +1,6 @@
 """What the notebooks share: the guide, the data and the denoiser, loaded from `runs/` or made."""
 
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -145,13 +146,15 @@ def _stand_in(dataset, steps, progress, say):
     inputs = dict(steps=steps, policy=card, code=store.code_version("adroit", "policies", "minari_files", "collect"))
     folder = store.root() / "minari" / f"{dataset}-{store.key(**inputs)}"
     place = folder / "standin" / "pen" / f"{dataset}-v0"
-    with store.lock(folder):
-        if place.exists() and not minari_files.is_whole(place):
-            reason = f"{place} is damaged: its checksum does not hold"
-            say(f"{reason}. Set aside as {store.set_aside(folder, reason).name}; collecting it again.")
-        if not place.exists():
-            with progress(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
-                collect.write(dataset, folder, policy, steps, lambda done: bar.update(round(100 * done) - bar.n))
+    if not minari_files.is_whole(place):
+        with store.lock(folder):
+            if place.exists() and not minari_files.is_whole(place):
+                reason = f"{place} is damaged: its checksum does not hold"
+                say(f"{reason}. Set aside as {store.set_aside(folder, reason).name}; collecting it again.")
+            if not place.exists():
+                with progress(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
+                    collect.write(dataset, folder, policy, steps, lambda done: bar.update(round(100 * done) - bar.n))
+    shutil.rmtree(folder / "parts", ignore_errors=True)  # of a run that was killed at the very end
     store.note_use(folder)
     return place
 

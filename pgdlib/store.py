@@ -1,4 +1,7 @@
-"""Where artifacts live: one safetensors file each with its JSON card inside, atomic, verified on load, keyed by content."""
+"""Where artifacts live: one safetensors file each with its JSON card inside, atomic, verified on load, keyed by content.
+
+As a command, `python -m pgdlib.store`, it is `inventory`.
+"""
 
 import contextlib
 import hashlib
