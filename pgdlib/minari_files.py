@@ -102,7 +102,7 @@ def is_downloaded(folder):
     try:
         described = json.loads((folder / "data" / "metadata.json").read_text())
         return {"total_episodes", "total_steps"} <= set(described) and any((folder / "data").glob("main_data*"))
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):
         return False
 
 
@@ -157,8 +157,9 @@ def write_minari(folder, dataset_id, episodes, description):
     import minari
     from minari.data_collector import EpisodeBuffer
 
-    buffers = []
+    buffers, size = [], 0
     for batch in episodes:
+        size += sum(array.nbytes for array in vars(batch).values())
         for i in range(len(batch.targets)):
             n = len(batch.rewards[i])
             buffers.append(
@@ -173,7 +174,7 @@ def write_minari(folder, dataset_id, episodes, description):
                 )
             )
     box, place = gymnasium.spaces.Box, Path(folder) / dataset_id
-    with store.replacing(place) as partial:
+    with store.replacing(place, size) as partial:
         with _minari_writes_to(partial.parent / "root"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Minari's, about authors and links that a local file does not have
             minari.create_dataset_from_buffers(
