@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # The kernel is the one of .venv, even where the user has a kernel of the same name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help paper test test-browser lint lab bench figures notebooks clean
+.PHONY: help paper test test-browser test-faults lint lab bench figures notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -35,12 +35,15 @@ lint: .venv/.installed  ## ruff, check and format
 
 # One thread a worker: torch's threads would fight over the cores. The notebooks run one at a time, with all of them.
 test: lint  ## lint, unit tests, every notebook at ci scale, then in a browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not notebook and not browser" -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not notebook and not browser and not faults" -n $(WORKERS)
 	$(BIN)/pytest -q -m notebook --durations=0
 	$(BIN)/pytest -q -m browser --durations=0
 
 test-browser: .venv/.installed  ## only the notebooks in a browser; needs a Chromium
 	$(BIN)/pytest -q -m browser --durations=0
+
+test-faults: .venv/.installed  ## only the tests that kill, damage, fill the disk and compete (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m faults --durations=0
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -7,12 +7,14 @@ cloned   a policy behaviour-cloned from those 25: half its rollouts (100 steps),
 As in Minari's files, no episode ends at a fall.
 """
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from pgdlib import adroit, minari_files
+from pgdlib import adroit, minari_files, store
 from pgdlib.policies import GaussianPolicy
 
 HUMAN_EPISODES = 25
@@ -76,10 +78,9 @@ def behaviour_clone(obs, actions, seed, steps=2_000, batch_size=256, lr=1e-3):
     return policy.requires_grad_(False)
 
 
-def expert(guide, steps, seed, report=lambda done: None):
+def expert(guide, steps, seed, report=lambda done: None, parts=None):
     """Batches of `adroit.Episodes`, together at least `steps` steps, by the guide's stochastic policy."""
-    rng, generator = np.random.default_rng([seed, 0]), torch.Generator().manual_seed(seed)
-    yield from _rollouts(guide.act(generator), -(-steps // adroit.D4RL_HORIZON), rng, report)
+    yield from _rollouts(guide, -(-steps // adroit.D4RL_HORIZON), seed, 0, report, parts)
 
 
 def human(policy, seed):
@@ -88,34 +89,60 @@ def human(policy, seed):
     return adroit.rollout(Demonstrator(policy).act(rng), HUMAN_EPISODES, rng)
 
 
-def cloned(policy, steps, seed, report=lambda done: None):
+def cloned(policy, steps, seed, report=lambda done: None, parts=None):
     """Batches of `adroit.Episodes`: about half of `steps` by the cloned policy, half copies of the demonstrations."""
     demos = human(policy, seed)
     obs, actions = (
         torch.from_numpy(x.astype(np.float32)).flatten(0, 1) for x in (demos.obs[:, :-1], demos.actions.clip(-1, 1))
     )
     clone = behaviour_clone(obs, actions, seed)
-    rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
     for _ in range(max(1, round(steps / 2 / demos.rewards.size))):
         yield demos
-    yield from _rollouts(clone.act(generator), -(-steps // 2 // adroit.D4RL_HORIZON), rng, report)
+    yield from _rollouts(clone, -(-steps // 2 // adroit.D4RL_HORIZON), seed, 2, report, parts)
 
 
 def write(dataset, folder, policy, steps, report=lambda done: None, seed=0):
     """Collect the stand-in `dataset` with `policy` and write it as a Minari dataset under `folder`; its folder.
 
-    The seed is fixed by default: like D4RL's, a stand-in is one dataset, not one for each run.
+    The seed is fixed by default: like D4RL's, a stand-in is one dataset, not one for each run. Until it is complete, what was
+    collected is kept in folder/parts, from where a run that was killed goes on to the same dataset.
     """
+    parts = Path(folder) / "parts"
     if dataset == "human":
         batches = [human(policy, seed)]
     else:
-        batches = {"expert": expert, "cloned": cloned}[dataset](policy, steps, seed, report)
+        batches = {"expert": expert, "cloned": cloned}[dataset](policy, steps, seed, report, parts)
     text = f"Local stand-in for D4RL's pen {dataset} data; not D4RL. {__doc__}"
-    return minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", batches, text)
+    place = minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", batches, text)
+    shutil.rmtree(parts, ignore_errors=True)
+    return place
 
 
-def _rollouts(act, episodes, rng, report):
+def _rollouts(policy, episodes, seed, stream, report, parts):
+    rng, generator = np.random.default_rng([seed, stream]), torch.Generator().manual_seed(seed)
+    act = policy.act(generator)
+    key = store.key(policy=store.digest(policy.state_dict()), episodes=episodes, seed=seed, stream=stream, chunk=CHUNK)
     for first in range(0, episodes, CHUNK):
         n = min(CHUNK, episodes - first)
-        yield adroit.rollout(act, n, rng, adroit.D4RL_HORIZON)
+
+        def roll(n=n):
+            return adroit.rollout(act, n, rng, adroit.D4RL_HORIZON)
+
+        if parts is None or episodes <= CHUNK:
+            yield roll()
+        else:
+            yield _part(parts / key / f"{first}.safetensors", roll, rng, generator)
         report((first + n) / episodes)
+
+
+def _part(path, roll, rng, generator):
+    """The episodes of `roll()`, kept at `path` with both random states as it leaves them; from there if they are there."""
+
+    def make():
+        tensors = {k: torch.from_numpy(v) for k, v in asdict(roll()).items()}
+        return {**tensors, "generator": generator.get_state()}, {"rng": rng.bit_generator.state}
+
+    tensors, card = store.artifact(path, make, report=lambda message: None)
+    generator.set_state(tensors.pop("generator"))
+    rng.bit_generator.state = card["rng"]
+    return adroit.Episodes(**{k: v.numpy() for k, v in tensors.items()})

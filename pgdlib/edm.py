@@ -9,13 +9,12 @@ import math
 import time
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from pgdlib import store
+from pgdlib import checkpoints, store
 from pgdlib.data import CHANNELS, TERMINAL, Normaliser
 from pgdlib.unet import UNet
 
@@ -100,7 +99,7 @@ def train(denoiser, windows, how, checkpoint=None, save_every=90.0, report=lambd
 
     With a `checkpoint` path, the state is written there every `save_every` seconds and when `report` raises, and a run that
     finds it goes on from it to the same weights that an uninterrupted run has: each step's randomness depends only on the
-    seed and the step.
+    seed and the step. One that is damaged, or of another training, is set aside.
 
     Where torch.distributed is initialised, all processes call this with the same arguments and each takes its share of every
     batch; the weights are those of one process up to float rounding, and the first process writes the checkpoints. Raises
@@ -114,8 +113,9 @@ def train(denoiser, windows, how, checkpoint=None, save_every=90.0, report=lambd
     ema = copy.deepcopy(denoiser).requires_grad_(False)
     optimiser = torch.optim.Adam(denoiser.net.parameters(), how.learning_rate, fused=True)
     first, losses = 0, torch.zeros(how.steps)
-    if checkpoint is not None and Path(checkpoint).exists():
-        first = _restore(checkpoint, denoiser, ema, optimiser, losses, how)
+    card = dict(how=vars(how), config=denoiser.config)
+    if checkpoint is not None:
+        first = checkpoints.restore(checkpoint, _state(denoiser, ema, optimiser, losses), card)
     saved = time.monotonic()
     for step in range(first, how.steps):
         for group in optimiser.param_groups:
@@ -142,7 +142,7 @@ def train(denoiser, windows, how, checkpoint=None, save_every=90.0, report=lambd
             raise
         finally:
             if checkpoint is not None and rank == 0 and time.monotonic() - saved > save_every:
-                _save(checkpoint, denoiser, ema, optimiser, losses, how, step + 1)
+                checkpoints.save(checkpoint, _state(denoiser, ema, optimiser, losses), {**card, "step": step + 1})
                 saved = time.monotonic()
     return ema, losses
 
@@ -222,25 +222,12 @@ def seeded(device, seed, step):
     return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % 2**63)
 
 
-def _save(path, denoiser, ema, optimiser, losses, how, step):
+def _state(denoiser, ema, optimiser, losses):
+    """All that the next step depends on, name -> tensor; a checkpoint may be copied into them."""
     tensors = {f"{n}.{k}": v for n, m in (("model", denoiser), ("ema", ema)) for k, v in m.state_dict().items()}
-    for i, state in optimiser.state_dict()["state"].items():
-        tensors.update({f"adam.{i}.{k}": v for k, v in state.items()})
-    store.save(path, {**tensors, "losses": losses}, dict(step=step, how=vars(how), config=denoiser.config))
-
-
-def _restore(path, denoiser, ema, optimiser, losses, how):
-    tensors, card = store.load(path)
-    if card["how"] != vars(how) or card["config"] != denoiser.config:
-        raise ValueError(f"checkpoint {path} is of another training: {card['how']}, {card['config']}")
-    for name, module in (("model", denoiser), ("ema", ema)):
-        prefix = f"{name}."
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    state = {}
-    for key, value in tensors.items():
-        if key.startswith("adam."):
-            _, i, field = key.split(".")
-            state.setdefault(int(i), {})[field] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    losses.copy_(tensors["losses"])
-    return card["step"]
+    for i, p in enumerate(denoiser.net.parameters()):
+        if p not in optimiser.state:  # what Adam would make in its first step
+            zeros = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
+            optimiser.state[p] = dict(step=torch.zeros((), device=p.device), **dict(zip(("exp_avg", "exp_avg_sq"), zeros)))
+        tensors.update({f"adam.{i}.{k}": v for k, v in optimiser.state[p].items()})
+    return {**tensors, "losses": losses}

@@ -1,10 +1,10 @@
 """Minari datasets: finding D4RL's, reading any, writing the stand-ins."""
 
+import contextlib
 import hashlib
 import http.client
+import json
 import os
-import shutil
-import time
 import urllib.error
 import urllib.request
 import warnings
@@ -28,8 +28,7 @@ def from_minari(folder, name):
     if not any((folder / "data").glob("*")):
         raise FileNotFoundError(f"no Minari dataset at {folder}")
     found = digest(folder)
-    written = folder / "sha256"  # `write_minari` leaves it; HDF5 itself has no checksum
-    if written.exists() and written.read_text() != found:
+    if not _matches(folder, found):
         raise store.CorruptArtifact(f"the Minari dataset at {folder} is damaged: its checksum does not hold")
     try:
         episodes = list(minari.MinariDataset(folder / "data").iterate_episodes())
@@ -56,15 +55,25 @@ def digest(folder):
     return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files if f.is_file())).hexdigest()[:12]
 
 
+def is_whole(folder):
+    """Whether the checksum of the dataset that `write_minari` wrote to `folder` holds."""
+    return (folder / "sha256").exists() and (folder / "data").is_dir() and _matches(folder, digest(folder))
+
+
+def _matches(folder, found):
+    written = folder / "sha256"  # `write_minari` leaves it; HDF5 itself has no checksum
+    return not written.exists() or written.read_text(errors="replace") == found
+
+
 def find_d4rl(dataset, download=True):
-    """The folder of Minari's copy of D4RL pen-`dataset`, downloaded if it is not on disk.
+    """The folder of Minari's copy of D4RL pen-`dataset`, downloaded if it is not on disk, whole or not at all.
 
     Raises FileNotFoundError, at once, if it is not on disk and cannot be downloaded; the message says what to do.
     """
     from minari.storage import get_dataset_path
 
     folder = Path(get_dataset_path(D4RL_IDS[dataset]))
-    if (folder / "data").exists():
+    if is_downloaded(folder):
         return folder
     here = f"D4RL data {D4RL_IDS[dataset]} is not in {folder.parents[2]}"
     if not download:
@@ -79,13 +88,51 @@ def find_d4rl(dataset, download=True):
         raise FileNotFoundError(f"{here}, and downloading it needs the package huggingface_hub. {advice}.") from None
     if not _reachable(ENDPOINT):
         raise FileNotFoundError(f"{here}, and {ENDPOINT} cannot be reached to download it. {advice}.")
-    import minari
-
     try:
-        minari.download_dataset(D4RL_IDS[dataset])
+        with store.lock(folder):
+            if not is_downloaded(folder):  # another process has not just done it
+                _download(dataset, folder)
     except Exception as e:  # the hub's client raises errors of many unrelated types
         raise FileNotFoundError(f"{here}, and its download failed: {type(e).__name__}: {e}. {advice}.") from e
     return folder
+
+
+def is_downloaded(folder):
+    """Whether the Minari dataset in `folder` has all its parts: an interrupted `minari download` leaves some of them."""
+    try:
+        described = json.loads((folder / "data" / "metadata.json").read_text())
+        return {"total_episodes", "total_steps"} <= set(described) and any((folder / "data").glob("main_data*"))
+    except (OSError, TypeError, ValueError):
+        return False
+
+
+def _download(dataset, folder):
+    """Download D4RL pen-`dataset` beside `folder` and put it there when it is whole."""
+    import minari
+
+    with store.replacing(folder) as partial:
+        with _minari_writes_to(partial.parent / "root"):
+            minari.download_dataset(D4RL_IDS[dataset])
+        os.replace(partial.parent / "root" / D4RL_IDS[dataset], partial)
+        if not is_downloaded(partial):
+            raise OSError("parts of it are missing")
+        from_minari(partial, dataset)
+        if folder.exists():
+            store.set_aside(folder, "parts are missing")
+
+
+@contextlib.contextmanager
+def _minari_writes_to(folder):
+    """Let Minari keep its datasets in `folder`; its environment variable is the only way to tell it."""
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
 
 
 def _reachable(url, timeout=3.0):
@@ -110,8 +157,9 @@ def write_minari(folder, dataset_id, episodes, description):
     import minari
     from minari.data_collector import EpisodeBuffer
 
-    buffers = []
+    buffers, size = [], 0
     for batch in episodes:
+        size += sum(array.nbytes for array in vars(batch).values())
         for i in range(len(batch.targets)):
             n = len(batch.rewards[i])
             buffers.append(
@@ -125,13 +173,9 @@ def write_minari(folder, dataset_id, episodes, description):
                     infos={"qpos": batch.qpos[i], "qvel": batch.qvel[i], "target": np.tile(batch.targets[i], (n + 1, 1))},
                 )
             )
-    box = gymnasium.spaces.Box
-    place = Path(folder) / dataset_id
-    partial = Path(folder) / f".partial-{os.getpid()}-{time.time_ns()}"
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(partial)  # the only way to tell Minari where to write
-    try:
-        with warnings.catch_warnings():
+    box, place = gymnasium.spaces.Box, Path(folder) / dataset_id
+    with store.replacing(place, size) as partial:
+        with _minari_writes_to(partial.parent / "root"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Minari's, about authors and links that a local file does not have
             minari.create_dataset_from_buffers(
                 dataset_id,
@@ -141,13 +185,6 @@ def write_minari(folder, dataset_id, episodes, description):
                 description=description,
                 data_format="hdf5",
             )
-        (partial / dataset_id / "sha256").write_text(digest(partial / dataset_id))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(partial / dataset_id, place)
-    finally:
-        if before is None:
-            del os.environ["MINARI_DATASETS_PATH"]
-        else:
-            os.environ["MINARI_DATASETS_PATH"] = before
-        shutil.rmtree(partial, ignore_errors=True)
+        os.replace(partial.parent / "root" / dataset_id, partial)
+        (partial / "sha256").write_text(digest(partial))
     return place

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgdlib import adroit, store, synthetic
+from pgdlib import adroit, checkpoints, store, synthetic
 
 FACTS = ("lam", "log_likelihood", "on_policy", "kept", "ended", "diverged")  # of `synthetic.Batch`, kept for every round
 CALIBRATION = 32  # trajectories of each run for one step of the search for its λ
@@ -104,7 +104,8 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
     The runs of `learner` are the rows' seeds, row by row. Every `resample_every` steps the policies are fixed as targets,
     and `sources(row, policy, round)` gives each row its data. Returns the curve, `score(policy)` [R] at each of the steps
     `marks`, and the `FACTS` of the generated data [rounds, 6, R]. With a `checkpoint` path a run that was killed goes on to
-    the same result; data whose drawing took `LONG` lie beside it, a file for each row, until their round is over.
+    the same result; a file that is damaged or of another run is set aside. Data whose drawing took `LONG` lie beside it, a
+    file for each row, until their round is over.
     """
     agent, each = learner.agent, len(learner.seeds) // len(rows)
     kept = dict(
@@ -112,19 +113,21 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
         facts=torch.full((math.ceil(learner.steps / resample_every), len(FACTS), len(learner.seeds)), torch.nan),
     )
     target = copy.deepcopy(agent.policy).requires_grad_(False)
-    if checkpoint is not None and Path(checkpoint).exists():
-        tensors, card = store.load(checkpoint)
-        learner.load_state(tensors, card)
-        target.load_state_dict({k.removeprefix("target."): v for k, v in tensors.items() if k.startswith("target.")})
-        kept = {k: tensors[k] for k in kept}
+    inputs = dict(seeds=learner.seeds, steps=learner.steps, batch_size=learner.batch_size, learning_rate=learner.learning_rate)
+    inputs.update(rows=[vars(row) for row in rows], resample_every=resample_every, marks=marks)
+
+    def state():
+        return {**learner.state()[0], **{f"target.{k}": v for k, v in target.state_dict().items()}, **kept}
+
+    if checkpoint is not None:
+        learner.step = checkpoints.restore(checkpoint, state(), inputs) or learner.step
     paths = [] if checkpoint is None else [Path(checkpoint).with_suffix(f".row{i}.safetensors") for i in range(len(rows))]
     saved = time.monotonic()
 
     def save():
         nonlocal saved
-        tensors, card = learner.state()
-        store.save(checkpoint, {**tensors, **{f"target.{k}": v for k, v in target.state_dict().items()}, **kept}, card)
         saved = time.monotonic()
+        return checkpoints.save(checkpoint, state(), {**inputs, "step": learner.step})
 
     def after(step):
         if checkpoint is not None and time.monotonic() - saved > save_every:
@@ -141,12 +144,12 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
         if paths and facts is not None and time.monotonic() - started > LONG:
             save()  # a run that goes on must come to the same targets, or these data are not for it
             sizes = torch.tensor([len(d) for d in made])
-            store.save(paths[i], dict(data=torch.cat([d.cpu() for d in made]), sizes=sizes, facts=facts), card)
+            checkpoints.save(paths[i], dict(data=torch.cat([d.cpu() for d in made]), sizes=sizes, facts=facts), card)
         return made, facts
 
     def forget():
         for path in paths:
-            path.unlink(missing_ok=True)
+            store.discard(path)
 
     data, known = None, None
     while True:
@@ -169,15 +172,18 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
                     kept["facts"][number, :, first:end] = facts
         over = min((number + 1) * resample_every, learner.steps)
         learner.train(data, min(m for m in (*marks, over) if m > step), after)
-        if learner.step == over and any(path.exists() for path in paths):
-            save()  # first: what an older checkpoint goes on with are these data
+        is_kept = learner.step == over and any(path.exists() for path in paths)
+        if is_kept and save():  # if not, what an older checkpoint goes on with are these data
             forget()
 
 
 def _kept(path, card, device):
-    """(transitions of each run, facts) in the file `path` if they are those of `card`; None if not, or if it is damaged."""
+    """(transitions of each run, facts) in the file `path` if they are those of `card`, or None; set aside if damaged."""
     try:
-        tensors, found = store.load(path)
-    except (FileNotFoundError, store.CorruptArtifact):
+        tensors, found = store.load(path, own=True)
+    except FileNotFoundError:
+        return None
+    except store.CorruptArtifact as e:
+        store.set_aside(path, e)
         return None
     return (tensors["data"].to(device).split(tensors["sizes"].tolist()), tensors["facts"]) if found == card else None

@@ -1,5 +1,6 @@
 """What the notebooks share: the guide, the data and the denoiser, loaded from `runs/` or made."""
 
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def load_data(dataset, source, steps, progress=tqdm, say=print):
     is_d4rl = folder is not None
     name = f"D4RL pen-{dataset}" if is_d4rl else f"stand-in pen-{dataset}"
     if folder is None:
-        folder = _stand_in(dataset, steps, progress)
+        folder = _stand_in(dataset, steps, progress, say)
     key = store.key(content=minari_files.digest(folder), code=store.code_version("data", "minari_files"))
     cache = store.root() / "data" / f"{dataset}-{'d4rl' if is_d4rl else 'standin'}-{key}.safetensors"
     tensors, _ = store.artifact(
@@ -143,16 +144,22 @@ def load_data(dataset, source, steps, progress=tqdm, say=print):
     return Dataset(repaired, raw, is_d4rl, cache.stem, cut, dropped)
 
 
-def _stand_in(dataset, steps, progress):
+def _stand_in(dataset, steps, progress, say):
     steps = 5_000 if dataset == "human" else steps
     policy, card = load_guide(SHIPPED_GUIDE if dataset == "expert" else DEMONSTRATOR)
     inputs = dict(steps=steps, policy=card, code=store.code_version("adroit", "policies", "minari_files", "collect"))
     folder = store.root() / "minari" / f"{dataset}-{store.key(**inputs)}"
     place = folder / "standin" / "pen" / f"{dataset}-v0"
-    with store.lock(folder):
-        if not place.exists():
-            with progress(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
-                collect.write(dataset, folder, policy, steps, lambda done: bar.update(round(100 * done) - bar.n))
+    if not minari_files.is_whole(place):
+        with store.lock(folder):
+            if place.exists() and not minari_files.is_whole(place):
+                reason = f"{place} is damaged: its checksum does not hold"
+                say(f"{reason}. Set aside as {store.set_aside(folder, reason).name}; collecting it again.")
+            if not place.exists():
+                with progress(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
+                    collect.write(dataset, folder, policy, steps, lambda done: bar.update(round(100 * done) - bar.n))
+    shutil.rmtree(folder / "parts", ignore_errors=True)  # of a run that was killed at the very end
+    store.note_use(folder)
     return place
 
 
@@ -194,7 +201,7 @@ def load_denoiser(dataset, p, device, progress=tqdm, say=print):
         denoiser.normaliser.fit(train_data.packed())
         denoiser.to(device)
         windows = data.Windows(train_data, denoiser.normaliser, p.horizon, device)
-        started = time.time()
+        started = time.monotonic()
         with progress(total=steps, desc=f"training the denoiser on {dataset.label}", mininterval=5) as bar:
 
             def report(step, losses):
@@ -202,10 +209,10 @@ def load_denoiser(dataset, p, device, progress=tqdm, say=print):
 
             ema, losses = edm.train(denoiser, windows, how, checkpoint, report=report)
         card = dict(kind="denoiser", config=config, how=vars(how), data=dataset.label, data_key=dataset.key, scale=p.scale)
-        return {**ema.state_dict(), "losses": losses}, {**card, "seconds": time.time() - started}
+        return {**ema.state_dict(), "losses": losses}, {**card, "seconds": time.monotonic() - started}
 
     tensors, card = edm.artifact(store.root() / "denoisers" / f"{name}.safetensors", make)
-    checkpoint.unlink(missing_ok=True)  # not before the weights are kept
+    store.discard(checkpoint)  # not before the weights are kept
     losses = tensors.pop("losses")
     return restored(tensors, card).to(device), losses
 
@@ -233,16 +240,16 @@ def load_world_model(dataset, p, device):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             ensemble = worldmodel.Ensemble().to(device)
-        started = time.time()
+        started = time.monotonic()
         with tqdm(total=how.steps, desc=f"training the world model on {dataset.label}", mininterval=5) as bar:
             losses = worldmodel.train(
                 ensemble, train_data, val_data, how, checkpoint, report=lambda step, losses: bar.update(step - bar.n)
             )
         card = dict(kind="world model", config=ensemble.config, how=how.card(), data=dataset.label, data_key=dataset.key)
-        return {**ensemble.state_dict(), "losses": losses}, {**card, "seconds": time.time() - started}
+        return {**ensemble.state_dict(), "losses": losses}, {**card, "seconds": time.monotonic() - started}
 
     tensors, card = store.artifact(store.root() / "worldmodels" / f"{name}.safetensors", make)
-    checkpoint.unlink(missing_ok=True)  # not before the weights are kept
+    store.discard(checkpoint)  # not before the weights are kept
     losses = tensors.pop("losses")
     ensemble = worldmodel.Ensemble(**card["config"])
     ensemble.load_state_dict(tensors)

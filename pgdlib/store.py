@@ -1,15 +1,23 @@
-"""Where artifacts live: one safetensors file each with its JSON card inside, atomic, verified on load, keyed by content."""
+"""Where artifacts live: one safetensors file each with its JSON card inside, atomic, verified on load, keyed by content.
+
+As a command, `python -m pgdlib.store`, it is `inventory`.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
 import platform
+import re
+import secrets
 import subprocess
-import time
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+from pgdlib import disk, locks
+from pgdlib.disk import NotSaved  # noqa: F401 (what `save` raises)
+from pgdlib.locks import lock
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -46,84 +54,134 @@ def versions():
 
 
 def save(path, tensors, card):
-    """Write `tensors` (name -> torch tensor) and `card` (plain JSON values) to `path`, whole or not at all."""
+    """Write `tensors` (name -> torch tensor) and `card` (plain JSON values) to `path`, whole or not at all.
+
+    Raises NotSaved, with the space needed and the space free, where the disk or the memory is full or the folder read-only.
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = {"card": _canonical(card), "sha256": digest(tensors, card)}
-    with replacing(path) as partial:
+    needed = sum(t.numel() * t.element_size() for t in tensors.values())
+    with replacing(path, needed) as partial:
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        name = place(path)
+        header = {"card": _canonical(card), "name": name, "sha256": digest(tensors, _sealed(card, name))}
         save_file(tensors, partial, metadata=header)
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A temporary name beside `path` that takes its place, synced to disk, if the block ends well, and vanishes if not."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+def replacing(path, needed=None):
+    """A temporary file or folder that takes the place of `path`, synced to disk, if the block ends well, and vanishes if not.
+
+    It has the name of `path` in a folder of its own beside it. `needed` are its bytes, to be told if the disk is full.
+    """
+    path = Path(path)
+    with disk.explained(path, needed), locks.scratch(path) as folder:
+        partial = folder / path.name
         yield partial
-        with open(partial, "rb") as f:
-            os.fsync(f.fileno())
+        for f in (*partial.rglob("*"), partial):
+            disk.sync(f)
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        disk.sync(path.parent)
 
 
-def load(path):
-    """The (tensors, card) that `save` wrote. Raises CorruptArtifact, naming file and reason, if the checksum does not hold."""
-    from safetensors import SafetensorError, safe_open
+def load(path, own=False):
+    """The (tensors, card) that `save` wrote. Raises CorruptArtifact, naming file and reason, if the checksum does not hold.
 
+    With `own` also if it was saved under another name, so is a copy of something else. What a user names, such as a guide, may
+    be such a copy.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no artifact at {path}")
+    tensors, card, name = read(path)
+    if own and name not in (None, place(path)):  # None: of a version that noted no names
+        raise CorruptArtifact(f"{path} is another artifact: it was saved as {name}")
+    return tensors, card
+
+
+def read(path):
+    """(tensors, card, the name under which it was saved or None) of the artifact at `path`, verified, as `load`."""
+    from safetensors import SafetensorError, safe_open
+
+    open(path, "rb").close()  # says what the system has against it: that is no damage
     try:
         with safe_open(path, "pt") as f:
             header = f.metadata() or {}
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-        card, expected = json.loads(header["card"]), header["sha256"]
-        found = digest(tensors, card)
-    except (SafetensorError, KeyError, ValueError, OSError) as e:
+        card, name, expected = json.loads(header["card"]), header.get("name"), header["sha256"]
+        found = digest(tensors, _sealed(card, name))
+    except (SafetensorError, KeyError, ValueError) as e:
         raise CorruptArtifact(f"{path} is damaged or no artifact of ours: {type(e).__name__}: {e}") from e
     if found != expected:
         raise CorruptArtifact(f"{path} is damaged: its checksum does not hold")
-    return tensors, card
-
-
-@contextlib.contextmanager
-def lock(path, report=print):
-    """Hold `path` for this process alone. Others wait; the system frees it when its holder dies."""
-    import fcntl
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"waiting for another process that is making {path.name}")
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    return tensors, card, name
 
 
 def artifact(path, make, report=print):
     """The (tensors, card) at `path`, made by `make() -> (tensors, card)` and saved there if missing or damaged.
 
-    Put every input of `make` into the name of `path`, by `key`. A damaged file is set aside, not deleted.
+    Put every input of `make` into the name of `path`, by `key`. A damaged file, or one that was saved under another name, is
+    set aside, not deleted.
     """
     path = Path(path)
-    with lock(path, report):
-        if path.exists():
+    found = None
+    with contextlib.suppress(FileNotFoundError, CorruptArtifact):
+        found = load(path, own=True)  # needs no lock, so no folder that can be written
+    if found is None:
+        with lock(path, report):
             try:
-                return load(path)
+                found = load(path, own=True)
+            except FileNotFoundError:
+                pass
             except CorruptArtifact as e:
-                aside = path.with_name(f"{path.name}.{int(time.time())}.damaged")
-                path.rename(aside)
-                report(f"{e}. Set aside as {aside.name}; making it again.")
-        tensors, card = make()
-        save(path, tensors, {**card, "versions": versions()})
-    return load(path)
+                report(f"{e}. Set aside as {set_aside(path, e).name}; making it again.")
+            if found is None:
+                tensors, card = make()
+                save(path, tensors, {**card, "versions": versions()})
+                found = load(path, own=True)
+    note_use(path)
+    return found
+
+
+def note_use(path):
+    """Note that the artifact at `path` is used now: by its lock file's time, for times of access are not kept everywhere."""
+    with contextlib.suppress(OSError):  # in a folder of another user, or a read-only one
+        locks.side(path).touch()
+
+
+def last_use(path):
+    """When the use of `path` was last noted, a Unix time, s; 0 if never."""
+    with contextlib.suppress(FileNotFoundError):
+        return locks.side(path).stat().st_mtime
+    return 0.0
+
+
+def set_aside(path, reason):
+    """Rename the file or folder `path`, with the `reason` in its new name, which no other file has; the new path."""
+    words = re.sub("[^A-Za-z0-9]+", "-", str(reason).replace(str(path), "")).strip("-")[:100]
+    aside = path.with_name(f"{path.name[:120]}.{secrets.token_hex(4)}.{words}.damaged")
+    with contextlib.suppress(FileNotFoundError), disk.explained(path):  # another process was faster
+        os.replace(path, aside)
+    return aside
+
+
+def discard(path):
+    """Delete the file `path`, if it exists, and what dead processes left of writing it."""
+    path.unlink(missing_ok=True)
+    locks.sweep(path)
+
+
+def place(path):
+    """The name that an artifact at `path` carries: its path in `root`, so that the root may be moved; elsewhere its name."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(root())) if path.is_relative_to(root()) else path.name
+
+
+def _sealed(card, name):
+    """What the checksum covers beside the tensors."""
+    return card if name is None else {"card": card, "name": name}
 
 
 def _canonical(value):
@@ -139,3 +197,9 @@ def digest(tensors, card=None):
         h.update(f"{name} {t.dtype} {tuple(t.shape)};".encode())
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
+
+
+if __name__ == "__main__":
+    from pgdlib import inventory  # which imports this file once more, under its own name
+
+    raise SystemExit(inventory.main())

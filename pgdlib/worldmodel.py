@@ -3,13 +3,12 @@
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pgdlib import store
+from pgdlib import checkpoints
 from pgdlib.adroit import ACTION_DIM, FALL_HEIGHT, OBS_DIM, PEN_HEIGHT
 from pgdlib.edm import has_bfloat16, seeded
 
@@ -113,7 +112,8 @@ def train(ensemble, train_data, val_data, how, checkpoint=None, save_every=120.0
 
     Statistics come from `train_data`, batches too, other ones for each member; elites have the least `validation_error`.
     With a `checkpoint` path, the state is written there every `save_every` seconds, and a run that finds it goes on from it
-    to the same weights that an uninterrupted run has: each step's randomness depends only on the seed and the step.
+    to the same weights that an uninterrupted run has: each step's randomness depends only on the seed and the step. One that is
+    damaged, or of another training, is set aside.
     """
     if len(how.weight_decay) != (layers := len(ensemble.weights)):
         raise ValueError(f"weight_decay={how.weight_decay} is not allowed; it must hold {layers} numbers, one for each layer")
@@ -129,13 +129,8 @@ def train(ensemble, train_data, val_data, how, checkpoint=None, save_every=120.0
         optimiser.state[p] = dict(step=p.new_zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state.update({f"adam.{i}.{k}": v for k, v in optimiser.state[p].items()})
     card = dict(config=ensemble.config, how=how.card())
-    if checkpoint is not None and Path(checkpoint).exists():
-        tensors, found = store.load(checkpoint)
-        if found != {**card, "step": found["step"]}:
-            raise ValueError(f"checkpoint {checkpoint} is of another training: {found['how']}, {found['config']}")
-        for name, tensor in state.items():
-            tensor.copy_(tensors[name])
-        first = found["step"]
+    if checkpoint is not None:
+        first = checkpoints.restore(checkpoint, state, card)
     for step in range(first, how.steps):
         for group in optimiser.param_groups:
             group["lr"] = how.learning_rate * 0.5 * (1 + math.cos(math.pi * step / how.steps))
@@ -152,7 +147,7 @@ def train(ensemble, train_data, val_data, how, checkpoint=None, save_every=120.0
         losses[step] = value.detach().mean()
         report(step + 1, losses)
         if checkpoint is not None and time.monotonic() - saved > save_every:
-            store.save(checkpoint, state, {**card, "step": step + 1})
+            checkpoints.save(checkpoint, state, {**card, "step": step + 1})
             saved = time.monotonic()
     ensemble.elites.copy_(validation_error(ensemble, val_data).mean(1).argsort()[: len(ensemble.elites)])
     return losses

@@ -276,14 +276,17 @@ def test_killed_while_it_is_saved_nothing_is_trained_again(runs, evaluations, mo
     assert_same(resumed, train())
 
 
-def test_a_damaged_checkpoint_is_named(runs, evaluations, monkeypatch):
+def test_a_damaged_checkpoint_is_set_aside_and_training_begins_anew(runs, evaluations, monkeypatch):
     run = pgd.run
     monkeypatch.setattr(pgd, "run", lambda *a, **k: run(*a, **k, save_every=-1.0))
     with pytest.raises(KeyboardInterrupt):
         train(sources=Killed(("a", 1)))
     cut(runs / kept(runs)[0])
-    with pytest.raises(store.CorruptArtifact, match="checkpoints"):
-        train()
+    first = train()
+    file, aside = kept(runs)
+    assert aside.startswith("checkpoints/") and aside.endswith(".damaged")
+    (runs / file).unlink()
+    assert_same(first, train())
 
 
 def test_a_diverged_run_in_the_simulator_itself(runs, tmp_path, monkeypatch):

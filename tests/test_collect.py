@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgdlib import adroit, collect, data, minari_files
+from pgdlib import adroit, collect, data, minari_files, pipeline
 from pgdlib.collect import Demonstrator
 
 
@@ -189,3 +189,57 @@ def test_behaviour_clone_leaves_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
     weights, same, others = (c.net[0].weight for c in (first, again, other))
     assert torch.equal(weights, same) and not torch.equal(weights, others)
+
+
+# A collection that is killed
+
+
+@pytest.mark.parametrize("dataset", ["expert", "cloned"])
+def test_a_killed_collection_goes_on_to_the_same_file(dataset, guide, quick_clone, tmp_path, monkeypatch):
+    """After each batch, and while the file is written. What is expected is written without any parts."""
+    monkeypatch.setattr(collect, "CHUNK", 4)
+    monkeypatch.setattr(collect, "HUMAN_EPISODES", 2)
+    monkeypatch.setattr(adroit, "D4RL_HORIZON", 10)
+    human = collect.human(guide, 0)
+    monkeypatch.setattr(collect, "human", lambda *given: human)
+    steps = 110 if dataset == "expert" else 220
+    batches = list(getattr(collect, dataset)(guide, steps, 0))
+    assert [len(b.targets) for b in batches][-3:] == [4, 4, 3]
+    text = f"Local stand-in for D4RL's pen {dataset} data; not D4RL. {collect.__doc__}"
+    whole = minari_files.write_minari(tmp_path / "whole", f"standin/pen/{dataset}-v0", batches, text)
+    rolled, rollout, write = [], adroit.rollout, minari_files.write_minari
+
+    def counted(act, n, *given):
+        if len(rolled) == at:
+            raise KeyboardInterrupt
+        rolled.append(n)
+        return rollout(act, n, *given)
+
+    def killed(folder, name, batches, text):
+        list(batches)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adroit, "rollout", counted)
+    for at in (1, 2):  # noqa: B007 (`counted` uses it)
+        with pytest.raises(KeyboardInterrupt):
+            collect.write(dataset, tmp_path / "parts", guide, steps)
+    at, done = None, []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(minari_files, "write_minari", killed)
+        collect.write(dataset, tmp_path / "parts", guide, steps)
+    place = collect.write(dataset, tmp_path / "parts", guide, steps, done.append)
+    assert rolled == [4, 4, 3] and done == [4 / 11, 8 / 11, 1.0]
+    assert minari_files.write_minari is write and minari_files.digest(place) == minari_files.digest(whole)
+    assert [f.name for f in (tmp_path / "parts").iterdir()] == ["standin"]
+
+
+def test_parts_of_another_collection_are_not_used(guide, tmp_path, monkeypatch):
+    """Of another seed, another size or another policy."""
+    monkeypatch.setattr(collect, "CHUNK", 2)
+    monkeypatch.setattr(adroit, "D4RL_HORIZON", 3)
+    rolled, rollout = [], adroit.rollout
+    monkeypatch.setattr(adroit, "rollout", lambda act, n, *given: rolled.append(n) or rollout(act, n, *given))
+    other = pipeline.load_guide(pipeline.DEMONSTRATOR)[0]
+    for policy, steps, seed in ((guide, 9, 0), (guide, 9, 1), (guide, 12, 0), (other, 9, 0), (guide, 9, 0)):
+        list(collect.expert(policy, steps, seed, parts=tmp_path))
+    assert rolled == [2, 1, 2, 1, 2, 2, 2, 1]

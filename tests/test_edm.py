@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import cut
 
-from pgdlib import data, edm
+from pgdlib import data, edm, store
 from pgdlib.unet import UNet
 
 
@@ -106,11 +107,47 @@ def test_resume_gives_the_same_weights(tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_a_checkpoint_of_another_training_is_refused(tmp_path):
-    path = tmp_path / "checkpoint.safetensors"
-    edm.train(small_denoiser(), training_windows(), edm.Training(3, 4, 1e-3), path, save_every=0.0)
-    with pytest.raises(ValueError, match="another training"):
-        edm.train(small_denoiser(), training_windows(), edm.Training(3, 4, 2e-3), path)
+def other_tensors(path):
+    tensors, card = store.load(path)
+    store.save(path, {**tensors, "losses": torch.zeros(4)}, card)
+
+
+def renamed(path):
+    other = path.with_name("other")
+    store.save(other, *store.load(path))
+    other.replace(path)
+
+
+SPOILS = {
+    "cut": cut,
+    "empty": lambda path: path.write_bytes(b""),
+    "of another learning rate": lambda path: edm.train(
+        small_denoiser(), training_windows(), edm.Training(3, 4, 2e-3), path, save_every=0.0
+    ),
+    "of another network": lambda path: edm.train(
+        edm.Denoiser(8, 16, 2), training_windows(), edm.Training(3, 4, 1e-3), path, save_every=0.0
+    ),
+    "with other tensors": other_tensors,
+    "a list": lambda path: store.save(path, {}, [1]),
+    "saved under another name": renamed,
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_checkpoint_that_cannot_be_used_is_set_aside_and_training_begins_anew(tmp_path, spoil, capsys):
+    how, path = edm.Training(3, 4, 1e-3), tmp_path / "checkpoint.safetensors"
+    expected, losses = edm.train(small_denoiser(), training_windows(), how)
+    edm.train(small_denoiser(), training_windows(), how, path, save_every=0.0)
+    if spoil.startswith("of another"):
+        path.unlink()
+    SPOILS[spoil](path)
+    bad, steps = path.read_bytes(), []
+    found, again = edm.train(small_denoiser(), training_windows(), how, path, report=lambda step, losses: steps.append(step))
+    assert steps == [1, 2, 3] and torch.equal(losses, again)
+    for (name, a), b in zip(expected.state_dict().items(), found.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    (aside,) = tmp_path.glob("*.damaged")
+    assert aside.read_bytes() == bad and aside.name in capsys.readouterr().out
 
 
 def test_what_a_report_raises_is_saved_before(tmp_path):

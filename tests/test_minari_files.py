@@ -2,18 +2,20 @@
 
 import contextlib
 import json
+import os
 import socket
 import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import gymnasium
 import minari
 import numpy as np
 import pytest
 import torch
-from conftest import replay, white
+from conftest import cut, kept, replay, white
 from minari.data_collector import EpisodeBuffer
 
 from pgdlib import adroit, minari_files, pipeline, store
@@ -78,7 +80,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, episodes, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(minari.MinariDataset, "__init__", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
         minari_files.write_minari(tmp_path, "standin/pen/toy-v0", episodes, "a toy")
-    assert list(tmp_path.rglob("*")) == []
+    assert kept(tmp_path) == []
     assert minari_files.os.environ["MINARI_DATASETS_PATH"] == "as it was"
 
 
@@ -249,7 +251,42 @@ def test_a_failed_download_says_what_to_do(d4rl, monkeypatch, status):
 
 
 def test_a_download_is_used(d4rl, monkeypatch):
-    monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: write_d4rl(d4rl, "human"))
+    monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: write_d4rl(os.environ["MINARI_DATASETS_PATH"], "human"))
     with server(b"HTTP/1.1 200 OK\r\n\r\n") as address:
         pretend_hub(monkeypatch, address)
         assert pipeline.load_data("human", "auto", 4_000).is_d4rl
+    assert kept(d4rl) == [f"D4RL/pen/human-v2/data/{name}" for name in ("main_data.hdf5", "metadata.json")]
+
+
+@pytest.mark.parametrize("left", ["main_data.hdf5", "metadata.json", "half of main_data.hdf5"])
+def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(d4rl, monkeypatch, left):
+    """The network goes while files come in, as a user's own `minari download` may have left them, too; the next run has all."""
+
+    def download(dataset_id):
+        write_d4rl(os.environ["MINARI_DATASETS_PATH"], "human")
+        if breaks:
+            data = Path(os.environ["MINARI_DATASETS_PATH"], "D4RL/pen/human-v2/data")
+            for file in data.iterdir():
+                if file.name not in left:
+                    file.unlink()
+                elif left.startswith("half"):
+                    cut(file)
+            if left != "metadata.json":  # there it ends quietly
+                raise ConnectionError("the network is gone")
+
+    monkeypatch.setattr(minari, "download_dataset", download)
+    breaks = True
+    with server(b"HTTP/1.1 200 OK\r\n\r\n") as address:
+        pretend_hub(monkeypatch, address)
+        with pytest.raises(FileNotFoundError, match=r"download failed.*(network is gone|parts of it are missing)"):
+            minari_files.find_d4rl("human")
+        assert kept(d4rl) == []
+        if not left.startswith("half"):
+            with pytest.raises(ConnectionError) if left != "metadata.json" else contextlib.nullcontext():
+                monkeypatch.setenv("MINARI_DATASETS_PATH", str(d4rl))
+                download("by the user")
+            assert [f for f in kept(d4rl) if "human-v2" in f] == [f"D4RL/pen/human-v2/data/{left}"]
+        breaks = False
+        folder = minari_files.find_d4rl("human")
+    assert minari_files.from_minari(folder, "human")[0].lengths.tolist() == [10, 12, 8]
+    assert len([f for f in kept(d4rl) if "damaged" in f]) == (not left.startswith("half"))

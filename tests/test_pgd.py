@@ -403,7 +403,9 @@ def test_data_that_are_damaged_or_of_something_else_are_drawn_again(spoil, tmp_p
     agent, sources = learner(), Killed()
     found = run(agent, sources, checkpoint=path, save_every=1e9)
     assert_same((*found, agent), expected)
-    assert sources.drawn == [("b", 1), ("b", 2), ("c", 2)] and names(tmp_path) == [path.name]
+    assert sources.drawn == [("b", 1), ("b", 2), ("c", 2)]
+    assert [name for name in names(tmp_path) if not name.endswith(".damaged")] == [path.name]
+    assert len([*tmp_path.glob("it.row1.*.damaged")]) == (spoil is SPOILS["damaged"])
 
 
 def test_what_is_kept_is_used(tmp_path, long):

@@ -242,14 +242,16 @@ def test_a_bar_that_raises_lets_nothing_begin(runs, offline, monkeypatch):
     assert kept(runs) == []
 
 
-def test_a_damaged_stand_in_is_named(runs, offline, monkeypatch):
+def test_a_damaged_stand_in_is_set_aside_and_collected_again(runs, offline, monkeypatch):
     batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
     monkeypatch.setattr(collect, "human", lambda *a: batch)
-    pipeline.load_data("human", "local", 4_000)
+    first, said = pipeline.load_data("human", "local", 4_000), []
     (file,) = runs.rglob("main_data.hdf5")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(store.CorruptArtifact, match="human-v0"):
-        pipeline.load_data("human", "local", 4_000)
+    assert pipeline.load_data("human", "local", 4_000, say=said.append).key == first.key
+    assert "human-v0 is damaged: its checksum does not hold" in said[0] and len(said) == 2
+    (aside,) = (runs / "minari").glob("*.damaged")
+    assert aside.name in said[0] and len([*runs.rglob("main_data.hdf5")]) == 2
 
 
 def test_devices():

@@ -125,10 +125,13 @@ def test_an_interrupted_training_goes_on(runs, monkeypatch):
     assert_same(resumed, pipeline.load_denoiser(dataset(), settings(), CPU)[0])
 
 
-def test_a_damaged_checkpoint_is_named(runs):
+def test_a_damaged_checkpoint_is_set_aside_and_training_begins_anew(runs, capsys):
     cut(interrupt_training(runs))
-    with pytest.raises(store.CorruptArtifact, match="checkpoints"):
-        pipeline.load_denoiser(dataset(), settings(), CPU)
+    first, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
+    aside, file = kept(runs)
+    assert aside.startswith("checkpoints/") and aside.endswith(".damaged") and aside.split("/")[1] in capsys.readouterr().out
+    (runs / file).unlink()
+    assert_same(first, pipeline.load_denoiser(dataset(), settings(), CPU)[0])
 
 
 # The world model

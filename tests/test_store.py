@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_replacing_shows_the_file_only_when_it_is_whole(path):
     path.parent.mkdir()
     with store.replacing(path) as partial:
         partial.write_text("new")
-        assert not path.exists() and partial.parent == path.parent
+        assert not path.exists() and partial.name == path.name and partial.is_relative_to(path.parent)
     assert path.read_text() == "new"
     with open(path) as reader:  # who reads the old file goes on reading it, whole
         with store.replacing(path) as partial:
@@ -308,3 +309,166 @@ def test_root(tmp_path, monkeypatch):
     assert store.root() == Path(__file__).resolve().parent.parent / "runs"  # wherever we stand, in a checkout
     monkeypatch.setattr(store, "PACKAGE", tmp_path / "site-packages" / "pgdlib")
     assert store.root() == tmp_path / "runs"
+
+
+# What is in the wrong place
+
+
+def test_a_copy_of_another_artifact_is_set_aside_and_made_again(path, tmp_path):
+    """A whole file, of another key or kind: where it lies is not what it was saved as."""
+    log, said, other = tmp_path / "log", [], path.with_name("other.safetensors")
+    store.artifact(other, maker(log, 2.0))
+    path.write_bytes(other.read_bytes())
+    tensors, _ = store.artifact(path, maker(log, 1.0), said.append)
+    assert_same(tensors, {"x": torch.tensor([1.0])})
+    (aside,) = path.parent.glob("*.damaged")
+    assert aside.read_bytes() == other.read_bytes() and aside.name.endswith("saved-as-other-safetensors.damaged")
+    assert "saved as other.safetensors" in said[0] and aside.name in said[0]
+    assert_same(store.load(aside)[0], {"x": torch.tensor([2.0])})  # whoever names a file gets it
+
+
+def test_a_name_is_the_path_in_the_root_which_may_be_moved(runs, tmp_path, monkeypatch):
+    path = runs / "sweeps" / "a" / "0.5.safetensors"
+    store.artifact(path, maker(tmp_path / "log"))
+    assert store.read(path)[2] == "sweeps/a/0.5.safetensors"
+    (runs / "sweeps" / "b").mkdir()
+    (runs / "sweeps" / "b" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(store.CorruptArtifact, match=r"saved as sweeps/a/0\.5\.safetensors"):
+        store.load(runs / "sweeps" / "b" / path.name, own=True)
+    runs.rename(tmp_path / "moved")
+    monkeypatch.setenv("PGD_RUNS", str(tmp_path / "moved"))
+    store.load(tmp_path / "moved" / "sweeps" / "a" / path.name, own=True)
+
+
+def test_an_artifact_of_before_names_is_taken(path, tmp_path):
+    path.parent.mkdir()
+    header = {"card": "{}", "sha256": store.digest({"x": torch.ones(1)}, {})}
+    safetensors.torch.save_file({"x": torch.ones(1)}, path, metadata=header)
+    tensors, _ = store.artifact(path, maker(tmp_path / "log", 2.0))
+    assert_same(tensors, {"x": torch.ones(1)})
+
+
+def test_files_set_aside_never_meet_whatever_the_clock_says(path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+    path.parent.mkdir()
+    for i in range(20):
+        path.write_text(str(i))
+        aside = store.set_aside(path, f"{path} is damaged: a reason, {'long ' * 99}")
+        assert "is-damaged-a-reason-long" in aside.name and len(aside.name) < 255
+    assert sorted(int(f.read_text()) for f in path.parent.iterdir()) == [*range(20)]
+    store.set_aside(path, "another process was faster")
+
+
+# The disk
+
+
+def test_a_use_is_noted_and_does_not_make_a_file_younger(path, tmp_path):
+    store.artifact(path, maker(tmp_path / "log"))
+    for file in path.parent.iterdir():
+        os.utime(file, (1000, 2000))
+    assert store.last_use(path) == 2000
+    path.read_bytes()
+    store.load(path)  # by a user who names the file
+    assert store.last_use(path) == 2000
+    before = time.time()
+    store.artifact(path, None)
+    assert path.stat().st_mtime == 2000 and store.last_use(path) >= before - 1
+    assert store.last_use(path.with_name("other")) == 0
+
+
+def test_file_and_folder_are_on_the_disk_before_save_ends(path, monkeypatch):
+    synced, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: synced.append("renamed") or replace(a, b))
+    store.save(path, TENSORS, CARD)
+    new, partial, renamed, folder = synced
+    assert (new, partial.name, renamed, folder) == (path.parent.parent, path.name, "renamed", path.parent)
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(28, "No space left"), (122, "quota"), (27, "too large"), (30, "Read-only"), (13, "Permission"), (5, "I.*O")],
+)
+def test_an_error_of_the_disk_says_what_is_needed_and_free(path, monkeypatch, number, text):
+    store.save(path, TENSORS, CARD)
+
+    def fail(tensors, partial, metadata):
+        Path(partial).write_bytes(b"half of it")
+        Path(partial).with_name(".tmpAbCdEf").write_bytes(b"as safetensors leaves it")
+        raise safetensors.SafetensorError(f"Error while serializing: I/O error: words (os error {number})")
+
+    with monkeypatch.context() as patch, pytest.raises(store.NotSaved, match=f"(?i){text}") as error:
+        patch.setattr(safetensors.torch, "save_file", fail)
+        store.save(path, {"big": torch.zeros(500_000)}, {})
+    assert error.value.errno == number and str(path) in str(error.value)
+    assert ("2.0 MB needed" in str(error.value) and "MB free" in str(error.value)) == (number in (28, 122, 27))
+    assert names(path.parent) == ["toy.safetensors"]
+    assert_same(store.load(path)[0], TENSORS)
+
+
+def test_no_memory_for_the_writing_is_said(path, monkeypatch):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
+        with monkeypatch.context() as patch, pytest.raises(store.NotSaved, match="Cannot allocate memory"):
+            patch.setattr(safetensors.torch, "save_file", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
+            store.save(path, TENSORS, CARD)
+        assert names(path.parent) == []
+
+
+def test_other_errors_stay_what_they_are(path):
+    with pytest.raises(ZeroDivisionError), store.replacing(path):
+        1 / 0  # noqa: B018
+    with pytest.raises(FileNotFoundError, match="elsewhere"), store.replacing(path):
+        (path.parent / "elsewhere").read_text()
+
+
+def limited(path, size):
+    """In a process of its own: files may have no more than `size` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        store.save(path, {"big": torch.zeros(100_000)}, {})
+    except store.NotSaved as e:
+        path.with_name("said").write_text(str(e))
+
+
+def test_a_disk_that_is_full_in_the_middle_leaves_the_old_file(path):
+    store.save(path, TENSORS, CARD)
+    p = fork.Process(target=limited, args=(path, 10_000))
+    p.start()
+    p.join(20)
+    assert p.exitcode == 0 and "File too large (0.4 MB needed" in path.with_name("said").read_text()
+    assert names(path.parent) == ["said", "toy.safetensors"]
+    assert_same(store.load(path)[0], TENSORS)
+
+
+def die_while_saving(path):
+    def half(tensors, partial, metadata):
+        Path(partial).with_name(".tmpAbCdEf").write_bytes(b"as safetensors leaves it")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    safetensors.torch.save_file = half
+    store.save(path, TENSORS, CARD)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(path):
+    p = fork.Process(target=die_while_saving, args=(path,))
+    p.start()
+    p.join(20)
+    assert p.exitcode == -signal.SIGKILL and len(names(path.parent)) == 1
+    store.save(path.with_name("other.safetensors"), TENSORS, CARD)
+    assert len(names(path.parent)) == 2
+    store.save(path, TENSORS, CARD)
+    assert names(path.parent) == ["other.safetensors", "toy.safetensors"]
+
+
+def test_an_artifact_in_a_folder_that_is_read_only_is_found(path, tmp_path, monkeypatch):
+    """Root may write everywhere: so nothing that writes may be called."""
+    store.artifact(path, maker(tmp_path / "log"))
+
+    def refuse(*args, **named):
+        raise PermissionError(13, "read-only")
+
+    for name in ("mkdir", "open", "replace", "utime"):
+        monkeypatch.setattr(os, name, refuse)
+    assert_same(store.artifact(path, None)[0], {"x": torch.tensor([1.0])})

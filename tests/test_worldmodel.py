@@ -233,11 +233,17 @@ def test_resume_gives_the_same_weights(tmp_path):
 @pytest.mark.parametrize(
     "hidden, changes", [((16, 12), dict(learning_rate=2e-3)), ((16, 12), dict(weight_decay=(0, 0, 0))), ((16, 16), {})]
 )
-def test_a_checkpoint_of_another_training_is_refused(tmp_path, hidden, changes):
+def test_a_checkpoint_of_another_training_is_set_aside(tmp_path, hidden, changes, capsys):
     data, path = toy([30, 30]), tmp_path / "checkpoint.safetensors"
     train(small(), data, data, how(3), path, save_every=0.0)
-    with pytest.raises(ValueError, match="another training"):
-        train(small(hidden=hidden), data, data, how(3, **changes), path)
+    old = path.read_bytes()
+    expected, again = small(hidden=hidden), small(hidden=hidden)
+    losses = train(expected, data, data, how(3, **changes))
+    assert torch.equal(train(again, data, data, how(3, **changes), path), losses)
+    for (name, a), b in zip(expected.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    (aside,) = tmp_path.glob("*is-of-another-training*.damaged")
+    assert aside.read_bytes() == old and aside.name in capsys.readouterr().out
 
 
 def test_seeds_decide_the_training():
