@@ -105,7 +105,7 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tq
         return {**{f"policy.{k}": v for k, v in policy.state_dict().items()}, **tensors}, card
 
     tensors, _ = store.artifact(path, make)
-    checkpoint.unlink(missing_ok=True)  # not before the result is kept
+    store.discard(checkpoint)  # not before the result is kept
     policy = make_agent(stack).policy.requires_grad_(False)
     policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")})
     arrays = {k: v.numpy() for k, v in tensors.items() if not k.startswith("policy.")}

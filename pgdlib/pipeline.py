@@ -80,7 +80,7 @@ def train_guide(steps, seed):
         return policy.state_dict(), {**card, **_evaluation(policy)}
 
     store.artifact(path, make)
-    checkpoint.unlink(missing_ok=True)  # not before the guide is kept
+    store.discard(checkpoint)  # not before the guide is kept
     return load_guide(path)
 
 

@@ -10,7 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from pgdlib import adroit, store
+from pgdlib import adroit, checkpoints, store
 
 # Found on this task; the paper does not give its own.
 DEFAULTS = dict(
@@ -171,23 +171,21 @@ def _save(path, how, model, curve):
     tensors.update({k: torch.from_numpy(v) for k, v in arrays.items()}, torch=torch.get_rng_state())
     kind, key, *rest = np.random.get_state()  # noqa: NPY002 (Stable-Baselines3 draws from it)
     random = dict(numpy=[kind, key.tolist(), *rest], targets=env.venv._rng.bit_generator.state)
-    store.save(path, tensors, dict(how=how, steps=model.num_timesteps, updates=model._n_updates, random=random))
+    checkpoints.save(path, tensors, dict(how=how, steps=model.num_timesteps, updates=model._n_updates, random=random))
 
 
 def _find(path, how, say):
-    """The (tensors, card) that `_save` kept at `path`; None if there are none, or if they are damaged and were set aside."""
+    """The (tensors, card) that `_save` kept at `path`, or None. What is damaged or of other parameters is set aside."""
     try:
-        tensors, card = store.load(path)
+        tensors, card = store.load(path, own=True)
+        kept = card.get("how", {})
+        if other := [f"{k}={kept.get(k)!r}, not {v!r}" for k, v in how.items() if store.key(v=kept.get(k)) != store.key(v=v)]:
+            raise store.CorruptArtifact(f"{path} is of another training: {', '.join(other)}")
     except FileNotFoundError:
         return None
     except store.CorruptArtifact as e:
-        aside = path.with_name(f"{path.name}.{int(time.time())}.damaged")
-        path.rename(aside)
-        say(f"{e}. Set aside as {aside.name}; training begins anew.")
+        say(f"{e}. Set aside as {store.set_aside(path, e).name}; training begins anew.")
         return None
-    kept = card.get("how", {})
-    if other := [f"{k}={kept.get(k)!r}, not {v!r}" for k, v in how.items() if store.key(v=kept.get(k)) != store.key(v=v)]:
-        raise ValueError(f"checkpoint {path} is of another training: {', '.join(other)}")
     say(f"training goes on from checkpoint {path.name}: {card['steps']:,} of {how['steps']:,} steps are done")
     return tensors, card
 
@@ -222,7 +220,7 @@ def train(seed=0, evaluate_every=250_000, report=lambda *_: None, checkpoint=Non
 
     With a `checkpoint` path, the state is written there between rollouts, `save_every` seconds or a rollout more apart. A run
     that finds it says so, reports its curve and goes on to the same weights, bit for bit on as many threads, that an
-    uninterrupted run has. A damaged one is set aside; raises ValueError for one of other parameters.
+    uninterrupted run has. One that is damaged or of other parameters is set aside.
     """
     p = {**DEFAULTS, **overrides}
     env = VecNormalize(PenVecEnv(p["n_envs"], seed), norm_obs=False, norm_reward=True, gamma=p["discount"])

@@ -365,21 +365,28 @@ def test_a_damaged_checkpoint_is_set_aside(whole, tmp_path):
     assert_same(model, whole[0])
 
 
-def test_a_checkpoint_of_another_training_is_refused(shorter, tmp_path):
-    path = tmp_path / "checkpoint.safetensors"
+def test_a_checkpoint_of_another_training_is_set_aside(shorter, tmp_path):
+    path, said = tmp_path / "checkpoint.safetensors", []
     with pytest.raises(Stop):
         ppo.train(report=stop_at(0), checkpoint=path, save_every=0, **{**TINY, "hidden": (16, 16)})
     before = path.read_bytes()
-    for change, words in (
-        ({"seed": 6}, "seed=5, not 6$"),
-        ({"lr": 1e-3, "steps": 9}, "steps=512, not 9, lr=0.0003, not 0.001$"),
+    for number, (change, words) in enumerate(
+        (
+            ({"seed": 6}, "seed=5, not 6. Set aside as "),
+            ({"lr": 1e-3, "steps": 9}, "steps=512, not 9, lr=0.0003, not 0.001. Set aside as "),
+        ),
+        1,
     ):
-        with pytest.raises(ValueError, match=f"checkpoint {path} is of another training: {words}"):
-            ppo.train(checkpoint=path, **{**TINY, **change})
+        with pytest.raises(Stop):
+            ppo.train(report=stop_at(0), checkpoint=path, say=said.append, **{**TINY, **change})
+        assert f"{path} is of another training: {words}" in said[-1] and len(said) == number
+        (aside,) = [name for name in kept(tmp_path) if name in said[-1]]
+        assert (tmp_path / aside).read_bytes() == before and not path.exists()
+        path.write_bytes(before)
     store.save(tmp_path / "denoiser.safetensors", {}, {"step": 3})
-    with pytest.raises(ValueError, match="of another training: steps=None, not 512, n_envs=None"):
-        ppo.train(checkpoint=tmp_path / "denoiser.safetensors", **TINY)
-    assert path.read_bytes() == before
+    with pytest.raises(Stop):
+        ppo.train(report=stop_at(0), checkpoint=tmp_path / "denoiser.safetensors", say=said.append, **TINY)
+    assert "of another training: steps=None, not 512, n_envs=None" in said[-1]
     with pytest.raises(Stop):  # a list is what a tuple becomes
         ppo.train(report=stop_at(0), checkpoint=path, **TINY)
 
