@@ -478,10 +478,15 @@ def test_real_data_are_the_real_data(ensemble):
 
 @pytest.mark.parametrize("row", ROWS[1:], ids=lambda r: r.rule)
 def test_the_first_round_is_unguided_and_the_same_for_all_rules(row):
-    _, batch = sources()(row, a_policy(), 0)
+    ours = sources()
+    ours(ROWS[1], a_policy(), 0)  # drawn once, for all rows
+    _, batch = ours(row, a_policy(), 0)
     unguided = sources().diffusion.generate(a_policy(), "smoothed", [0.0, 0.0], WINDOWS, SEEDS, 0)
     assert batch.lam.tolist() == [0, 0] and len(batch.data) == 2
     assert all(torch.equal(a, b) for a, b in zip(batch.data, unguided.data))
+    other = a_policy(log_std=-0.5)  # has another likelihood of its own
+    expected = ours.diffusion.generate(other, "explicit", [0.0, 0.0], WINDOWS, SEEDS, 0)
+    assert torch.equal(ours(row, other, 0)[1].on_policy, expected.on_policy)
 
 
 def test_a_fixed_weight_is_that_of_all_runs():
@@ -569,8 +574,7 @@ def test_runs_of_one_seed_have_one_noise_and_other_rounds_another(row, ensemble)
 
 
 def test_no_two_draws_of_a_loop_share_a_generator(ensemble, monkeypatch):
-    """Within a row; all rows' runs of one seed are given the same noise, and in round 0 the same data. The search for a λ repeats
-    its own."""
+    """Within a row; all rows' runs of one seed are given the same noise. But the search for a λ repeats its own."""
     started, row_now = {}, []
 
     def recorded(device, seed, step):
