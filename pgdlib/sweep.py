@@ -23,7 +23,6 @@ def main(argv=None):
     """Run the sweep that the command line asks for; the exit status is 0, 1 if a point failed, 2 if refused, 130 by Ctrl-C."""
     given, console = _arguments(argv), Console()
     say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as batch systems stop a job
     try:
         notebook = sweep_plan.Notebook(given.notebook)
         points = sweep_plan.points(notebook, sweep_plan.parse(notebook, given.parameters, given.yaml))
@@ -98,4 +97,5 @@ def _whole(text):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as batch systems stop a job
     sys.exit(main())

@@ -107,8 +107,9 @@ class Run:
         text = f"{len(self.done)} of {len(self.tasks)} done"
         if not left or None in left:
             return text
-        gone = sum(time.monotonic() - begun for begun in self.begun.values() if begun)
-        return f"{text}, about {words(max(0.0, sum(left) - gone) / self.workers)} left"
+        gone = [0.0] * len(self.waiting) + [time.monotonic() - begun if begun else 0.0 for begun in self.begun.values()]
+        left = [max(0.0, each - since) for each, since in zip(left, gone)]
+        return f"{text}, about {words(max(max(left), sum(left) / self.workers))} left"
 
     def view(self):
         """The live table: what runs, and a line for the rest."""
@@ -122,9 +123,9 @@ class Run:
 
 def _stop(pool):
     """End what runs; a second Ctrl-C must not leave half of it behind."""
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     pool.stop()
+    signal.signal(signal.SIGINT, before)
 
 
 def words(seconds):
