@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pgdlib import store, sweep_plan, sweep_pools, sweep_results, sweep_run
+from pgdlib import store, sweep_plan, sweep_pools, sweep_results, sweep_run, sweep_shared
 
 STOPPED = 128 + signal.SIGINT
 
@@ -27,7 +27,7 @@ def main(argv=None):
         notebook = sweep_plan.Notebook(given.notebook)
         points = sweep_plan.points(notebook, sweep_plan.parse(notebook, given.parameters, given.yaml))
         missing = [task for task in points if task.record is None]
-        tasks = sweep_plan.stages(notebook, missing, sweep_plan.check(notebook, missing, given.backend == "ray"))
+        tasks = sweep_shared.stages(notebook, missing, sweep_plan.check(notebook, missing, given.backend == "ray"))
         say(f"{notebook.name}: {len(points)} points, {len(points) - len(missing)} of them are done")
         history = sweep_run.History(tasks)
         if given.dry_run:

@@ -1,4 +1,4 @@
-"""What a sweep consists of: its points, checked before anything starts, and what several of them need, made before them.
+"""What a sweep consists of: its points, and what is checked before anything starts.
 
 A point is one run of a notebook with one set of parameters. Its key names all that decides its result, so that a point which
 is done is done for every sweep.
@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import papermill
@@ -19,15 +19,6 @@ from papermill.iorw import load_notebook_node
 
 from pgdlib import store
 
-# What is made once for all points that agree in these settings: kind -> (what is made before it, settings).
-DATA = ("dataset", "source", "data_steps")
-MODEL = ("horizon", "features", "blocks", "kernel_size", "transform", "train_steps", "batch_size", "learning_rate", "epochs")
-SHARED = {
-    "data": ((), DATA),
-    "denoiser": (("data",), (*DATA, *MODEL, "passes", "scale", "seed", "device")),
-    "world model": (("data",), (*DATA, "model_steps", "model_passes", "scale", "seed", "device")),
-}
-MAKERS = {"load_data": "data", "load_denoiser": "denoiser", "load_world_model": "world model"}  # by functions of `pipeline`
 FOLDER = "points"  # in the folder of all runs
 
 
@@ -40,7 +31,7 @@ class Task:
     """One thing to run: a point, or what several points need. `needs` are the keys of what comes before it."""
 
     key: str
-    kind: str  # "point", or one of `SHARED`
+    kind: str  # "point", or one of `sweep_shared.SHARED`
     name: str  # for people
     settings: dict
     given: dict  # of the settings, those that are not the notebook's own defaults
@@ -112,12 +103,6 @@ class Notebook:
                 if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("params.check("):
                     return self.cells[: i + 1], node.targets[0].id
         return [], None
-
-    @cached_property
-    def makes(self):
-        """The kinds of `SHARED` that it loads or makes."""
-        code = "\n".join(self.cells).replace("Study.open(", "load_data(load_denoiser(")  # which calls both
-        return [kind for name, kind in MAKERS.items() if f"{name}(" in code]
 
 
 def rooms(sources):
@@ -208,49 +193,6 @@ def check(notebook, tasks, elsewhere=False):
         hint = [f"(lists are swept: to give {k} a list, write '{k}: [[...]]')" for k in lists]
         raise BadSweep("\n".join([*wrong, *hint]))
     return found
-
-
-def stages(notebook, tasks, checked):
-    """`tasks`, and before them the makers of what at least two of them need, to which they are bound by `needs`.
-
-    Points that share something lie far apart: those that run at the same time should not wait for one another's artifacts.
-    """
-    makers, users, turn = {}, {}, {}
-    for task in tasks:
-        wanted = [_maker(kind, checked[task.key]) for kind in _kinds(notebook, checked.get(task.key))]
-        makers |= {m.key: m for m in wanted}
-        for m in wanted:
-            users.setdefault(m.key, []).append(task.key)
-        own = wanted[-1].key if wanted else ""
-        turn[task.key] = turn[own] = turn.get(own, -1) + 1
-        task.needs = [m.key for m in wanted]
-    makers = {k: m for k, m in makers.items() if len(users[k]) > 1}
-    for task in (*tasks, *makers.values()):
-        task.needs = [k for k in task.needs if k in makers]
-    return [*makers.values(), *sorted(tasks, key=lambda task: turn[task.key])]
-
-
-def _kinds(notebook, checked):
-    if checked is None or not {"dataset", "source"} <= set(checked):
-        return []
-    given = checked.get("denoiser", "auto") != "auto"  # notebook 05 may be handed one
-    return [kind for kind in notebook.makes if not (given and kind == "denoiser")]
-
-
-def _maker(kind, checked):
-    first, names = SHARED[kind]
-    settings = {name: checked.get(name) for name in names}
-    modules, own = _pipeline()
-    needs = [_maker(before, checked).key for before in first]
-    words = " ".join(f"{k}={settings[k]}" for k in ("dataset", "scale", "seed") if k in settings)
-    key = store.key(kind=kind, settings=settings, **own)
-    return Task(key, kind, f"{kind}: {words}", settings, {}, "shared", modules, own, needs)
-
-
-@cache
-def _pipeline():
-    modules = rooms(["from pgdlib import pipeline"])
-    return modules, identity(modules)
 
 
 def _digest(path):

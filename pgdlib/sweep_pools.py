@@ -88,17 +88,19 @@ class Ray:
         self.ray, self.tasks, self.threads, self.most = ray, {}, max(1, int(cpus)), workers
         path = {"env_vars": {"PYTHONPATH": environment(1)["PYTHONPATH"]}}
         quiet = dict(logging_level="ERROR", log_to_driver=False, runtime_env=path)
-        if address is None:
-            cores = Local(workers).workers * cpus
-            ray.init(address="local", include_dashboard=False, num_cpus=cores, **quiet)
-        else:
-            ray.init(address=address, **quiet)
-        there = ray.cluster_resources()
-        for name, asked in (("CPU", cpus), ("GPU", gpus)):
-            if asked > there.get(name, 0):
-                raise Unfit(f"--{name.lower()}s {asked:g} is more than the cluster has: {there.get(name, 0):g}")
-        self.workers = int(min([there[name] / asked for name, asked in (("CPU", cpus), ("GPU", gpus)) if asked]))
-        self.workers = min(self.workers, workers or self.workers)
+        own = dict(address="local", include_dashboard=False, num_cpus=Local(workers).workers * cpus)
+        try:
+            ray.init(**quiet, **(own if address is None else {"address": address}))
+        except Exception as e:  # Ray raises many kinds, and bare ones
+            raise Unfit(f"Ray cannot be {'started' if address is None else f'reached at {address}'}: {e}") from e
+        asked = {name: n for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
+        there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(int(min(node.get(name, 0) / n for name, n in asked.items())) for node in there)
+        if not room:
+            raise Unfit(
+                f"no machine of the cluster has {' and '.join(f'{n:g} {name}' for name, n in asked.items())} for a point"
+            )
+        self.workers = min(room, workers or room)
         self.remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(on_ray)
 
     @property

@@ -6,9 +6,11 @@ from: its table and its number there, the data, the point's key, seconds, thread
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from pgdlib import store, sweep_plan
 
@@ -41,8 +43,10 @@ def gather(tasks):
         for name, slug, frame in list(tables(task.folder)) or [(None, None, pd.DataFrame(index=[0]))]:
             own = {f"run.{k}": v for k, v in {"table": name, "row": np.arange(len(frame)), "data": slug, **run}.items()}
             parts.append(frame.assign(**p, **own))
-    frame = pd.concat([part.dropna(axis=1, how="all") for part in parts], ignore_index=True) if parts else pd.DataFrame()
-    return frame.reindex(columns=sorted(frame, key=lambda name: name.startswith("run.") - name.startswith("p.")))
+    names = dict.fromkeys(name for part in parts for name in part)
+    filled = [part.dropna(axis=1, how="all") for part in parts]  # what is empty has no type
+    frame = pd.concat(filled, ignore_index=True) if parts else pd.DataFrame()
+    return frame.reindex(columns=sorted(names, key=lambda name: name.startswith("run.") - name.startswith("p.")))
 
 
 def write(frame, path):
@@ -54,7 +58,42 @@ def write(frame, path):
         frame.to_parquet(partial, index=False)
 
 
-def newest(scale):
-    """The newest file that a sweep at `scale` has written, or None."""
-    found = sorted((store.root() / sweep_plan.FOLDER).glob("*.parquet"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((p for p in found if scale in set(pd.read_parquet(p, columns=["p.scale"])["p.scale"])), None)
+def read(path, needed, scale):
+    """(path, frame) of a file that a sweep has written; "newest" is the last in runs/ at `scale` that has the table `needed`.
+
+    Raises ValueError that names `sweep` if there is no such file.
+    """
+    if path == "newest":
+        found = sorted((store.root() / sweep_plan.FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime)
+        heads = ((path, pd.read_parquet(path, columns=["run.table", "p.scale"])) for path in found)
+        path = next((path for path, head in heads if [needed, scale] in head.to_numpy().tolist()), None)
+        if path is None:
+            raise ValueError(f"sweep='newest' is not allowed: runs/ has no sweep at scale {scale!r} with the table {needed}")
+    try:
+        frame = pd.read_parquet(path)
+        found = sorted(frame["run.table"].dropna().unique())
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"sweep={str(path)!r} is not a file that a sweep has written: {e}") from e
+    if needed not in found:
+        raise ValueError(f"sweep={str(path)!r} has no table {needed}; it has {', '.join(found) or 'none'}")
+    return Path(path), frame
+
+
+def table(frame, name, **columns):
+    """The rows of the table `name`, of its columns those that are asked for: own name -> the file's, each row once."""
+    own = frame.loc[frame["run.table"] == name, list(columns.values())]
+    return own.set_axis(list(columns), axis=1).drop_duplicates(ignore_index=True)
+
+
+def over_seeds(rows, by, measures):
+    """A row for each group of the columns `by`: how many "seeds" it has, and mean, low and high over them of the `measures`.
+
+    The intervals are Student's, of 95%, NaN for one seed. Several rows of a seed count as one, their mean.
+    """
+    each = rows.groupby([*by, "seed"], sort=False)[measures].mean()
+    groups = each.groupby(by, sort=False)
+    n = groups.size()
+    half = groups.std().mul(stats.t.ppf(0.975, n - 1) / np.sqrt(n), axis=0)
+    parts = {"mean": groups.mean(), "low": groups.mean() - half, "high": groups.mean() + half}
+    columns = {f"{m}.{name}": part[m] for m in measures for name, part in parts.items()}
+    return pd.DataFrame({"seeds": n, **columns}).reset_index()

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_sweep import ROOT, write
@@ -21,7 +22,7 @@ with open(folder / "attempts.txt", "a") as f:
     f.write("one\\n")
 time.sleep(p.x / 10)
 (folder / "results").mkdir()
-lines = [f"{random.Random(p.seed * 1000 + i).random()}" for i in range(2000)]
+lines = [f"{random.Random(p.seed * 10_000 + i).random()}" for i in range(2000)]
 (folder / "results" / "numbers.csv").write_text("\\n".join(["number", *lines[:1000]]))
 time.sleep(p.x / 10)
 (folder / "results" / "more.csv").write_text("\\n".join(["number", *lines[1000:]]))"""
@@ -63,6 +64,11 @@ def is_done(runs):
     return len(list(Path(runs).glob("points/toy/*/done.json")))
 
 
+def attempts(runs):
+    """How often a point's notebook has begun."""
+    return sum(path.read_text().count("one") for path in Path(runs).glob("points/toy/*/attempts.txt"))
+
+
 def wait_for(condition, seconds=90):
     end = time.monotonic() + seconds
     while not condition():
@@ -86,30 +92,37 @@ def leftovers(runs):
     return [path.name for path in Path(runs).rglob("*") if "partial" in path.name or "damaged" in path.name]
 
 
-@pytest.fixture
-def undisturbed(toy, tmp_path):
-    """What the sweep gives when nothing happens to it."""
-    frame = finish(toy, tmp_path / "undisturbed")
-    assert len(frame) == 6 * 2000 and frame["number"].nunique() == 6 * 2000
-    return frame
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The runs of a sweep to which nothing happens; its frame is what it must be."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    frame = finish(write(folder / "toy.ipynb", body=BODY), folder / "runs")
+    numbers = [random.Random(seed * 10_000 + i).random() for seed in range(6) for i in (*range(1000, 2000), *range(1000))]
+    assert np.allclose(frame["number"], numbers, rtol=0, atol=1e-15)
+    return folder / "runs"
+
+
+def killed(toy, runs, ready, seconds):
+    """Start the sweep, and kill it at a random moment, at most so many `seconds` after it is `ready()`."""
+    sweep = start(toy, runs, "--workers", "2")
+    wait_for(ready)
+    time.sleep(random.uniform(0, seconds))
+    sweep.kill()
+    sweep.wait()
+    return {path: path.read_text() for path in runs.glob("points/toy/*/done.json")}
 
 
 def test_killed_twice_at_random_it_gives_what_it_gives_undisturbed(toy, tmp_path, undisturbed):
-    runs, chance = tmp_path / "killed", random.Random()
-    for least in (1, 2):
-        sweep = start(toy, runs, "--workers", "2")
-        wait_for(lambda least=least: is_done(runs) >= least)
-        wait = chance.uniform(0, 4)
-        print(f"killed {wait:.2f} s after {is_done(runs)} points were done")
-        time.sleep(wait)
-        sweep.kill()
-        sweep.wait()
-        if least == 1:  # the second time the next sweep starts at once, while processes of this one are still there
-            wait_for(lambda: not processes(runs), 15)
-    pd.testing.assert_frame_equal(finish(toy, runs), undisturbed)
+    runs = tmp_path / "killed"
+    kept = killed(toy, runs, lambda: is_done(runs) >= 1, 8)  # anywhere
+    wait_for(lambda: not processes(runs), 15)
+    before = attempts(runs)
+    kept |= killed(toy, runs, lambda: attempts(runs) > before, 1.5)  # while a point runs, which takes 2 s
+    # The next sweep starts while processes of this one are still there.
+    pd.testing.assert_frame_equal(finish(toy, runs), measured(undisturbed))
     assert is_done(runs) == 6 and not leftovers(runs) and not processes(runs)
-    attempts = [len((p.parent / "attempts.txt").read_text().split()) for p in runs.glob("points/toy/*/done.json")]
-    assert 6 < sum(attempts) <= 6 + 2 * 2, "what was done was not kept, or nothing was interrupted"
+    assert all(path.read_text() == text for path, text in kept.items()), "what was done was run again"
+    assert 6 < attempts(runs) <= 6 + 2 * 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -126,19 +139,19 @@ def test_stopped_it_ends_its_children_and_the_same_command_goes_on(toy, tmp_path
     assert 1 <= done < 6 and not leftovers(runs) and not Path(f"{runs}.parquet").exists()
     if how == signal.SIGINT:
         assert said(runs).endswith("stopped; the same command goes on from here\n") and "Traceback" not in said(runs)
-    pd.testing.assert_frame_equal(finish(toy, runs), undisturbed)
+    pd.testing.assert_frame_equal(finish(toy, runs), measured(undisturbed))
     assert f"toy: 6 points, {done} of them are done" in said(runs)
 
 
 def test_a_point_whose_process_is_killed_is_run_again(toy, tmp_path, undisturbed):
     runs = tmp_path / "lost"
     sweep = start(toy, runs)
-    wait_for(lambda: list(runs.glob("points/toy/*/attempts.txt")))
+    wait_for(lambda: attempts(runs))
     victim = next(p for p in processes(runs) if b"sweep_task" in Path(f"/proc/{p}/cmdline").read_bytes())
     os.kill(victim, signal.SIGKILL)
     assert sweep.wait(300) == 0, said(runs)
     assert "again   seed=" in said(runs) and "killed by SIGKILL" in said(runs)
-    pd.testing.assert_frame_equal(measured(runs), undisturbed)
+    pd.testing.assert_frame_equal(measured(runs), measured(undisturbed))
 
 
 def limit(size):
@@ -151,20 +164,20 @@ def test_points_for_which_the_disk_is_full_fail_and_are_run_when_there_is_room(t
     assert start(toy, runs, preexec_fn=limit(12_000)).wait(300) == 1
     assert said(runs).count("FAILED  seed=") == 6 and "OSError: [Errno 27] File too large" in said(runs)
     assert is_done(runs) == 0
-    pd.testing.assert_frame_equal(finish(toy, runs), undisturbed)
+    pd.testing.assert_frame_equal(finish(toy, runs), measured(undisturbed))
 
 
 def test_a_table_for_which_the_disk_is_full_leaves_the_old_one(toy, tmp_path, undisturbed):
     runs = tmp_path / "full"
     pd.DataFrame({"old": [1]}).to_parquet(f"{runs}.parquet")
-    sizes = [path.stat().st_size for path in (tmp_path / "undisturbed").rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in undisturbed.rglob("*") if path.is_file()]
     enough = max(sizes) + 10_000  # for each file of a point, but not for the table of all
-    assert Path(f"{tmp_path / 'undisturbed'}.parquet").stat().st_size > 2 * enough
+    assert Path(f"{undisturbed}.parquet").stat().st_size > 2 * enough
     assert start(toy, runs, preexec_fn=limit(enough)).wait(300) == 1
     assert "stopped: " in said(runs) and "what is done is kept" in said(runs) and "Traceback" not in said(runs)
     assert pd.read_parquet(f"{runs}.parquet")["old"].tolist() == [1] and is_done(runs) == 6
     assert [path.name for path in tmp_path.glob("*partial*")] == []
-    pd.testing.assert_frame_equal(finish(toy, runs), undisturbed)
+    pd.testing.assert_frame_equal(finish(toy, runs), measured(undisturbed))
     assert said(runs).count("done    ") == 6  # none of them again
 
 
@@ -183,11 +196,11 @@ def test_a_ray_cluster_may_lose_a_machine(toy, tmp_path, undisturbed, cluster):
     both, node = cluster
     runs = tmp_path / "ray"
     sweep = start(toy, runs, "--backend", "ray", "--address", both.address)
-    wait_for(lambda: is_done(runs) >= 1 and len(list(runs.glob("points/toy/*/attempts.txt"))) > is_done(runs), 180)
+    wait_for(lambda: attempts(runs) > is_done(runs) >= 1, 180)
     both.remove_node(node, allow_graceful=False)
     assert sweep.wait(300) == 0, said(runs)
     assert "again   seed=" in said(runs) and "lost: " in said(runs)
-    pd.testing.assert_frame_equal(measured(runs), undisturbed)
+    pd.testing.assert_frame_equal(measured(runs), measured(undisturbed))
     assert not processes(runs) and not leftovers(runs)
 
 

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,12 +11,25 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
-from conftest import kept
+from conftest import assert_labelled, drawn, kept, line, texts
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from scipy import stats
 
-from pgdlib import pipeline, store, sweep, sweep_plan, sweep_pools, sweep_results, sweep_run, sweep_task
+from pgdlib import (
+    pipeline,
+    plots_sweep,
+    store,
+    sweep,
+    sweep_plan,
+    sweep_pools,
+    sweep_results,
+    sweep_run,
+    sweep_shared,
+    sweep_task,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = 'scale = "ci"\nx = 1.0\nseed = 0\nmany = [1, 2]\nnote = "auto"\ndevice = "auto"'
@@ -177,14 +191,14 @@ def test_a_notebook_that_checks_nothing_is_swept_by_names_alone(tmp_path, runs):
     notebook = sweep_plan.Notebook(write(tmp_path / "toy.ipynb", check="", body=""))
     tasks = planned(notebook, "x: [-1]")
     assert sweep_plan.check(notebook, tasks) == {}
-    assert sweep_plan.stages(notebook, tasks, {}) == tasks
+    assert sweep_shared.stages(notebook, tasks, {}) == tasks
 
 
 def test_every_notebook_of_the_repository_is_checked_at_its_defaults(runs):
     made = {}
     for path in sorted((ROOT / "notebooks").glob("0[1-6]*.ipynb")):
         notebook = sweep_plan.Notebook(path)
-        made[path.stem[:2]] = notebook.makes
+        made[path.stem[:2]] = sweep_shared.makes(notebook)
         (task,) = planned(notebook)
         assert sweep_plan.check(notebook, [task])[task.key]["scale"] == "quick"
     models = ["data", "denoiser", "world model"]
@@ -196,7 +210,7 @@ def test_every_notebook_of_the_repository_is_checked_at_its_defaults(runs):
 
 def wants(notebook, *texts):
     tasks = planned(notebook, *texts)
-    found = sweep_plan.stages(notebook, tasks, sweep_plan.check(notebook, tasks))
+    found = sweep_shared.stages(notebook, tasks, sweep_plan.check(notebook, tasks))
     return [(t.kind, t.name, [next(o.name for o in found if o.key == n) for n in t.needs]) for t in found]
 
 
@@ -230,7 +244,7 @@ def test_a_denoiser_that_is_handed_in_is_not_made(runs, tmp_path):
     assert kinds[1] == ["data", "world model", "point", "point"]
 
 
-@pytest.mark.parametrize(("function", "kind"), sweep_plan.MAKERS.items())
+@pytest.mark.parametrize(("function", "kind"), sweep_shared.MAKERS.items())
 def test_the_settings_of_a_maker_are_those_that_its_function_reads(function, kind):
     tree = ast.parse(inspect.getsource(getattr(pipeline, function)))
     attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
@@ -239,8 +253,8 @@ def test_the_settings_of_a_maker_are_those_that_its_function_reads(function, kin
         read = set(inspect.signature(pipeline.load_data).parameters) - {"progress", "say"} | {"data_steps"}
         read.remove("steps")  # is p.data_steps
     else:
-        read |= {*sweep_plan.DATA, "device"}
-    assert set(sweep_plan.SHARED[kind][1]) == read
+        read |= {*sweep_shared.DATA, "device"}
+    assert set(sweep_shared.SHARED[kind][1]) == read
 
 
 def test_what_the_library_keeps_is_common_or_the_points_own():
@@ -396,7 +410,7 @@ def test_all_rows_of_all_points_are_in_one_tidy_file(runs, tmp_path):
         ["nothing", None, 0, None, "0.5", None, None, None],
     ]
     assert (frame["run.seconds"] == 2.5).all() and set(frame["run.git"]) == {"abc"} and set(frame["run.code"]) == {"c0de"}
-    assert frame["p.lams"][0] == "[1, 2]" and "p.gone" not in frame
+    assert frame["p.lams"][0] == "[1, 2]" and frame["p.gone"].isna().all()
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(runs, tmp_path, monkeypatch):
@@ -412,13 +426,91 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(runs, tmp_path, monkey
     assert pd.read_parquet(path)["a"].tolist() == [1] and kept(tmp_path) == ["x.parquet"]
 
 
-def test_the_newest_sweep_of_a_scale_is_found(runs):
-    assert sweep_results.newest("ci") is None
-    for i, (name, scale) in enumerate([("old", "ci"), ("new", "ci"), ("other", "quick")]):
+def test_a_sweep_is_read_by_its_path_or_as_the_newest(runs, tmp_path):
+    files = [("old", "04", "ci"), ("new", "04", "ci"), ("paper", "04", "paper"), ("other", "02", "ci")]
+    for i, (name, table, scale) in enumerate(files):
         path = runs / "points" / f"{name}.parquet"
-        sweep_results.write(pd.DataFrame({"p.scale": [scale]}), path)
+        sweep_results.write(pd.DataFrame({"run.table": [table], "p.scale": [scale]}), path)
         os.utime(path, (i, i))
-    assert sweep_results.newest("ci").stem == "new" and sweep_results.newest("paper") is None
+    found = [sweep_results.read("newest", *which)[0].stem for which in (("04", "ci"), ("04", "paper"), ("02", "ci"))]
+    assert found == ["new", "paper", "other"]
+    assert sweep_results.read(str(path), "02", "quick")[1]["run.table"].tolist() == ["02"]
+    wrong = {
+        "newest": "is not allowed: runs/ has no sweep at scale 'quick' with the table 04",
+        path: "has no table 04; it has 02",
+    }
+    wrong |= dict.fromkeys((tmp_path / "none.parquet", Path(__file__)), "is not a file that a sweep has written: ")
+    for given, message in wrong.items():
+        with pytest.raises(ValueError) as refused:
+            sweep_results.read(given, "04", "quick")
+        assert str(refused.value).startswith(f"sweep={str(given)!r} {message}")
+
+
+def test_means_over_seeds_have_students_interval():
+    rows = [("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 6.0), ("a", 2, 8.0), ("b", 0, 5.0)]  # a's last seed twice, 7 in the mean
+    study = sweep_results.over_seeds(pd.DataFrame(rows, columns=["rule", "seed", "y"]), ["rule"], ["y"])
+    assert study[["rule", "seeds", "y.mean"]].to_numpy().tolist() == [["a", 3, 10 / 3], ["b", 1, 5]]
+    low, high = stats.t.interval(0.95, 2, 10 / 3, stats.sem([1, 2, 7]))
+    assert study[["y.low", "y.high"]].to_numpy()[0].tolist() == pytest.approx([low, high])
+    assert study[["y.low", "y.high"]].iloc[1].isna().all()
+
+
+def test_the_rows_of_a_table_are_taken_once_under_other_names():
+    frame = pd.DataFrame({"run.table": ["a", "a", "b", "a"], "p.seed": [0, 0, 0, 1], "y": [1, 1, 2, 3], "rest": [1, 2, 3, 4]})
+    rows = sweep_results.table(frame, "a", seed="p.seed", value="y")
+    assert rows.columns.tolist() == ["seed", "value"] and rows.to_numpy().tolist() == [[0, 1], [1, 3]]
+
+
+# Its figures
+
+
+def study():
+    """Two rules on two datasets; the first rule falls, and then diverges, past its third λ."""
+    rows = []
+    for dataset, shift in (("human", 0.0), ("cloned", 1.0)):
+        for rule, last in (("explicit", -500.0), ("annealed", 0.0)):
+            for lam, x in zip((0.0, 0.1, 1.0, 3.0), (-2.0, -1.0, -0.5, last)):
+                y = 0.1 * (1 + lam) + shift
+                row = [dataset, rule, lam, x, x - 0.1, x + 0.1, *((math.nan,) * 3 if x < -9 else (y, y - 0.05, y + 0.05))]
+                rows.append(row)
+    names = [f"{m}.{k}" for m in ("log_likelihood", "normalised") for k in ("mean", "low", "high")]
+    return pd.DataFrame(rows, columns=["dataset", "rule", "lam", *names])
+
+
+@pytest.mark.usefixtures("style")
+def test_fronts_show_every_mean_with_its_intervals_up_to_where_the_likelihood_falls():
+    fig = drawn(plots_sweep, "fronts", study())
+    assert_labelled(fig, ["log-likelihood"] * 2)
+    assert {"human", "cloned", "explicit", "annealed", "λ = 0"} <= set(texts(fig))
+    for ax, shift in zip(fig.axes, (0.0, 1.0)):
+        lines = {c.get_label(): c for c in ax.containers}
+        assert np.allclose(lines["annealed"][0].get_ydata(), np.array([0.1, 0.11, 0.2, 0.4]) + shift)
+        assert lines["explicit"][0].get_xdata().tolist() == [-2, -1, -0.5]
+        sides = [np.array(bars.get_segments())[0] for bars in lines["annealed"][2]]
+        assert np.allclose(np.ptp(sides[0], 0), [0.2, 0]) and np.allclose(np.ptp(sides[1], 0), [0, 0.1])
+        assert np.allclose(line(ax, "λ = 0"), [[-2, 0.1 + shift]])
+
+
+@pytest.mark.usefixtures("style")
+def test_over_lam_shows_both_measures_and_what_is_unguided():
+    fig = drawn(plots_sweep, "over_lam", study())
+    assert_labelled(fig, ["λ, in each rule's own sense"] * 2)
+    above, below = fig.axes[0], fig.axes[2]
+    assert np.allclose(line(above, "explicit"), [[0.1, -1], [1, -0.5], [3, -500]])
+    assert np.allclose(line(below, "annealed"), [[0.1, 0.11], [1, 0.2], [3, 0.4]])
+    assert above.get_ylim()[0] > -3 and above.get_ylim()[1] > 0  # what diverged does not decide what is seen
+    band = above.collections[1].get_paths()[0].vertices
+    assert np.isclose(band[:, 1].max(), 0.1) and np.allclose(line(above, "λ = 0")[:, 1], -2)
+
+
+@pytest.mark.usefixtures("style")
+@pytest.mark.parametrize("figure", ["fronts", "over_lam"])
+def test_one_seed_and_nothing_but_nan_can_be_drawn(figure):
+    frame = study()
+    frame.loc[:, [c for c in frame if c.endswith(("low", "high"))]] = math.nan  # one seed has no interval
+    drawn(plots_sweep, figure, frame)
+    frame[["log_likelihood.mean", "normalised.mean"]] = math.nan
+    drawn(plots_sweep, figure, frame)
 
 
 # The command
