@@ -89,10 +89,14 @@ class Ray:
         path = {"env_vars": {"PYTHONPATH": environment(1)["PYTHONPATH"]}}
         quiet = dict(logging_level="ERROR", log_to_driver=False, runtime_env=path)
         own = dict(address="local", include_dashboard=False, num_cpus=Local(workers).workers * cpus)
-        try:
-            ray.init(**quiet, **(own if address is None else {"address": address}))
-        except Exception as e:  # Ray raises many kinds, and bare ones
-            raise Unfit(f"Ray cannot be {'started' if address is None else f'reached at {address}'}: {e}") from e
+        for attempt in (1, 2, 3):  # Ray gives its own processes 30 s to start, which is too short on a busy machine
+            try:
+                ray.init(**quiet, **(own if address is None else {"address": address}))
+                break
+            except Exception as e:  # Ray raises many kinds, and bare ones
+                ray.shutdown()
+                if address is not None or attempt == 3:
+                    raise Unfit(f"Ray cannot be {f'reached at {address}' if address else 'started'}: {e}") from e
         asked = {name: n for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
         there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = sum(int(min(node.get(name, 0) / n for name, n in asked.items())) for node in there)

@@ -187,8 +187,17 @@ def cluster(monkeypatch):
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed: pip install -e '.[cluster]'")
-    both = ray.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    yield both, both.add_node(num_cpus=1)
+    for attempt in (1, 2, 3):  # Ray gives its own processes 30 s to start, which is too short on a busy machine
+        both = ray.Cluster()
+        try:
+            both.add_node(num_cpus=1, include_dashboard=False)
+            node = both.add_node(num_cpus=1)
+            break
+        except Exception:
+            both.shutdown()
+            if attempt == 3:
+                raise
+    yield both, node
     both.shutdown()
 
 

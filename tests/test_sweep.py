@@ -1,6 +1,7 @@
 """Sweeps: what they consist of, what is checked before they start, in which order they run, and what they leave."""
 
 import ast
+import contextlib
 import inspect
 import json
 import math
@@ -8,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -584,3 +586,73 @@ def test_code_that_changed_since_the_plan_is_not_run(toy, tmp_path, runs):
     ran = subprocess.run(call, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert ran.returncode == 1 and "code differ from those that the sweep was planned with: start it again" in ran.stderr
     assert not (one.folder / "done.json").exists()
+
+
+def listening(pid):
+    """The addresses, as the kernel writes them, on which a process or one that it has started listens (TCP)."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    sockets = set()
+    for folder in (Path(f"/proc/{one}/fd") for one in family):
+        with contextlib.suppress(OSError):
+            sockets |= {os.readlink(fd) for fd in folder.iterdir()}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
+
+
+@pytest.mark.notebook
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")
+def test_a_sweep_on_ray_runs_and_listens_on_the_loopback_interface_alone(toy, tmp_path, runs):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
+    arguments = ["-y", "x: [1, 2, 3]", "--backend", "ray", "--workers", "2", "--out", str(tmp_path / "out.parquet")]
+    call = [sys.executable, "-m", "pgdlib.sweep", str(tmp_path / "toy.ipynb"), *arguments]
+    process = subprocess.Popen(call, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    found = set()
+    while process.poll() is None:
+        found |= listening(process.pid)
+        time.sleep(0.2)
+    told = process.stdout.read()
+    assert process.returncode == 1 and "three is bad" in told and "2 of 3 points, 4 rows" in told
+    assert sorted(pd.read_parquet(tmp_path / "out.parquet")["square"]) == [1, 1, 4, 4]
+    loopback = {"0100007F", "0" * 16 + "FFFF00000100007F", "0" * 24 + "01000000"}  # IPv4, the same in IPv6, IPv6
+    assert found and found <= loopback
+
+
+@pytest.mark.notebook
+def test_a_ray_cluster_that_is_not_there_is_an_error_and_no_traceback(toy, tmp_path, runs):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
+    refused = command(tmp_path / "toy.ipynb", "--backend", "ray", "--address", "127.0.0.1:1")
+    assert refused.returncode == 2 and "Ray cannot be reached at 127.0.0.1:1: " in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.notebook
+def test_notebook_07_draws_the_sweep_that_came_with_it(tmp_path, runs):
+    call = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "-k",
+        "python3",
+        str(ROOT / "notebooks/07_sweep.ipynb"),
+        str(tmp_path / "out.ipynb"),
+    ]
+    subprocess.run([*call, "-p", "scale", "ci"], check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    assert kept(runs) == [f"figures/ci/07_{name}" for name in ("fronts.csv", "fronts.png", "lam.png")]
+    table = pd.read_csv(runs / "figures/ci/07_fronts.csv")
+    shipped = pd.read_parquet(ROOT / "figures/07_sweep.parquet")
+    shipped = shipped[shipped["run.table"] == "04_fronts"]
+    assert set(table["dataset"]) == set(shipped["run.data"]) and set(table["rule"]) == set(shipped["rule"])
+    assert (table["seeds"] == shipped["p.seed"].nunique()).all() and len(table) > 80
+    one = shipped[(shipped["rule"] == "annealed") & (shipped["lam"] == 0.1) & (shipped["run.data"] == "standin-human")]
+    row = table[(table["rule"] == "annealed") & (table["lam"] == 0.1) & (table["dataset"] == "standin-human")]
+    assert float(row["normalised.mean"].iloc[0]) == pytest.approx(one["normalised.mean"].mean())
+    wrong = subprocess.run(
+        [*call, "-p", "sweep", "newest"], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert wrong.returncode and "sweep='newest' is not allowed: runs/ has no sweep at scale 'quick'" in wrong.stderr
