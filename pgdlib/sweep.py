@@ -37,7 +37,7 @@ def main(argv=None):
         failed = {}
         if tasks:
             notebook.keep()
-            failed = sweep_run.Run(tasks, history, console, say).go(lambda: _pool(given), given.retries)
+            failed = sweep_run.Run(tasks, history, console, say).go(lambda: _pool(given, len(points)), given.retries)
         frame = sweep_results.gather(points)
         own = f"{notebook.name}-{store.key(points=sorted(_keys(points)))}.parquet"
         path = Path(given.out or store.root() / sweep_plan.FOLDER / own)
@@ -62,9 +62,9 @@ def _keys(tasks):
     return [task.key for task in tasks]
 
 
-def _pool(given):
+def _pool(given, points):
     if given.backend == "local":
-        return sweep_pools.Local(given.workers)
+        return sweep_pools.Local(given.workers, points)
     return sweep_pools.Ray(given.workers, given.address, given.cpus, given.gpus)
 
 

@@ -70,10 +70,9 @@ class Notebook:
         self.name = Path(path).stem
         if not self.defaults:
             raise BadSweep(f"{path} has no parameters: one of its code cells must have the tag `parameters`")
-        # Lines for IPython are no Python.
-        cells = [c for c in self.node.cells if c.cell_type == "code"]
-        self.cells = [re.sub(r"^\s*[%!].*$", "", c.source, flags=re.MULTILINE) for c in cells]
-        self.parameters = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
+        code = [c for c in self.node.cells if c.cell_type == "code"]
+        self.sources, self.cells = [c.source for c in code], [_python(c.source) for c in code]
+        self.parameters = next(i for i, c in enumerate(code) if "parameters" in c.metadata.get("tags", []))
         for cell in self.node.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
@@ -93,7 +92,7 @@ class Notebook:
     @cached_property
     def identity(self):
         """All that decides a result beside the parameters. Text cells do not."""
-        return {"cells": store.key(cells=self.cells), **identity(self.rooms)}
+        return {"cells": store.key(cells=self.sources), **identity(self.rooms)}
 
     @cached_property
     def check(self):
@@ -187,6 +186,8 @@ def check(notebook, tasks, elsewhere=False):
             found[task.key] = {**vars(namespace[result]), "device": task.settings.get("device", "auto")}
         except ValueError as e:
             wrong[str(e)] = None
+        except Exception as e:
+            raise BadSweep(f"{notebook.name} fails before it checks its parameters: {type(e).__name__}: {e}") from e
     if wrong:
         lists = [k for k, v in notebook.defaults.items() if isinstance(v, list)]
         lists = [k for k in lists if any(f"parameter {k}=" in text for text in wrong)]
@@ -197,6 +198,16 @@ def check(notebook, tasks, elsewhere=False):
 
 def _digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+def _python(source):
+    """A cell without its lines for IPython; nothing where what is left is no Python."""
+    source = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return ""
+    return source
 
 
 def _literal(text):

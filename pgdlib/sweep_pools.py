@@ -24,10 +24,10 @@ class Unfit(Exception):
 
 
 def environment(threads):
-    """What a task's process gets beside the environment that is there."""
+    """What a task's process gets beside the environment that is there; numbers of threads only where there are none yet."""
     path = os.pathsep.join(filter(None, (str(store.PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     own = {"PGD_RUNS": str(store.root()), "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
-    return {**dict.fromkeys(THREADS, str(threads)), **own}
+    return {name: os.environ.get(name, str(threads)) for name in THREADS} | own
 
 
 def run(folder, environment, cwd):
@@ -39,11 +39,14 @@ def run(folder, environment, cwd):
 
 
 class Local:
-    """`workers` processes at once, each with its share of the cores that this process may use."""
+    """`workers` processes at once, each with its share of the cores that this process may use.
 
-    def __init__(self, workers=None):
+    By default there are as many as `points`, but no more than cores.
+    """
+
+    def __init__(self, workers=None, points=None):
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
-        workers = workers or len(cores)
+        workers = workers or min(len(cores), points or len(cores))
         self.threads = max(1, len(cores) // workers)
         self.slots = [{cores[(i * self.threads + j) % len(cores)] for j in range(self.threads)} for i in range(workers)]
         self.workers, self.children = workers, {}
@@ -101,9 +104,8 @@ class Ray:
         there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = sum(int(min(node.get(name, 0) / n for name, n in asked.items())) for node in there)
         if not room:
-            raise Unfit(
-                f"no machine of the cluster has {' and '.join(f'{n:g} {name}' for name, n in asked.items())} for a point"
-            )
+            wanted = " and ".join(f"{n:g} {name}" for name, n in asked.items())
+            raise Unfit(f"no machine of the cluster has {wanted} for a point")
         self.workers = min(room, workers or room)
         self.remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(on_ray)
 

@@ -9,7 +9,7 @@ import time
 from rich.live import Live
 from rich.table import Table
 
-from pgdlib import store, sweep_plan
+from pgdlib import store, sweep_plan, sweep_task
 
 TICK = 0.05  # s between two looks at what has ended
 SHOWN = 6  # lines of the log of what failed
@@ -90,10 +90,10 @@ class Run:
             self.done.add(key)
             self.history.records.append(task.record)
             self.say(f"done    {task.name}{took}; {self.progress()}")
-        elif status < 0 and self.lost.get(key, 0) < retries:
+        elif (status < 0 or status == sweep_task.LOST) and self.lost.get(key, 0) < retries:
             self.lost[key] = self.lost.get(key, 0) + 1
             self.waiting.insert(0, key)
-            self.say(f"again   {task.name}{took}: {why}")
+            self.say(f"again   {task.name}{took}: {why or 'its kernel died'}")
         else:
             log = task.folder / "log.txt"
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []

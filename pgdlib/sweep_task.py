@@ -13,10 +13,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import papermill
+from nbclient.exceptions import DeadKernelError
+
 from pgdlib import store, sweep_plan
 
 # What all points share, in the folder of all runs; everything else that a notebook writes is its point's own.
 COMMON = ("agents", "checkpoints", "data", "denoisers", "guides", "minari", "sweeps", "worldmodels")
+LOST = 75  # the exit status of a task that may do better if it is run again
 
 
 def main(folder, parent):
@@ -50,22 +54,24 @@ def _follow(parent):
 
 
 def _point(task, folder):
-    import papermill
-
+    root = store.root()
     for left in (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
         shutil.rmtree(left)  # of an attempt that was stopped
     for name in COMMON:
-        (store.root() / name).mkdir(exist_ok=True)
+        (root / name).mkdir(exist_ok=True)
         if not (folder / name).is_symlink():
-            (folder / name).symlink_to(os.path.relpath(store.root() / name, folder))
-    os.environ["PGD_RUNS"] = str(folder)
+            (folder / name).symlink_to(os.path.relpath(root / name, folder))
+    os.environ["PGD_RUNS"] = str(folder)  # of the kernel
     source, output = folder.parent / f"{task['identity']['cells']}.ipynb", folder / "notebook.ipynb"
     try:
         papermill.execute_notebook(source, output, task["given"], kernel_name="python3", progress_bar=False)
     except papermill.PapermillExecutionError as e:
         sys.exit(f"cell {e.exec_count}: {e.ename}: {e.evalue}")
+    except DeadKernelError:
+        print("its kernel died: killed by the system, perhaps for want of memory", file=sys.stderr)
+        sys.exit(LOST)
     finally:
-        os.environ["PGD_RUNS"] = str(folder.parent.parent.parent)
+        os.environ["PGD_RUNS"] = str(root)
 
 
 def _make(task, folder):

@@ -127,7 +127,13 @@ def test_a_key_names_all_that_decides_the_result_and_nothing_else(tmp_path, runs
     first, guide = key(), tmp_path / "guide.zip"
     assert key() == first == key(text="# Another text") and len(first) == 12
     guide.write_text("one")
-    others = [key(body=BODY + "\n"), key(parameters=PARAMETERS.replace("1.0", "2.0")), key([("seed", "1")])]
+    others = [
+        key(check="%magic\n" + CHECK),
+        key(body="?what"),
+        key(body=BODY + "\n"),
+        key(parameters=PARAMETERS.replace("1.0", "2.0")),
+        key([("seed", "1")]),
+    ]
     others += [key([("note", str(guide))])]
     guide.write_text("two")
     others += [key([("note", str(guide))])]
@@ -187,6 +193,12 @@ def test_cuda_is_left_to_the_machine_that_runs_the_point(toy, monkeypatch):
     assert sweep_plan.check(toy, tasks, elsewhere=True)[tasks[0].key]["device"] == "cuda"
     with pytest.raises(sweep_plan.BadSweep, match="device='gpu' is not allowed"):
         sweep_plan.check(toy, planned(toy, "device: gpu"), elsewhere=True)
+
+
+def test_a_notebook_whose_first_cells_fail_is_refused(tmp_path, runs):
+    notebook = sweep_plan.Notebook(write(tmp_path / "toy.ipynb", check="nowhere\n" + CHECK))
+    with pytest.raises(sweep_plan.BadSweep, match="toy fails before it checks its parameters: NameError: name 'nowhere'"):
+        sweep_plan.check(notebook, planned(notebook))
 
 
 def test_a_notebook_that_checks_nothing_is_swept_by_names_alone(tmp_path, runs):
@@ -326,7 +338,7 @@ def test_a_failure_stops_only_what_needs_it(runs):
 
 
 def test_a_lost_task_is_run_again_but_not_for_ever_and_a_failed_one_is_not(runs):
-    pool = Fake({"a": [-9, -9, 0], "b": [-9] * 9, "c": [1, 0]}, workers=1)
+    pool = Fake({"a": [-9, sweep_task.LOST, 0], "b": [-9] * 9, "c": [1, 0]}, workers=1)
     failed, said = go([task("a"), task("b"), task("c")], pool)
     assert pool.started == ["a"] * 3 + ["b"] * 3 + ["c"] and set(failed) == {"b", "c"}
     assert "killed" in failed["b"][1] and sum(line.startswith("again") for line in said) == 4
@@ -353,14 +365,20 @@ def test_costs_are_those_of_the_tasks_most_alike(runs):
     ]
 
 
-@pytest.mark.parametrize(("cores", "workers", "shares"), [(8, 3, [2, 2, 2]), (4, None, [1] * 4), (2, 3, [1, 1, 1])])
-def test_workers_share_the_cores(monkeypatch, cores, workers, shares):
+@pytest.mark.parametrize(
+    ("cores", "workers", "points", "shares"),
+    [(8, 3, 99, [2, 2, 2]), (4, None, 99, [1] * 4), (4, None, 2, [2, 2]), (2, 3, 99, [1, 1, 1])],
+)
+def test_workers_share_the_cores(monkeypatch, cores, workers, points, shares):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(10, 10 + cores)), raising=False)
-    pool = sweep_pools.Local(workers)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    pool = sweep_pools.Local(workers, points)
     assert [len(s) for s in pool.slots] == shares and pool.threads == shares[0]
     used = [core for slot in pool.slots for core in slot]
     assert set(used) <= set(range(10, 10 + cores)) and max(map(used.count, used)) == -(-sum(shares) // cores)
     assert sweep_pools.environment(pool.threads)["OMP_NUM_THREADS"] == str(shares[0])
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert sweep_pools.environment(pool.threads)["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (150, "2 min"), (3 * 3600 + 65, "3 h 01 min")])
