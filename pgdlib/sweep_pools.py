@@ -5,6 +5,7 @@ over, and `stop()`. A negative status is a process that was lost: killed, or wit
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -91,6 +92,11 @@ class Ray:
         self.ray, self.tasks, self.threads, self.most = ray, {}, max(1, int(cpus)), workers
         path = {"env_vars": {"PYTHONPATH": environment(1)["PYTHONPATH"]}}
         quiet = dict(logging_level="ERROR", log_to_driver=False, runtime_env=path)
+        if address and (where := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)):  # Ray itself would try for minutes
+            try:
+                socket.create_connection((where[1], int(where[2])), timeout=10).close()
+            except OSError as e:
+                raise Unfit(f"Ray cannot be reached at {address}: {e}") from e
         own = dict(address="local", include_dashboard=False, num_cpus=Local(workers).workers * cpus)
         for attempt in (1, 2, 3):  # Ray gives its own processes 30 s to start, which is too short on a busy machine
             try:
