@@ -4,6 +4,7 @@ A pool has `start(task)`, `free` (whether to start another), `ended()`, a list o
 over, and `stop()`. A negative status is a process that was lost: killed, or with its machine.
 """
 
+import math
 import os
 import re
 import signal
@@ -97,15 +98,12 @@ class Ray:
                 socket.create_connection((where[1], int(where[2])), timeout=10).close()
             except OSError as e:
                 raise Unfit(f"Ray cannot be reached at {address}: {e}") from e
-        own = dict(address="local", include_dashboard=False, num_cpus=Local(workers).workers * cpus)
-        for attempt in (1, 2, 3):  # Ray gives its own processes 30 s to start, which is too short on a busy machine
-            try:
-                ray.init(**quiet, **(own if address is None else {"address": address}))
-                break
-            except Exception as e:  # Ray raises many kinds, and bare ones
-                ray.shutdown()
-                if address is not None or attempt == 3:
-                    raise Unfit(f"Ray cannot be {f'reached at {address}' if address else 'started'}: {e}") from e
+        cores = math.ceil(Local(workers).workers * cpus)  # 2.0 would stop Ray's node without a word
+        own = dict(address="local", include_dashboard=False, num_cpus=cores)
+        try:
+            ray.init(**quiet, **({"address": address} if address else own))
+        except Exception as e:  # Ray raises many kinds, and bare ones
+            raise Unfit(f"Ray cannot be {f'reached at {address}' if address else 'started'}: {e}") from e
         asked = {name: n for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
         there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = sum(int(min(node.get(name, 0) / n for name, n in asked.items())) for node in there)
