@@ -7,22 +7,22 @@ import seaborn as sns
 from pgdlib.plots_guidance import LIKELIHOOD, MARKERS
 
 LINES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1)), (0, (5, 1)), (0, (4, 2, 1, 2)), (0, (1, 1)))
-ERROR = "dynamics error / variance"
-X, Y = "log_likelihood", "normalised"
+ERROR = "dynamics error / that at λ = 0\n(the same seed, so the same model)"
+X, Y = "log_likelihood", "relative"
 
 
 def fronts(study, title):
     """Dynamics error against likelihood: a panel for each dataset, a line for each rule, a cross of intervals for each λ.
 
-    study: a frame with dataset, rule, lam (rising) and mean, low and high of `log_likelihood` and `normalised`. A line ends
-    where the likelihood falls, which is past the rule's threshold.
+    study: a frame with dataset, rule, lam (rising) and mean, low and high of `log_likelihood` and `relative`, the
+    error over the unguided one. A line ends where the likelihood falls, which is past the rule's threshold.
     """
     fig, axes = _panels(study, 1, sharex=True)
     for ax, (_, rows) in zip(axes[0], study.groupby("dataset", sort=False)):
         for rule, part in rows.groupby("rule", sort=False):
             part = part[part[f"{X}.mean"] >= np.fmax.accumulate(part[f"{X}.mean"])]
             bars = [np.abs(part[[f"{k}.low", f"{k}.high"]].to_numpy().T - part[f"{k}.mean"].to_numpy()) for k in (X, Y)]
-            ax.errorbar(part[f"{X}.mean"], part[f"{Y}.mean"], bars[1], bars[0], elinewidth=0.8, **_styles(study)[rule])
+            ax.errorbar(part[f"{X}.mean"], part[f"{Y}.mean"], bars[1], bars[0], elinewidth=0.7, **_styles(study)[rule])
         unguided = rows[rows["lam"] == 0].iloc[0]
         ax.plot(unguided[f"{X}.mean"], unguided[f"{Y}.mean"], "o", color="red", markersize=10, fillstyle="none", label="λ = 0")
         ax.set(xlabel=LIKELIHOOD, ylim=_around(rows, Y))
