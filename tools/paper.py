@@ -18,7 +18,7 @@ from pathlib import Path
 from pgdlib import adroit, params, store
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["02_diffusion", "05_iql_benchmark", "06_world_model", "01_data", "03_ppo_guide"]  # the longest first
+ORDER = ["02_diffusion", "05_iql_benchmark", "06_world_model", "01_data", "03_ppo_guide", "07_sweep"]  # the longest first
 EVERY = 30  # s between two lines of progress
 LAST = ["04_guidance"]  # alone, with all cores: it gathers the verdicts of the others
 

@@ -1,0 +1,83 @@
+"""Figures of a sweep: every rule on every dataset, means over seeds."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+from pgdlib.plots_guidance import LIKELIHOOD, MARKERS
+
+LINES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1)), (0, (5, 1)), (0, (4, 2, 1, 2)), (0, (1, 1)))
+ERROR = "dynamics error / that at λ = 0\n(the same seed, so the same model)"
+X, Y = "log_likelihood", "relative"
+
+
+def fronts(study, title):
+    """Dynamics error against likelihood: a panel for each dataset, a line for each rule, a cross of intervals for each λ.
+
+    study: a frame with dataset, rule, lam (rising) and mean, low and high of `log_likelihood` and `relative`, the
+    error over the unguided one. A line ends where the likelihood falls, which is past the rule's threshold.
+    """
+    fig, axes = _panels(study, 1, sharex=True)
+    for ax, (_, rows) in zip(axes[0], study.groupby("dataset", sort=False)):
+        for rule, part in rows.groupby("rule", sort=False):
+            part = part[part[f"{X}.mean"] >= np.fmax.accumulate(part[f"{X}.mean"])]
+            bars = [np.abs(part[[f"{k}.low", f"{k}.high"]].to_numpy().T - part[f"{k}.mean"].to_numpy()) for k in (X, Y)]
+            ax.errorbar(part[f"{X}.mean"], part[f"{Y}.mean"], bars[1], bars[0], elinewidth=0.7, **_styles(study)[rule])
+        unguided = rows[rows["lam"] == 0].iloc[0]
+        ax.plot(unguided[f"{X}.mean"], unguided[f"{Y}.mean"], "o", color="red", markersize=10, fillstyle="none", label="λ = 0")
+        ax.set(xlabel=LIKELIHOOD, ylim=_around(rows, Y))
+    axes[0, 0].set_ylabel(ERROR)
+    return _finished(fig, axes, title)
+
+
+def over_lam(study, title):
+    """Likelihood and dynamics error over λ, a column for each dataset: `study` as for `fronts`; bands are the intervals."""
+    fig, axes = _panels(study, 2, sharex=True)
+    for column, (_, rows) in zip(axes.T, study.groupby("dataset", sort=False)):
+        for ax, measure in zip(column, (X, Y)):
+            for rule, part in rows[rows["lam"] > 0].groupby("rule", sort=False):
+                x, mean, low, high = (part[c].to_numpy() for c in ("lam", *(f"{measure}.{k}" for k in ("mean", "low", "high"))))
+                style = _styles(study)[rule]
+                ax.plot(x, mean, **style)
+                ax.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            ax.axhline(rows.loc[rows["lam"] == 0, f"{measure}.mean"].iloc[0], color="red", linewidth=1, label="λ = 0")
+        lams = rows.loc[rows["lam"] > 0, "lam"]
+        column[0].set(xscale="log", xlim=(lams.min() / 1.3, 1.3 * lams.max()), ylim=_around(rows, X))
+        column[1].set(xlabel="λ, in each rule's own sense", ylim=_around(rows, Y))
+    axes[0, 0].set_ylabel(LIKELIHOOD)
+    axes[1, 0].set_ylabel(ERROR)
+    return _finished(fig, axes, title)
+
+
+def _around(rows, measure):
+    """Limits that hold all means up to each rule's highest likelihood: past their thresholds, curves leave the panel."""
+    rows = rows[np.isfinite(rows[f"{X}.mean"])]
+    kept = [part[: int(part[f"{X}.mean"].argmax()) + 1] for _, part in rows.groupby("rule")]
+    means = np.concatenate([[], *(part[f"{measure}.mean"].dropna() for part in kept)])
+    if not len(means):
+        return 0, 1
+    room = 0.1 * (np.ptp(means) or 1)
+    return means.min() - room, means.max() + room
+
+
+def _panels(study, rows, **how):
+    names = list(study["dataset"].unique())
+    fig, axes = plt.subplots(rows, len(names), figsize=(4.4 * len(names) + 2.4, 3.4 * rows + 0.4), squeeze=False, **how)
+    for ax, name in zip(axes[0], names):
+        ax.set_title(name)
+    return fig, axes
+
+
+def _styles(study):
+    """Rule -> its colour, marker and line, the same in all figures."""
+    rules = list(study["rule"].unique())
+    palette = sns.color_palette("colorblind", len(rules))
+    styles = zip(rules, palette, (MARKERS * len(rules))[: len(rules)], (LINES * len(rules))[: len(rules)])
+    return {r: dict(color=c, marker=m, linestyle=s, markersize=4.5, linewidth=1.4, label=r) for r, c, m, s in styles}
+
+
+def _finished(fig, axes, title):
+    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))
+    fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+    fig.suptitle(title, fontsize="medium")
+    return fig
