@@ -26,6 +26,11 @@ help:  ## this list
 	$(BIN)/pip install -q -c constraints.txt $(TORCH) -e '.[dev]'
 	@touch $@
 
+# Ray, for the tests of sweeps on a cluster.
+.venv/.cluster: .venv/.installed
+	$(BIN)/pip install -q -c constraints.txt $(TORCH) -e '.[dev,cluster]'
+	@touch $@
+
 paper: .venv/.installed  ## the main job: run all notebooks (SCALE=quick) into runs/notebooks/
 	$(BIN)/python tools/paper.py --scale $(SCALE) $(NOTEBOOKS)
 
@@ -42,7 +47,7 @@ test: lint  ## lint, unit tests, every notebook at ci scale, then in a browser
 test-browser: .venv/.installed  ## only the notebooks in a browser; needs a Chromium
 	$(BIN)/pytest -q -m browser --durations=0
 
-test-faults: .venv/.installed  ## only the tests that kill, damage, fill the disk and compete (minutes)
+test-faults: .venv/.cluster  ## only the tests that kill, damage, fill the disk and compete (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m faults --durations=0
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab

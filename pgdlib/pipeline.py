@@ -63,7 +63,8 @@ def train_guide(steps, seed):
     from pgdlib import ppo
 
     key = store.key(steps=steps, seed=seed, code=store.code_version("adroit", "ppo"))
-    path, checkpoint = (store.root() / folder / f"ppo-{key}.safetensors" for folder in ("guides", "checkpoints"))
+    path = store.root() / "guides" / f"ppo-{key}.safetensors"
+    checkpoint = store.root() / "checkpoints" / path.name
 
     def make():
         with tqdm(total=steps, desc="training PPO", unit=" steps", mininterval=5) as bar:
