@@ -169,9 +169,8 @@ def table_1(part, lab):
 
 
 def publish(part, lab, verdicts):
-    """Write what is judged, to the run's own results and to `out`."""
+    """Add what is judged to the run's own results and to `out`; claims of the same id are replaced."""
     claims.record(verdicts, lab.dataset.label, lab.dataset.slug, lab.p.scale)
-    part.card["claims"] = [
-        {"id": c.id, "measure": c.measure, "effect": claims.effect(c), "verdict": c.verdict} for c in verdicts
-    ]
+    new = [{"id": c.id, "measure": c.measure, "effect": claims.effect(c), "verdict": c.verdict} for c in verdicts]
+    part.card["claims"] = list({row["id"]: row for row in [*part.card.get("claims", []), *new]}.values())
     part.save("claims", table=part.card["claims"])

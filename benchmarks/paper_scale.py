@@ -141,12 +141,13 @@ def run(part):
             if rule not in part.card["calibrated"]:
                 part.card["calibrated"][rule] = lab.calibrate(rule, tolerance, start, part.check).lam
     with part.stage("claims"):
-        verdicts = paper_results.judge(part, lab, points["explicit"])
-        verdicts += [paper_results.likely(lab, points["explicit"][0.0]), paper_results.states(part, lab)]
-        paper_results.publish(part, lab, verdicts)
+        if "claims" not in part.card:  # else a slice before this one has judged them
+            verdicts = paper_results.judge(part, lab, points["explicit"])
+            verdicts += [paper_results.likely(lab, points["explicit"][0.0]), paper_results.states(part, lab)]
+            paper_results.publish(part, lab, verdicts)
     if p.seeds:
         with part.stage("Table 1"):
-            paper_results.publish(part, lab, [*verdicts, *paper_results.table_1(part, lab)])
+            paper_results.publish(part, lab, paper_results.table_1(part, lab))
     part.card["complete"] = True
     part.write()
 

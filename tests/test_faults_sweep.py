@@ -34,12 +34,17 @@ def toy(tmp_path):
     return write(tmp_path / "toy.ipynb", body=BODY)
 
 
+def hear():
+    """As in a terminal: what a shell starts in the background, such as these tests, is deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(toy, runs, *arguments, **how):
     """A running sweep of the toy; its lines go to <runs>.log."""
     call = [sys.executable, "-m", "pgdlib.sweep", str(toy), *POINTS, "--out", f"{runs}.parquet", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PGD_RUNS": str(runs)}
     with open(f"{runs}.log", "a") as log:
-        how = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True) | how
+        how = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=hear) | how
         return subprocess.Popen(call, env=env, **how)
 
 
