@@ -1,5 +1,6 @@
 """What the notebooks share: the guide, the data and the denoiser, loaded from `runs/` or made."""
 
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ def load_guide(guide="shipped"):
     Raises ValueError that names the parameter `guide` for a file that is missing, damaged, or of another environment.
     """
     path = SHIPPED_GUIDE if guide == "shipped" else Path(guide)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file itself fails for a name that is too long
         raise ValueError(
             f"guide={guide!r} is not a file; it must be 'shipped', a .safetensors guide or a Stable-Baselines3 .zip"
         )
