@@ -1,0 +1,281 @@
+"""Datasets with faults, drawn by hypothesis, and what notebooks do with them, each against numpy.
+
+`usable` restates what a dataset must be. `outcome` puts one through the library: it is used, with finite and right results,
+or refused with a ValueError that names the dataset and the array or the episode at fault.
+"""
+
+import copy
+import warnings
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from conftest import toy
+from hypothesis import strategies as st
+from tqdm import tqdm
+
+from pgdlib import agents, data, edm, params, pipeline, store, study, worldmodel
+from pgdlib.policies import GaussianPolicy
+
+WIDTHS = dict(obs=(45,), actions=(24,), rewards=(), terminals=(), next_obs=(45,))
+LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+MOST = 1e6
+HORIZONS = st.integers(2, 30)
+
+
+def put(tensors, key, value, place):
+    tensors[key].view(-1)[place % tensors[key].numel()] = value
+
+
+def constant(tensors, key, value, place):
+    """A dimension that never changes, or the whole array."""
+    width = tensors[key][0].numel()
+    tensors[key].view(-1, width)[:, slice(None) if place % 2 else place % width] = value
+
+
+def falls(tensors, key, value, place):
+    tensors["next_obs"][place % len(tensors["next_obs"]) :: 1 + place % 7, 26] = 0.0749
+
+
+def actions_out_of_range(tensors, key, value, place):
+    tensors["actions"] *= 1 + place % 100
+
+
+def copies(tensors, key, value, place):
+    """All episodes alike, of the first one's length."""
+    n, lengths = int(tensors["lengths"][0]), tensors["lengths"]
+    steps = torch.arange(n).repeat(len(lengths))
+    tensors.update({k: v[steps] for k, v in tensors.items() if k != "lengths"}, lengths=torch.full_like(lengths, n))
+
+
+def reshaped(tensors, key, value, place):
+    t = tensors[key]
+    odd = [
+        t[:-1],
+        torch.cat([t, t[:1]]),
+        t[..., None],
+        t.flatten()[0],
+        t.mT if t.ndim > 1 else t[:0],
+        t[None],
+        t[:, :-1] if t.ndim > 1 else t[:, None],
+    ]
+    tensors[key] = odd[place % len(odd)]
+
+
+def another_kind(tensors, key, value, place):
+    t = tensors[key]
+    types = (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool, torch.complex64)
+    odd = [*(t.to(kind) for kind in types), t.numpy(), t.tolist(), None]
+    tensors[key] = odd[place % len(odd)]
+
+
+def other_lengths(tensors, key, value, place):
+    n, lengths = len(tensors["rewards"]), tensors["lengths"]
+    zero = torch.zeros(1, dtype=torch.int64)
+    huge = torch.tensor([2**63 - 1, 2**63 - 1, n + 2])  # their sum, in 64 bits, is n
+    odd = [torch.cat([lengths, zero]), torch.cat([zero, lengths]), torch.tensor([n + 3, -3]), lengths + 1, lengths.float()]
+    odd += [huge, lengths[None], lengths[:0], torch.tensor(n), torch.tensor([n])]
+    tensors["lengths"] = odd[place % len(odd)]
+
+
+FAULTS = st.one_of(
+    st.tuples(st.just(put), st.sampled_from([*WIDTHS]), st.sampled_from([np.nan, np.inf, -np.inf, 3e38, 2e6, -1e6, 1e-40])),
+    st.tuples(st.just(put), st.just("terminals"), st.sampled_from([1.0, 0.5, 2.0, -1.0])),
+    st.tuples(st.just(constant), st.sampled_from([*WIDTHS]), st.sampled_from([0.0, 1 / 3, 1.0, -1e6, 1e-7])),
+    st.tuples(st.sampled_from([falls, actions_out_of_range, copies]), st.none(), st.none()),
+    st.tuples(st.sampled_from([reshaped, another_kind]), st.sampled_from([*WIDTHS, "info.qpos"]), st.none()),
+    st.tuples(st.just(other_lengths), st.none(), st.none()),
+)
+SOME_FAULTS = st.lists(st.tuples(FAULTS, st.integers(0, 10_000)), max_size=3)
+
+
+def made(lengths, faults):
+    """Tensors of random episodes with `faults`, those that can still be put in after the ones before."""
+    base = toy(lengths, info={"qpos": torch.zeros(sum(lengths), 30)})
+    tensors = {k: v.clone() for k, v in base.tensors().items()}
+    for (fault, key, value), place in faults:
+        before = copy.deepcopy(tensors)
+        try:
+            fault(tensors, key, value, place)
+        except (AttributeError, TypeError, IndexError, RuntimeError, ValueError, ZeroDivisionError):
+            tensors = before
+    return tensors
+
+
+def usable(tensors):
+    """Whether tensors are a dataset, in plain numpy."""
+    if not all(isinstance(v, torch.Tensor) for v in tensors.values()):
+        return False
+    kinds = {k: str(v.dtype) for k, v in tensors.items()}
+    lengths = tensors["lengths"].tolist()
+    if kinds.pop("lengths") != "torch.int64" or set(kinds.values()) != {"torch.float32"}:
+        return False
+    if not isinstance(lengths, list) or not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
+        return False
+    arrays = {k: v.numpy() for k, v in tensors.items() if k != "lengths"}
+    for key, array in arrays.items():
+        if array.ndim == 0 or len(array) != sum(lengths) or array.shape[1:] != WIDTHS.get(key, array.shape[1:]):
+            return False
+        if not np.all(np.isfinite(array)) or np.abs(array).max() > MOST:
+            return False
+    return bool(np.isin(arrays["terminals"], [0, 1]).all())
+
+
+def names_the_fault(error, dataset="toy"):
+    """The message is one that a user can act on."""
+    words = [*WIDTHS, "lengths", "info.qpos", "episode"]
+    return f"'{dataset}'" in str(error) and any(word in str(error) for word in words)
+
+
+def outcome(lengths, faults, horizon, transform="raw"):
+    """Put a dataset with `faults` through all: "refused" or "accepted"; AssertionError for anything else."""
+    tensors = made(lengths, faults)
+    allowed = usable(tensors)
+    try:
+        raw = data.Trajectories.from_tensors(tensors, "toy")
+    except ValueError as e:
+        assert not allowed and names_the_fault(e), e
+        return "refused"
+    assert allowed, "a dataset that is none is accepted"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy's, of what is not finite
+        return used(raw, horizon, transform)
+
+
+def used(raw, horizon, transform):
+    """Everything that notebooks do with the data, against numpy; "accepted" or "refused"."""
+    episodes = plain_episodes(raw)
+    np.testing.assert_allclose(raw.returns(5), [e["rewards"][:5].sum() for e in episodes], rtol=1e-4, atol=1e-3)
+    repaired, cut, dropped = data.end_at_falls(raw)
+    ended = [until_fall(e) for e in episodes]
+    assert (cut, dropped) == (sum(len(a["obs"]) < len(e["obs"]) for a, e in zip(ended, episodes)),
+                              sum(len(e["obs"]) - len(a["obs"]) for a, e in zip(ended, episodes)))  # fmt: skip
+    assert_equal(plain_episodes(repaired), ended)
+    dataset = pipeline.Dataset(repaired, raw, False, store.digest(raw.tensors())[:12], cut, dropped)
+    copies = {e["obs"].tobytes() + e["actions"].tobytes() + e["rewards"].tobytes() + e["terminals"].tobytes() for e in ended}
+    try:
+        train, val = pipeline.train_val(dataset)
+    except ValueError as e:
+        few = "1 unique episode" if len(copies) < 2 else "1 step to train on"
+        assert f"'toy' holds {few}" in str(e) and (len(copies) < 2 or 1 in repaired.lengths.tolist()), e
+        return "refused"
+    assert len(copies) > 1
+    sides = [{key(e) for e in plain_episodes(side)} for side in (train, val)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == {key(e) for e in ended}
+
+    packed = np.concatenate([train.obs, train.actions, train.rewards[:, None], train.terminals[:, None]], 1, dtype=np.float64)
+    if transform == "arctanh":
+        packed[:, 45:69] = np.arctanh(packed[:, 45:69].clip(-0.999, 0.999).astype(np.float32))
+    normaliser = data.Normaliser(transform).fit(train.packed())
+    std = np.where(packed.std(0) < 1e-6, 1, packed.std(0))
+    sure = np.abs(std - 1e-6) > 1e-8  # not where rounding decides
+    np.testing.assert_allclose(normaliser.mean[:70], packed.mean(0)[:70], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(normaliser.std[:70][sure[:70]], std[:70][sure[:70]], rtol=1e-4, atol=1e-9)
+    assert normaliser.mean[70] == normaliser.std[70] == 0.5
+    for side in (train, val):
+        assert_windows(data.Windows(side, normaliser, horizon), side, normaliser, horizon)
+
+    assert_equal_agents(agents.of_trajectories(train), train)
+    p = settings(horizon, transform)
+    try:
+        denoiser, losses = pipeline.load_denoiser(dataset, p, torch.device("cpu"), partial(tqdm, disable=True), refuse_to_say)
+    except ValueError as e:
+        assert horizon > 2 * max(train.lengths.tolist()) and f"horizon={horizon} is not allowed for toy" in str(e), e
+        return "refused"
+    assert horizon <= 2 * max(train.lengths.tolist()) and len(losses) == 2
+    assert torch.equal(denoiser.normaliser.mean, normaliser.mean) and torch.equal(denoiser.normaliser.std, normaliser.std)
+    assert_trained(denoiser, losses, train, val, horizon)
+    assert_studied(dataset, denoiser, p)
+    return "accepted"
+
+
+def settings(horizon, transform):
+    own = dict(horizon=horizon, transform=transform, features=8, blocks=1, train_steps=2, passes=None, batch_size=4)
+    own |= dict(scale="ci", samples=4, seed=0, units="natural")
+    return SimpleNamespace(**{**params.settings("ci"), **own})
+
+
+def refuse_to_say(text):
+    raise AssertionError(text)
+
+
+def plain_episodes(trajectories):
+    """A dict of numpy arrays for each episode."""
+    ends = np.cumsum(trajectories.lengths.numpy())
+    arrays = {k: v.numpy() for k, v in trajectories.tensors().items() if k != "lengths"}
+    return [{k: v[a:b] for k, v in arrays.items()} for a, b in zip([0, *ends[:-1]], ends)]
+
+
+def key(episode):
+    return b"".join(episode[k].tobytes() for k in WIDTHS)
+
+
+def until_fall(episode):
+    """An episode up to its first fall, which alone is terminal."""
+    fallen = episode["next_obs"][:, 26] < np.float32(0.075)
+    n = int(fallen.argmax()) + 1 if fallen.any() else len(fallen)
+    return {**{k: v[:n] for k, v in episode.items()}, "terminals": fallen[:n].astype(np.float32)}
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def assert_windows(windows, side, normaliser, horizon):
+    """Windows lie within one episode, half a window at most beyond the end of one that fell; all are normalised steps."""
+    mean, std = normaliser.mean.numpy(), normaliser.std.numpy()
+    x, mask = (v.numpy() for v in windows[torch.arange(len(windows))])
+    expected_x, expected_mask = [], []
+    for e in plain_episodes(side):
+        actions = e["actions"]
+        if normaliser.transform == "arctanh":
+            actions = np.arctanh(actions.clip(-0.999, 0.999))
+        steps = np.concatenate([e["obs"], actions, e["rewards"][:, None], e["terminals"][:, None]], 1)
+        n, beyond = len(steps), horizon // 2 if e["terminals"][-1] else 0
+        for first in range(max(1, n - horizon + 1 + beyond)):
+            places = np.arange(first, first + horizon)
+            expected_x.append((steps[places.clip(max=n - 1)] - mean) / std)
+            expected_mask.append(places < n)
+    assert np.isfinite(x).all()
+    np.testing.assert_array_equal(mask, np.array(expected_mask, np.float32))
+    np.testing.assert_allclose(x, np.array(expected_x), rtol=1e-3, atol=1e-3 * max(1, np.abs(mean / std).max() * 1e-3))
+
+
+def assert_equal_agents(packed, side):
+    columns = [side.obs, side.actions.numpy().clip(-1, 1), side.rewards[:, None], side.terminals[:, None], side.next_obs]
+    np.testing.assert_array_equal(packed, np.concatenate(columns, 1))
+
+
+def assert_trained(denoiser, losses, train, val, horizon):
+    """Two steps of the denoiser and of a world model leave finite losses and weights."""
+    windows = data.Windows(val, denoiser.normaliser, horizon)
+    validation = edm.validation_loss(denoiser, windows, torch.tensor([0.01, 1.0, 30.0]), 4, 0)
+    ensemble = worldmodel.Ensemble(3, 2, (8, 8))
+    found = worldmodel.train(ensemble, train, val, worldmodel.Training(2, 8, weight_decay=(0.0,) * 3))
+    for tensor in (losses, validation, found, *denoiser.state_dict().values(), *ensemble.state_dict().values()):
+        assert tensor.isfinite().all()
+    assert len(found) == 2 and (ensemble.std > 0).all() and len(set(ensemble.elites.tolist())) == 2
+
+
+def assert_studied(dataset, denoiser, p):
+    """Notebook 04's windows of real data; each has its measures, of its own steps, or is counted as unjudged."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = GaussianPolicy(45, 24, hidden=[8]).requires_grad_(False)
+    lab = study.Study(dataset, denoiser, policy, p)
+    windows = data.Windows(lab.val, lab.normaliser, p.horizon)
+    x, mask = windows[torch.randint(len(windows), (4,), generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(lab.windows(lab.val, 4, 0), x)
+    measures, steps = lab.real, lab.normaliser.denormalise(x)
+    assert np.isfinite(lab.variance).all() and (lab.variance > 0).all()
+    own = policy.log_prob(steps[..., :45], steps[..., 45:69]).double().numpy() / 24
+    for i, n in enumerate(mask.sum(1).int().tolist()):
+        np.testing.assert_allclose(measures["log_likelihood"][i], own[i, :n].mean(), rtol=1e-5)
+        if n < 2:
+            assert np.isnan(measures["motion"][i])
+        else:
+            obs = steps[i, :n, :45].double().numpy()
+            np.testing.assert_allclose(measures["motion"][i], ((obs[1:] - obs[:-1]) ** 2 / lab.variance).mean(), rtol=1e-5)
