@@ -17,6 +17,7 @@ from pgdlib import store
 from pgdlib.adroit import ACTION_DIM, OBS_DIM
 from pgdlib.data import Trajectories
 
+INFO_DIMS = dict(qpos=30, qvel=30, target=4)  # the simulator's states, where a dataset holds them
 D4RL_IDS = {name: f"D4RL/pen/{name}-v2" for name in ("human", "cloned", "expert")}
 
 
@@ -42,7 +43,7 @@ def from_minari(folder, name):
             "terminals": [e.terminations for e in episodes],
             "next_obs": [e.observations[1:] for e in episodes],
         }
-        for key in ("qpos", "qvel", "target"):
+        for key in INFO_DIMS:
             if key in (episodes[0].infos or {}):
                 columns[f"info.{key}"] = [e.infos[key][:-1] for e in episodes]
         tensors = {k: torch.from_numpy(np.concatenate(v).astype(np.float32)) for k, v in columns.items()}
@@ -56,8 +57,9 @@ def _checked(e):
     """The episode `e` of a Minari dataset. Raises ValueError if its arrays are not of the same steps, or not of Adroit Pen."""
     n = np.shape(e.rewards)[0]
     needed = dict(observations=(n + 1, OBS_DIM), actions=(n, ACTION_DIM), rewards=(n,), terminations=(n,))
-    infos = {k: v for k, v in (e.infos or {}).items() if k in ("qpos", "qvel", "target")}
-    for key, shape in {**needed, **{k: (n + 1, *np.shape(v)[1:]) for k, v in infos.items()}}.items():
+    infos = {k: v for k, v in (e.infos or {}).items() if k in INFO_DIMS}
+    needed |= {key: (n + 1, INFO_DIMS[key]) for key in infos}
+    for key, shape in needed.items():
         array = np.asarray(infos[key] if key in infos else getattr(e, key))
         if array.dtype.kind not in "biuf" or array.shape != shape:
             raise ValueError(f"episode {e.id}: {key} is {array.dtype} {array.shape}; needed are real numbers {shape}")

@@ -84,7 +84,7 @@ def expected(folder):
             for name in present:
                 array = episode[name][()]
                 more = name == "observations" or name in INFOS
-                of_step = ARRAYS.get(name, array.shape[1:])
+                of_step = {**ARRAYS, **INFOS}[name]
                 if array.dtype.kind not in "biuf" or not steps or array.shape != (steps[0] + more, *of_step) or steps[0] < 1:
                     return None
                 if name in used:

@@ -158,6 +158,16 @@ class Checked:
         assert kept is value or (value is None and allows(self.words[name], kept))
         return "accepted"
 
+    def unknown(self, name, value):
+        """Of a parameter that the notebook does not have: "refused"; AssertionError otherwise."""
+        try:
+            with no_writes():
+                self.check(injected={name: value})
+        except ValueError as e:
+            assert str(e).startswith(f"unknown parameter {name}=") and all(own in str(e) for own in self.defaults), e
+            return "refused"
+        raise AssertionError(f"the unknown parameter {name} is accepted")
+
 
 def shown(value):
     """How a message writes a value: short, whatever it is."""

@@ -2,15 +2,11 @@
 
 import functools
 
-import numpy as np
 import pytest
-from conftest import replay, white
 from faulty_data import HORIZONS, LENGTHS, SOME_FAULTS, outcome
 from faulty_files import FAULTS, read
 from hypothesis import strategies as st
-from inputs import NOTEBOOKS, VALUES, Checked, tried
-
-from pgdlib import adroit, minari_files
+from inputs import NOTEBOOKS, PLAIN, VALUES, Checked, names, tried
 
 checked = functools.cache(Checked)
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -23,17 +19,15 @@ def test_a_parameter_is_what_its_rule_says_or_refused(path):
     tried(notebook.outcome, st.sampled_from(list(notebook.defaults)), VALUES, examples=100)
 
 
+@notebooks
+def test_an_unknown_parameter_is_refused_by_name(path):
+    notebook = checked(path)
+    tried(notebook.unknown, names(notebook.defaults), PLAIN, examples=20)
+
+
 def test_a_dataset_is_used_or_refused_by_name(runs):
     counts = tried(outcome, LENGTHS, SOME_FAULTS, HORIZONS, st.sampled_from(["raw", "arctanh"]), examples=60)
     assert min(counts["accepted"], counts["refused"]) >= 5
-
-
-@pytest.fixture(scope="session")
-def minari_file(tmp_path_factory):
-    """A Minari dataset of three episodes of six steps."""
-    rng = np.random.default_rng(0)
-    episodes = adroit.rollout(replay(white(rng, 3, 6)), 3, rng, 6)
-    return minari_files.write_minari(tmp_path_factory.mktemp("minari"), "standin/pen/toy-v0", [episodes], "a toy")
 
 
 def test_a_minari_file_is_read_as_it_is_or_refused_by_name(minari_file, tmp_path):
