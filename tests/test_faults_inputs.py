@@ -7,10 +7,11 @@ An input is survived if it is refused by a clear error, or accepted and everythi
 from collections import Counter
 
 import pytest
-from faulty_data import HORIZONS, LENGTHS, SOME_FAULTS, outcome
+from faulty_data import HORIZONS, LENGTHS, SOME_FAULTS
 from faulty_files import FAULTS, read
 from hypothesis import strategies as st
 from inputs import NOTEBOOKS, PLAIN, VALUES, Checked, names, tried
+from used_data import outcome
 
 pytestmark = pytest.mark.faults
 MANY = dict(always_the_same=False)

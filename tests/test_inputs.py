@@ -3,10 +3,11 @@
 import functools
 
 import pytest
-from faulty_data import HORIZONS, LENGTHS, SOME_FAULTS, outcome
+from faulty_data import HORIZONS, LENGTHS, SOME_FAULTS
 from faulty_files import FAULTS, read
 from hypothesis import strategies as st
 from inputs import NOTEBOOKS, PLAIN, VALUES, Checked, names, tried
+from used_data import outcome
 
 checked = functools.cache(Checked)
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

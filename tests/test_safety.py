@@ -30,6 +30,8 @@ EXECUTE = {"eval", "exec", "compile", "__import__", "execfile"}  # Python's own 
 LOAD = {"read_pickle", "unsafe_load", "full_load", "jit.load", "hub.load", "yaml.load", "PPO.load", "VecNormalize.load"}
 REASONED = {
     ("pgdlib/edm.py", "dist.broadcast_object_list"): "between the processes of one training, never from a file",
+    ("pgdlib/sweep_plan.py", "compile"): "the first cells of the notebook that the user has named, as papermill will",
+    ("pgdlib/sweep_plan.py", "exec"): "the same",
 }
 
 
@@ -59,7 +61,7 @@ def sources():
 
 def test_no_source_of_ours_can_execute_a_data_file():
     found = [(file, name) for file, source in sources() for name in suspects(source)]
-    assert set(found) == set(REASONED)
+    assert set(found) == {(file, name) for file, name in REASONED if (ROOT / file).exists()}
 
 
 @pytest.mark.parametrize(
