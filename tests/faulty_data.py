@@ -54,8 +54,9 @@ def reshaped(tensors, key, value, place):
 
 def another_kind(tensors, key, value, place):
     t = tensors[key]
+    t = t.real if t.is_complex() else t
     types = (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool)
-    odd = [*(t.to(kind) for kind in types), torch.zeros_like(t, dtype=torch.complex64), t.numpy(), t.tolist(), None]
+    odd = [*(t.to(kind) for kind in types), torch.zeros(t.shape, dtype=torch.complex64), t.numpy(), t.tolist(), None]
     tensors[key] = odd[place % len(odd)]
 
 

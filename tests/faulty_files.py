@@ -15,7 +15,7 @@ MOST = 1e6
 
 def put(array, value, place):
     array = array.astype(np.float64)
-    array.reshape(-1)[place % max(1, array.size)] = value
+    array.reshape(-1)[[place % array.size] if array.size else []] = value
     return array
 
 
