@@ -27,7 +27,7 @@ def test_an_unknown_parameter_is_refused_by_name(path):
 
 
 def test_a_dataset_is_used_or_refused_by_name(runs):
-    counts = tried(outcome, LENGTHS, SOME_FAULTS, HORIZONS, st.sampled_from(["raw", "arctanh"]), examples=60)
+    counts = tried(outcome, LENGTHS, SOME_FAULTS, HORIZONS, st.sampled_from(["raw", "arctanh"]), examples=40)
     assert counts["accepted"] and counts["refused"]  # of both, or it would prove little
 
 
@@ -35,5 +35,5 @@ def test_a_minari_file_is_read_as_it_is_or_refused_by_name(minari_file, tmp_path
     def reading(faults, moved):
         return read(minari_file, tmp_path / "damaged", faults, moved)
 
-    counts = tried(reading, st.lists(FAULTS, max_size=2), st.sampled_from([0, 0, 0, -1, 2]), examples=60)
+    counts = tried(reading, st.lists(FAULTS, max_size=2), st.sampled_from([0, 0, 0, -1, 2]), examples=40)
     assert counts["accepted"] and counts["refused"]  # of both, or it would prove little
