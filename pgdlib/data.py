@@ -11,6 +11,7 @@ from pgdlib.adroit import ACTION_DIM, FALL_HEIGHT, OBS_DIM, PEN_HEIGHT
 CHANNELS = OBS_DIM + ACTION_DIM + 2  # a step of a trajectory: observation, action, reward, terminal
 OBS, ACTIONS = slice(0, OBS_DIM), slice(OBS_DIM, OBS_DIM + ACTION_DIM)
 REWARD, TERMINAL = CHANNELS - 2, CHANNELS - 1
+LARGEST = 1e6  # nothing of Adroit Pen is as large; its squares stay finite in float32, also in units of tiny deviations
 
 
 @dataclass
@@ -27,19 +28,37 @@ class Trajectories:
     info: dict = field(default_factory=dict)  # simulator states, where the data holds them: name -> [N, k]
 
     def __post_init__(self):
-        n = int(self.lengths.sum())
+        def refuse(reason):
+            raise ValueError(f"dataset {self.name!r}{reason}")
+
         for key, tensor in self.tensors().items():
-            if key != "lengths" and len(tensor) != n:
-                raise ValueError(f"dataset {self.name!r}: {key} has {len(tensor)} steps, the episodes together {n}")
-            if not tensor.isfinite().all():
-                raise ValueError(f"dataset {self.name!r}: {key} holds values that are not finite")
-        if len(self.lengths) == 0 or int(self.lengths.min()) < 1:
-            raise ValueError(f"dataset {self.name!r} holds no episode, or an empty one")
-        needed = dict(obs=(OBS_DIM,), actions=(ACTION_DIM,), rewards=(), terminals=(), next_obs=(OBS_DIM,))
-        for key, shape in needed.items():
-            found = tuple(getattr(self, key).shape[1:])
-            if found != shape:
-                raise ValueError(f"dataset {self.name!r} is not of Adroit Pen: a step of {key} is {found}; needed is {shape}")
+            kind = torch.int64 if key == "lengths" else torch.float32
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype != kind or tensor.ndim == 0:
+                refuse(f": {key} is {_kind(tensor)}; needed is a tensor of {kind}, with at least one dimension")
+        if self.lengths.ndim != 1 or len(self.lengths) == 0:
+            refuse(f" holds no episode: lengths is {_kind(self.lengths)}; needed is one number for each episode")
+        lengths = self.lengths.tolist()
+        if (shortest := min(lengths)) < 1:
+            refuse(f" holds an empty one: episode {lengths.index(shortest)} has {shortest} steps; needed is 1 or more")
+        n = sum(lengths)
+        shapes = dict(obs=(OBS_DIM,), actions=(ACTION_DIM,), rewards=(), terminals=(), next_obs=(OBS_DIM,))
+        for key, tensor in self.tensors().items():
+            if key == "lengths":
+                continue
+            if len(tensor) != n:
+                refuse(f": {key} has {len(tensor)} steps, the episodes together {n}")
+            if (found := tuple(tensor.shape[1:])) != shapes.get(key, found):
+                refuse(f" is not of Adroit Pen: a step of {key} is {found}; needed is {shapes[key]}")
+            if not (good := tensor.abs() <= LARGEST).all():  # of NaN too
+                step = int((~good).reshape(n, -1).any(1).nonzero()[0])
+                refuse(f": {key} holds values that are not finite, or beyond ±{LARGEST:g}, first in {self._place(step)}")
+        if not (good := (self.terminals == 0) | (self.terminals == 1)).all():
+            step = int((~good).nonzero()[0])
+            refuse(f": terminals is {self.terminals[step]:g} in {self._place(step)}; it must be 0 or 1")
+
+    def _place(self, step):
+        episode = int((self.starts <= step).sum()) - 1
+        return f"step {step - int(self.starts[episode])} of episode {episode}"
 
     def tensors(self):
         """All tensors by name; `info.` stands before the simulator states."""
@@ -74,6 +93,11 @@ class Trajectories:
         return torch.cat([self.obs, self.actions, self.rewards[:, None], self.terminals[:, None]], -1)
 
 
+def _kind(value):
+    """What a message says of a value that should be another tensor."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
 def end_at_falls(data):
     """End each episode at its first fall and mark that step terminal, as D4RL did; (data, episodes cut, steps dropped).
 
@@ -103,7 +127,10 @@ def split(data, fraction, seed):
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
     n = min(max(1, round(fraction * len(unique))), len(unique) - 1)
     sides = [[e for g in order[n:] for e in unique[g]], [e for g in order[:n] for e in unique[g]]]
-    return tuple(data.episodes(torch.tensor(sorted(ids))) for ids in sides)
+    train, val = (data.episodes(torch.tensor(sorted(ids))) for ids in sides)
+    if len(train.rewards) < 2:  # nothing has a variance there
+        raise ValueError(f"dataset {data.name!r} holds 1 step to train on, one episode; a split needs 2 or more")
+    return train, val
 
 
 class Normaliser(nn.Module):

@@ -120,6 +120,8 @@ def dynamics_error(obs, actions, variance, estimator="reconstructed", alive=None
     default); the others do not enter. A trajectory with a step outside the simulator's reach has NaN as its error.
     """
     obs, actions = np.asarray(obs, dtype=np.float64), np.asarray(actions, dtype=np.float64)
+    if len(obs) == 0:
+        raise ValueError(f"obs of shape {obs.shape} is not allowed; it must hold a trajectory or more, to have an error")
     lengths = _lengths(obs, alive)
     squared = np.full((len(obs), obs.shape[1] - 1, obs.shape[2]), np.nan)
     for n in np.unique(lengths[lengths > 1]):  # cut, for the state is rebuilt from neighbours in time

@@ -17,6 +17,7 @@ from pgdlib import store
 from pgdlib.adroit import ACTION_DIM, OBS_DIM
 from pgdlib.data import Trajectories
 
+INFO_DIMS = dict(qpos=30, qvel=30, target=4)  # the simulator's states, where a dataset holds them
 D4RL_IDS = {name: f"D4RL/pen/{name}-v2" for name in ("human", "cloned", "expert")}
 
 
@@ -31,7 +32,9 @@ def from_minari(folder, name):
     if not _matches(folder, found):
         raise store.CorruptArtifact(f"the Minari dataset at {folder} is damaged: its checksum does not hold")
     try:
-        episodes = list(minari.MinariDataset(folder / "data").iterate_episodes())
+        episodes = [_checked(e) for e in minari.MinariDataset(folder / "data").iterate_episodes()]
+        if not episodes:
+            raise ValueError("it holds no episode")
         columns = {
             "obs": [e.observations[:-1] for e in episodes],
             "actions": [e.actions for e in episodes],
@@ -39,14 +42,27 @@ def from_minari(folder, name):
             "terminals": [e.terminations for e in episodes],
             "next_obs": [e.observations[1:] for e in episodes],
         }
-        for key in ("qpos", "qvel", "target"):
-            if episodes and key in (episodes[0].infos or {}):
+        for key in INFO_DIMS:
+            if key in (episodes[0].infos or {}):
                 columns[f"info.{key}"] = [e.infos[key][:-1] for e in episodes]
         tensors = {k: torch.from_numpy(np.concatenate(v).astype(np.float32)) for k, v in columns.items()}
         lengths = torch.tensor([len(e.rewards) for e in episodes], dtype=torch.int64)
         return Trajectories.from_tensors({**tensors, "lengths": lengths}, name), found
     except Exception as e:  # a damaged file breaks HDF5 and Minari in a dozen ways
         raise store.CorruptArtifact(f"the Minari dataset at {folder} cannot be used: {type(e).__name__}: {e}") from e
+
+
+def _checked(e):
+    """The episode `e` of a Minari dataset. Raises ValueError if its arrays are not of the same steps, or not of Adroit Pen."""
+    n = np.shape(e.rewards)[0]
+    needed = dict(observations=(n + 1, OBS_DIM), actions=(n, ACTION_DIM), rewards=(n,), terminations=(n,))
+    infos = {k: v for k, v in (e.infos or {}).items() if k in INFO_DIMS}
+    needed |= {key: (n + 1, INFO_DIMS[key]) for key in infos}
+    for key, shape in needed.items():
+        array = np.asarray(infos[key] if key in infos else getattr(e, key))
+        if array.dtype.kind not in "biuf" or array.shape != shape:
+            raise ValueError(f"episode {e.id}: {key} is {array.dtype} {array.shape}; needed are real numbers {shape}")
+    return e
 
 
 def digest(folder):

@@ -2,6 +2,7 @@
 
 import ast
 import math
+import sys
 from types import SimpleNamespace
 
 SCALES = ("ci", "quick", "paper")
@@ -68,16 +69,18 @@ def defaults(scale, **more):
 
 
 def one_of(*choices):
-    """Accept one of `choices`."""
-    return lambda v: v in choices, f"one of {', '.join(map(repr, choices))}"
+    """Accept one of `choices`, of the same type: 1 is not True."""
+    return lambda v: any(type(v) is type(c) and v == c for c in choices), f"one of {', '.join(map(repr, choices))}"
 
 
 def number(low=-math.inf, high=math.inf):
-    """Accept a finite number from `low` to `high`."""
-    return (
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and low <= v <= high,
-        f"a number {_range(low, high)}",
-    )
+    """Accept a finite number from `low` to `high`, no larger than a float can be."""
+
+    def accepts(v):
+        is_number = isinstance(v, int | float) and not isinstance(v, bool)
+        return is_number and abs(v) <= sys.float_info.max and low <= v <= high
+
+    return accepts, f"a number {_range(low, high)}"
 
 
 def integer(low, high=2**32 - 1):
@@ -105,13 +108,13 @@ def optional(rule):
 def auto_or(rule):
     """Accept "auto", for the notebook to find the value, or what `rule` accepts."""
     accepts, words = rule
-    return lambda v: v == "auto" or accepts(v), f"'auto' or {words}"
+    return lambda v: (isinstance(v, str) and v == "auto") or accepts(v), f"'auto' or {words}"
 
 
 def optional_settings(names):
     """Rules for the settings `names` (words in one string), each of which may be None for the scale's own value."""
     rules = {
-        "horizon": integer(4),
+        "horizon": integer(4, 10_000),  # far beyond any episode; windows of more would not fit into memory
         "long": integer(8),
         "data_steps": integer(2_000),
         "features": integer(8),
@@ -140,10 +143,10 @@ def check(namespace, **rules):
     runs on with the defaults.
     """
     for name in sorted(_injected(namespace) - set(rules)):
-        raise ValueError(f"unknown parameter {name}={namespace.get(name)!r}; this notebook takes {', '.join(rules)}")
+        raise ValueError(f"unknown parameter {name}={_shown(namespace.get(name))}; this notebook takes {', '.join(rules)}")
     for name, (accepts, words) in rules.items():
         if not accepts(namespace[name]):
-            raise ValueError(f"parameter {name}={namespace[name]!r} is not allowed; it must be {words}")
+            raise ValueError(f"parameter {name}={_shown(namespace[name])} is not allowed; it must be {words}")
     given = {name: namespace[name] for name in rules}
     if given.get("device") == "cuda":
         _require_cuda()
@@ -156,6 +159,15 @@ def _injected(namespace):
     cells = [c for c in namespace.get("In", []) if c.startswith("# Parameters\n")]
     assigned = [n for c in cells for n in ast.walk(ast.parse(c)) if isinstance(n, ast.Assign)]
     return {t.id for a in assigned for t in a.targets if isinstance(t, ast.Name)}
+
+
+def _shown(value):
+    """`value` as messages show it, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of thousands of digits, and no list that deep
+        return f"({type(value).__name__}, too large to be shown)"
+    return text if len(text) <= 500 else f"{text[:500]}... ({len(text):,} characters)"
 
 
 def _require_cuda():

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def load_guide(guide="shipped"):
     Raises ValueError that names the parameter `guide` for a file that is missing, damaged, or of another environment.
     """
     path = SHIPPED_GUIDE if guide == "shipped" else Path(guide)
-    if not path.is_file():
+    if not isfile(path):  # Path.is_file itself fails for a name that is too long
         raise ValueError(
             f"guide={guide!r} is not a file; it must be 'shipped', a .safetensors guide or a Stable-Baselines3 .zip"
         )

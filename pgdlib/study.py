@@ -45,7 +45,8 @@ class Study:
         self.dataset, self.denoiser, self.policy, self.p, self.device = dataset, denoiser, policy, p, torch.device(device)
         self.normaliser = denoiser.normaliser
         self.train, self.val = pipeline.train_val(dataset)
-        self.variance = self.train.obs.var(0).numpy()
+        variance = self.train.obs.var(0).numpy()
+        self.variance = np.where(variance > 1e-12, variance, np.float32(1))  # 1 for a dimension that never changes
         self.on_policy = metrics.on_policy_log_likelihood(policy)
         self._most = {}
 
@@ -67,7 +68,8 @@ class Study:
     @cached_property
     def real(self):
         """The measures of real windows, of the validation side: what a perfect model would have, if the ruler were perfect."""
-        return self.judge(self.windows(self.val, self.p.samples, self.p.seed))[0]
+        x, mask = self._windows(self.val, self.p.samples, self.p.seed)
+        return self.judge(x, alive=mask.cpu())[0]
 
     @cached_property
     def floor(self):
@@ -75,10 +77,13 @@ class Study:
         return {name: metrics.interval(values)[0] for name, values in self.real.items()}
 
     def windows(self, episodes, n, seed):
-        """n random windows [n, T, 71] of `episodes`, normalised."""
+        """n random windows [n, T, 71] of `episodes`, normalised; beyond an episode's end its last step is repeated."""
+        return self._windows(episodes, n, seed)[0]
+
+    def _windows(self, episodes, n, seed):
         cut = data.Windows(episodes, self.normaliser, self.p.horizon, self.device)
         ids = torch.randint(len(cut), (n,), generator=torch.Generator().manual_seed(seed))
-        return cut[ids.to(self.device)][0]
+        return cut[ids.to(self.device)]
 
     def grid(self, rule):
         """The λ that are swept of a rule by default, in this study's units."""
@@ -106,11 +111,14 @@ class Study:
             self._most[n] = budget.most(self.denoiser, n, self.p.horizon, asked, self.device)
         return self._most[n]
 
-    def judge(self, x, diverged=None, estimators=dynamics.ESTIMATORS):
-        """The measures of normalised trajectories [n, T, 71], name -> [n]; counts of what has none."""
+    def judge(self, x, diverged=None, estimators=dynamics.ESTIMATORS, alive=None):
+        """The measures of normalised trajectories [n, T, 71], name -> [n]; counts of what has none.
+
+        `alive` [n, T] is 1 on the steps that count; by default those up to the first terminal one.
+        """
         steps = self.normaliser.denormalise(x).cpu()
         obs, actions = steps[..., data.OBS], steps[..., data.ACTIONS]
-        alive = metrics.alive(steps[..., data.TERMINAL])
+        alive = metrics.alive(steps[..., data.TERMINAL]) if alive is None else alive
         error = {
             name: dynamics.dynamics_error(obs.numpy(), actions.numpy(), self.variance, name, alive.numpy())
             for name in estimators

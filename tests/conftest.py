@@ -13,7 +13,7 @@ import torch
 from stable_baselines3 import PPO
 from torch import nn
 
-from pgdlib import adroit, agents, data, pipeline, plots
+from pgdlib import adroit, agents, data, minari_files, pipeline, plots
 
 matplotlib.use("agg")
 torch.set_num_threads(1)
@@ -179,6 +179,14 @@ def quiet():
     rng = np.random.default_rng(0)
     actions = 0.1 * rng.normal(size=(4, 24))
     return pairs(adroit.rollout(lambda obs: actions, 4, rng, 40), 4, 40)
+
+
+@pytest.fixture(scope="session")
+def minari_file(tmp_path_factory):
+    """The folder of a Minari dataset of three episodes of six steps; not to be changed."""
+    rng = np.random.default_rng(0)
+    episodes = adroit.rollout(replay(white(rng, 3, 6)), 3, rng, 6)
+    return minari_files.write_minari(tmp_path_factory.mktemp("minari"), "standin/pen/toy-v0", [episodes], "a toy")
 
 
 @pytest.fixture

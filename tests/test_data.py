@@ -42,6 +42,14 @@ def test_values_that_are_not_finite_are_refused(key, value):
         ({"lengths": torch.tensor([-1, 8])}, "an empty one"),
         ({"info": {"qpos": torch.zeros(8, 30)}}, "info.qpos has 8 steps"),
         ({"info": {"qvel": torch.full((7, 30), math.nan)}}, "info.qvel"),
+        ({"lengths": torch.tensor([3.0, 4.0])}, "lengths is torch.float32.*needed is a tensor of torch.int64"),
+        ({"lengths": torch.tensor([[3, 4]])}, "lengths is torch.int64 of shape"),
+        ({"lengths": torch.tensor([2**63 - 1, 2**63 - 1, 9])}, "obs has 7 steps, the episodes together 18446744073709551623"),
+        ({"obs": torch.zeros(7, 45, dtype=torch.float64)}, "obs is torch.float64 of shape"),
+        ({"rewards": np.zeros(7, np.float32)}, "rewards is a ndarray"),
+        ({"rewards": torch.tensor(1.0)}, "rewards is torch.float32 of shape"),
+        ({"terminals": torch.tensor([0, 0, 0, 0, 0, 0.5, 0])}, "terminals is 0.5 in step 2 of episode 1; it must be 0 or 1"),
+        ({"actions": torch.full((7, 24), 1.1e6)}, "actions .*beyond ±1e.06, first in step 0 of episode 0"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(changes, reason):
@@ -134,6 +142,8 @@ def test_split_of_few_episodes():
     one = toy([4]).episodes(torch.tensor([0, 0, 0]))
     with pytest.raises(ValueError, match="'toy' holds 1 unique episode"):
         data.split(one, 0.1, 0)
+    with pytest.raises(ValueError, match="'toy' holds 1 step to train on"):
+        data.split(toy([1, 1]), 0.1, 0)
 
 
 # Normaliser

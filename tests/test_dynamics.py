@@ -215,3 +215,9 @@ def test_appendix_b_does_not_see_what_reconstruction_sees(guided):
         for e in ("reconstructed", "appendix_b")
     }
     assert rise["reconstructed"] > 4 and rise["appendix_b"] == pytest.approx(1, abs=0.01)
+
+
+def test_no_trajectory_at_all_is_refused():
+    """As of a dataset none of whose episodes is long enough."""
+    with pytest.raises(ValueError, match=r"obs of shape \(0, 50, 45\) is not allowed"):
+        dynamics.dynamics_error(np.zeros((0, 50, 45)), np.zeros((0, 50, 24)), np.ones(45))

@@ -1,7 +1,9 @@
 """Papermill's parameters: what is refused, in which words, and what the scales fill in."""
 
+import functools
 import math
 
+import numpy as np
 import papermill.translators
 import pytest
 import torch
@@ -54,6 +56,8 @@ def test_injected_values_pass():
         ("lam", [1.0], "a number"),
         ("lam", math.nan, "a number"),
         ("lam", math.inf, "a number"),
+        ("lam", 10**400, "a number"),
+        ("lam", np.arange(2.0), "a number"),
         ("dataset", "pen", "one of 'human', 'cloned', 'expert'"),
         ("dataset", "Human", "'human'"),
         ("dataset", None, "'human'"),
@@ -79,6 +83,26 @@ def test_refused(name, value, allowed):
     with pytest.raises(ValueError) as error:
         params.check({**notebook(), name: value}, **RULES)
     assert f"parameter {name}={value!r} " in str(error.value) and allowed in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        (10**5_000, "(int, too large to be shown)"),
+        ("a" * 1_000, f"'{'a' * 499}... (1,002 characters)"),
+        (functools.reduce(lambda inner, _: [inner], range(5_000), 0), "(list, too large to be shown)"),
+    ],
+    ids=["number", "text", "list"],
+)
+def test_a_long_value_is_cut_in_the_message(value, shown):
+    with pytest.raises(ValueError) as error:
+        params.check({**notebook(), "seed": value}, **RULES)
+    assert str(error.value) == f"parameter seed={shown} is not allowed; it must be a whole number from 0 to 4294967295"
+
+
+def test_true_and_false_are_no_numbers_and_numbers_are_not_them():
+    accepts, _ = params.one_of(True, False)
+    assert [accepts(v) for v in (True, False, 1, 0, 1.0, None, "True")] == [True, True] + 5 * [False]
 
 
 def test_unknown_parameters_are_named_with_those_that_exist():

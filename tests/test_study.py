@@ -272,6 +272,19 @@ def test_the_floor_is_that_of_validation_windows(lab):
     assert lab.floor["normalised"] < lab.floor["motion"] / 10
 
 
+def test_what_lies_beyond_the_end_of_a_short_episode_is_not_judged(lab):
+    """Seven steps in windows of ten: they have the measures of the seven alone."""
+    short = lab(samples=20)
+    ends = {k: torch.tensor([7]) if k == "lengths" else v[:7] for k, v in short.val.tensors().items()}
+    short.val = data.Trajectories.from_tensors(ends, "short")
+    x = short.windows(short.val, 20, 3)
+    assert torch.equal(x[:, 7:], x[:, 6:7].expand(-1, 3, -1))  # its last step, repeated
+    expected, _ = short.judge(x[:, :7])
+    for name, values in short.real.items():  # a density is the exponential of a sum over 24 dimensions in float32
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4, err_msg=name)
+    assert not np.allclose(short.judge(x)[0]["motion"], expected["motion"])  # the repeated step would stand still
+
+
 def test_on_policy_is_the_likelihood_of_the_policys_own_actions(lab):
     lab = lab()
     obs = lab.train.obs[:200]

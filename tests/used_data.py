@@ -1,0 +1,176 @@
+"""What notebooks do with a dataset, each step against numpy.
+
+`outcome` puts a dataset through the library: it is used, with finite and right results, or refused with a ValueError that
+names the dataset and the array or the episode at fault.
+"""
+
+import warnings
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from faulty_data import WIDTHS, made, usable
+from tqdm import tqdm
+
+from pgdlib import agents, data, edm, params, pipeline, store, study, worldmodel
+from pgdlib.policies import GaussianPolicy
+
+
+def names_the_fault(error, dataset="toy"):
+    """The message is one that a user can act on."""
+    words = [*WIDTHS, "lengths", "info.qpos", "episode"]
+    return f"'{dataset}'" in str(error) and any(word in str(error) for word in words)
+
+
+def outcome(lengths, faults, horizon, transform="raw"):
+    """Put a dataset with `faults` through all: "refused" or "accepted"; AssertionError for anything else."""
+    tensors = made(lengths, faults)
+    allowed = usable(tensors)
+    try:
+        raw = data.Trajectories.from_tensors(tensors, "toy")
+    except ValueError as e:
+        assert not allowed and names_the_fault(e), e
+        return "refused"
+    assert allowed, "a dataset that is none is accepted"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy's, of what is not finite
+        return used(raw, horizon, transform)
+
+
+def used(raw, horizon, transform):
+    """Everything that notebooks do with the data, against numpy; "accepted" or "refused"."""
+    episodes = plain_episodes(raw)
+    np.testing.assert_allclose(raw.returns(5), [e["rewards"][:5].sum() for e in episodes], rtol=1e-4, atol=1e-3)
+    repaired, cut, dropped = data.end_at_falls(raw)
+    ended = [until_fall(e) for e in episodes]
+    assert (cut, dropped) == (sum(len(a["obs"]) < len(e["obs"]) for a, e in zip(ended, episodes)),
+                              sum(len(e["obs"]) - len(a["obs"]) for a, e in zip(ended, episodes)))  # fmt: skip
+    assert_equal(plain_episodes(repaired), ended)
+    dataset = pipeline.Dataset(repaired, raw, False, store.digest(raw.tensors())[:12], cut, dropped)
+    copies = {e["obs"].tobytes() + e["actions"].tobytes() + e["rewards"].tobytes() + e["terminals"].tobytes() for e in ended}
+    try:
+        train, val = pipeline.train_val(dataset)
+    except ValueError as e:
+        few = "1 unique episode" if len(copies) < 2 else "1 step to train on"
+        assert f"'toy' holds {few}" in str(e) and (len(copies) < 2 or 1 in repaired.lengths.tolist()), e
+        return "refused"
+    assert len(copies) > 1
+    sides = [{key(e) for e in plain_episodes(side)} for side in (train, val)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == {key(e) for e in ended}
+
+    packed = np.concatenate([train.obs, train.actions, train.rewards[:, None], train.terminals[:, None]], 1, dtype=np.float64)
+    if transform == "arctanh":
+        packed[:, 45:69] = np.arctanh(packed[:, 45:69].clip(-0.999, 0.999).astype(np.float32))
+    normaliser = data.Normaliser(transform).fit(train.packed())
+    std = np.where(packed.std(0) < 1e-6, 1, packed.std(0))
+    sure = np.abs(std - 1e-6) > 1e-8  # not where rounding decides
+    np.testing.assert_allclose(normaliser.mean[:70], packed.mean(0)[:70], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(normaliser.std[:70][sure[:70]], std[:70][sure[:70]], rtol=1e-4, atol=1e-9)
+    assert normaliser.mean[70] == normaliser.std[70] == 0.5
+    for side in (train, val):
+        assert_windows(data.Windows(side, normaliser, horizon), side, normaliser, horizon)
+
+    assert_equal_agents(agents.of_trajectories(train), train)
+    p = settings(horizon, transform)
+    try:
+        denoiser, losses = pipeline.load_denoiser(dataset, p, torch.device("cpu"), partial(tqdm, disable=True), refuse_to_say)
+    except ValueError as e:
+        assert horizon > 2 * max(train.lengths.tolist()) and f"horizon={horizon} is not allowed for toy" in str(e), e
+        return "refused"
+    assert horizon <= 2 * max(train.lengths.tolist()) and len(losses) == 2
+    assert torch.equal(denoiser.normaliser.mean, normaliser.mean) and torch.equal(denoiser.normaliser.std, normaliser.std)
+    assert_trained(denoiser, losses, train, val, horizon)
+    assert_studied(dataset, denoiser, p)
+    return "accepted"
+
+
+def settings(horizon, transform):
+    own = dict(horizon=horizon, transform=transform, features=8, blocks=1, train_steps=2, passes=None, batch_size=4)
+    own |= dict(scale="ci", samples=4, seed=0, units="natural")
+    return SimpleNamespace(**{**params.settings("ci"), **own})
+
+
+def refuse_to_say(text):
+    raise AssertionError(text)
+
+
+def plain_episodes(trajectories):
+    """A dict of numpy arrays for each episode."""
+    ends = np.cumsum(trajectories.lengths.numpy())
+    arrays = {k: v.numpy() for k, v in trajectories.tensors().items() if k != "lengths"}
+    return [{k: v[a:b] for k, v in arrays.items()} for a, b in zip([0, *ends[:-1]], ends)]
+
+
+def key(episode):
+    return b"".join(episode[k].tobytes() for k in WIDTHS)
+
+
+def until_fall(episode):
+    """An episode up to its first fall, which alone is terminal."""
+    fallen = episode["next_obs"][:, 26] < np.float32(0.075)
+    n = int(fallen.argmax()) + 1 if fallen.any() else len(fallen)
+    return {**{k: v[:n] for k, v in episode.items()}, "terminals": fallen[:n].astype(np.float32)}
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def assert_windows(windows, side, normaliser, horizon):
+    """Windows lie within one episode, half a window at most beyond the end of one that fell; all are normalised steps."""
+    mean, std = normaliser.mean.numpy(), normaliser.std.numpy()
+    x, mask = (v.numpy() for v in windows[torch.arange(len(windows))])
+    expected_x, expected_mask = [], []
+    for e in plain_episodes(side):
+        actions = e["actions"]
+        if normaliser.transform == "arctanh":
+            actions = np.arctanh(actions.clip(-0.999, 0.999))
+        steps = np.concatenate([e["obs"], actions, e["rewards"][:, None], e["terminals"][:, None]], 1)
+        n, beyond = len(steps), horizon // 2 if e["terminals"][-1] else 0
+        for first in range(max(1, n - horizon + 1 + beyond)):
+            places = np.arange(first, first + horizon)
+            expected_x.append((steps[places.clip(max=n - 1)] - mean) / std)
+            expected_mask.append(places < n)
+    assert np.isfinite(x).all()
+    np.testing.assert_array_equal(mask, np.array(expected_mask, np.float32))
+    np.testing.assert_allclose(x, np.array(expected_x), rtol=1e-3, atol=1e-3 * max(1, np.abs(mean / std).max() * 1e-3))
+
+
+def assert_equal_agents(packed, side):
+    columns = [side.obs, side.actions.numpy().clip(-1, 1), side.rewards[:, None], side.terminals[:, None], side.next_obs]
+    np.testing.assert_array_equal(packed, np.concatenate(columns, 1))
+
+
+def assert_trained(denoiser, losses, train, val, horizon):
+    """Two steps of the denoiser and of a world model leave finite losses and weights."""
+    windows = data.Windows(val, denoiser.normaliser, horizon)
+    validation = edm.validation_loss(denoiser, windows, torch.tensor([0.01, 1.0, 30.0]), 4, 0)
+    ensemble = worldmodel.Ensemble(3, 2, (8, 8))
+    found = worldmodel.train(ensemble, train, val, worldmodel.Training(2, 8, weight_decay=(0.0,) * 3))
+    for tensor in (losses, validation, found, *denoiser.state_dict().values(), *ensemble.state_dict().values()):
+        assert tensor.isfinite().all()
+    assert len(found) == 2 and (ensemble.std > 0).all() and len(set(ensemble.elites.tolist())) == 2
+
+
+def assert_studied(dataset, denoiser, p):
+    """Notebook 04's windows of real data; each has its measures, of its own steps, or is counted as unjudged."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = GaussianPolicy(45, 24, hidden=[8]).requires_grad_(False)
+    lab = study.Study(dataset, denoiser, policy, p)
+    windows = data.Windows(lab.val, lab.normaliser, p.horizon)
+    x, mask = windows[torch.randint(len(windows), (4,), generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(lab.windows(lab.val, 4, 0), x)
+    measures, steps = lab.real, lab.normaliser.denormalise(x)
+    assert np.isfinite(lab.variance).all() and (lab.variance > 0).all()
+    own = policy.log_prob(steps[..., :45], steps[..., 45:69]).double().numpy() / 24
+    for i, n in enumerate(mask.sum(1).int().tolist()):
+        np.testing.assert_allclose(measures["log_likelihood"][i], own[i, :n].mean(), rtol=1e-5)
+        if n < 2:
+            assert np.isnan(measures["motion"][i])
+        else:
+            obs = steps[i, :n, :45].double().numpy()
+            np.testing.assert_allclose(measures["motion"][i], ((obs[1:] - obs[:-1]) ** 2 / lab.variance).mean(), rtol=1e-5)
