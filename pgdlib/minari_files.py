@@ -44,7 +44,7 @@ def from_minari(folder, name):
         }
         for key in INFO_DIMS:
             if key in (episodes[0].infos or {}):
-                columns[f"info.{key}"] = [e.infos[key][:-1] for e in episodes]
+                columns[f"info.{key}"] = [e.infos[key][: len(e.rewards)] for e in episodes]
         tensors = {k: torch.from_numpy(np.concatenate(v).astype(np.float32)) for k, v in columns.items()}
         lengths = torch.tensor([len(e.rewards) for e in episodes], dtype=torch.int64)
         return Trajectories.from_tensors({**tensors, "lengths": lengths}, name), found
@@ -57,7 +57,8 @@ def _checked(e):
     n = np.shape(e.rewards)[0]
     needed = dict(observations=(n + 1, OBS_DIM), actions=(n, ACTION_DIM), rewards=(n,), terminations=(n,))
     infos = {k: v for k, v in (e.infos or {}).items() if k in INFO_DIMS}
-    needed |= {key: (n + 1, INFO_DIMS[key]) for key in infos}
+    # Of infos, Minari's own collector writes one more than steps, at the reset; other writers may not.
+    needed |= {key: (n + (np.shape(infos[key])[:1] == (n + 1,)), INFO_DIMS[key]) for key in infos}
     for key, shape in needed.items():
         array = np.asarray(infos[key] if key in infos else getattr(e, key))
         if array.dtype.kind not in "biuf" or array.shape != shape:

@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from os.path import isfile  # Path.is_file fails for a name that is too long
 from pathlib import Path
 
 import papermill
@@ -159,7 +160,7 @@ def points(notebook, given):
     for values in itertools.product(*given.values()):
         chosen = dict(zip(given, values))
         settings = {**notebook.defaults, **chosen}
-        files = {k: _digest(v) for k, v in settings.items() if isinstance(v, str) and Path(v).is_file()}
+        files = {k: _digest(v) for k, v in settings.items() if isinstance(v, str) and isfile(v)}
         key = store.key(parameters=settings, files=files, **notebook.identity)
         name = " ".join(f"{k}={chosen[k]}" for k in swept) or notebook.name
         found[key] = Task(key, "point", name, settings, chosen, notebook.name, notebook.rooms, notebook.identity)

@@ -187,9 +187,18 @@ def named(*names):
 
 
 @named(*GOOD)
-def test_it_runs(run):
+def test_it_runs(started, name):
+    run = started[name].result()
     assert run.code == 0, run.stderr[-3000:]
     assert all(c.execution_count for c in run.cells if c.source)
+
+
+@named(*GOOD)
+def test_nothing_half_made_is_left(started, name):
+    run = started[name].result()
+    for other in started.keys() & GOOD.keys():
+        if GOOD[other][0] == GOOD[name][0]:  # at work in the same folder
+            started[other].result()
     assert not [f for f in run.artifacts.rglob("*") if "partial" in f.name or "damaged" in f.name]
     assert not run.files("checkpoints/*")
 
