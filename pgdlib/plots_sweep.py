@@ -12,22 +12,54 @@ X, Y = "log_likelihood", "relative"
 
 
 def fronts(study, title):
-    """Dynamics error against likelihood: a panel for each dataset, a line for each rule, a cross of intervals for each λ.
+    """Dynamics error against likelihood: a panel for each dataset, a line for each rule, a mark for each λ.
 
     study: a frame with dataset, rule, lam (rising) and mean, low and high of `log_likelihood` and `relative`, the
-    error over the unguided one. A line ends where the likelihood falls, which is past the rule's threshold.
+    error over the unguided one. A line ends where the likelihood falls, which is past the rule's threshold. Intervals
+    are left to the other figures: those of eight rules hide one another here.
     """
     fig, axes = _panels(study, 1, sharex=True)
     for ax, (_, rows) in zip(axes[0], study.groupby("dataset", sort=False)):
         for rule, part in rows.groupby("rule", sort=False):
             part = part[part[f"{X}.mean"] >= np.fmax.accumulate(part[f"{X}.mean"])]
-            bars = [np.abs(part[[f"{k}.low", f"{k}.high"]].to_numpy().T - part[f"{k}.mean"].to_numpy()) for k in (X, Y)]
-            ax.errorbar(part[f"{X}.mean"], part[f"{Y}.mean"], bars[1], bars[0], elinewidth=0.7, **_styles(study)[rule])
+            ax.plot(part[f"{X}.mean"], part[f"{Y}.mean"], **_styles(study)[rule])
         unguided = rows[rows["lam"] == 0].iloc[0]
         ax.plot(unguided[f"{X}.mean"], unguided[f"{Y}.mean"], "o", color="red", markersize=10, fillstyle="none", label="λ = 0")
         ax.set(xlabel=LIKELIHOOD, ylim=_around(rows, Y))
     axes[0, 0].set_ylabel(ERROR)
     return _finished(fig, axes, title)
+
+
+def at_likelihood(study, chosen, title):
+    """Each rule's error over that of the rule `chosen` at equal likelihood: a panel for each dataset, rules in rows.
+
+    study: a frame with dataset, log_likelihood, rule and mean, low and high of `ratio`. Where a rule does not reach the
+    likelihood in every seed, it has no mark.
+    """
+    levels = sorted(study["log_likelihood"].unique())
+    colours = sns.color_palette("viridis", len(levels))
+    shifts = dict(zip(levels, np.linspace(-0.22, 0.22, len(levels)) if len(levels) > 1 else [0]))
+    fig, axes = _panels(study, 1, sharex=True, sharey=True)
+    rules = list(study["rule"].unique())
+    for ax, (_, rows) in zip(axes[0], study.groupby("dataset", sort=False)):
+        for (level, part), colour, marker in zip(rows.groupby("log_likelihood"), colours, MARKERS):
+            y = np.array([rules.index(rule) for rule in part["rule"]]) + shifts[level]
+            bars = np.abs(part[["ratio.low", "ratio.high"]].to_numpy().T - part["ratio.mean"].to_numpy())
+            ax.errorbar(
+                part["ratio.mean"],
+                y,
+                xerr=bars,
+                fmt=marker,
+                color=colour,
+                markersize=4.5,
+                elinewidth=1.2,
+                label=f"{level:g} nats",
+            )
+        ax.axvline(1, color="black", linewidth=1)
+        ax.set(xlabel=f"error / that of {chosen}\nat the same likelihood", yticks=range(len(rules)), yticklabels=rules)
+        ax.tick_params(axis="y", length=0)
+    axes[0, 0].invert_yaxis()
+    return _finished(fig, axes, title, "log-likelihood under\nthe guide, a dimension")
 
 
 def over_lam(study, title):
@@ -76,8 +108,10 @@ def _styles(study):
     return {r: dict(color=c, marker=m, linestyle=s, markersize=4.5, linewidth=1.4, label=r) for r, c, m, s in styles}
 
 
-def _finished(fig, axes, title):
+def _finished(fig, axes, title, legend=None):
     handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))
-    fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+    fig.legend(
+        handles.values(), handles.keys(), loc="outside right upper", fontsize="small", title=legend, title_fontsize="small"
+    )
     fig.suptitle(title, fontsize="medium")
     return fig

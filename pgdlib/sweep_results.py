@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from pgdlib import store, sweep_plan
+from pgdlib.plots_guidance import on_front
 
 SLUG = re.compile(r"_((?:d4rl|standin)-(?:human|cloned|expert))(?=_|$)")  # the data's, in names of files
 
@@ -97,3 +98,21 @@ def over_seeds(rows, by, measures):
     parts = {"mean": groups.mean(), "low": groups.mean() - half, "high": groups.mean() + half}
     columns = {f"{m}.{name}": part[m] for m in measures for name, part in parts.items()}
     return pd.DataFrame({"seeds": n, **columns}).reset_index()
+
+
+def at_likelihood(rows, levels, chosen):
+    """Each rule's error over that of the rule `chosen` at equal likelihood: dataset, seed, rule, log_likelihood, ratio.
+
+    rows: a frame with dataset, seed, rule, lam, log_likelihood and normalised, of each rule one front a seed, which begins at
+    λ = 0. Between its points a front is linear; the ratio is NaN where either does not reach one of the `levels`.
+    """
+    found = []
+    for (dataset, seed), part in rows.sort_values("lam", kind="stable").groupby(["dataset", "seed"], sort=False):
+        points = {rule: f[["log_likelihood", "normalised"]].to_numpy().T for rule, f in part.groupby("rule", sort=False)}
+        errors = {rule: on_front(xy[:, 1:], xy[:, 0], levels) for rule, xy in points.items()}
+        for rule in errors.keys() - {chosen}:
+            each = zip(levels, errors[rule] / errors[chosen])
+            found += [(dataset, seed, rule, level, ratio) for level, ratio in each]
+    order = {rule: i for i, rule in enumerate(rows["rule"].unique())}
+    frame = pd.DataFrame(found, columns=["dataset", "seed", "rule", "log_likelihood", "ratio"])
+    return frame.sort_values("rule", key=lambda rules: rules.map(order), kind="stable", ignore_index=True)

@@ -498,17 +498,54 @@ def study():
 
 
 @pytest.mark.usefixtures("style")
-def test_fronts_show_every_mean_with_its_intervals_up_to_where_the_likelihood_falls():
+def test_fronts_show_every_mean_up_to_where_the_likelihood_falls():
     fig = drawn(plots_sweep, "fronts", study())
     assert_labelled(fig, ["log-likelihood"] * 2)
     assert {"human", "cloned", "explicit", "annealed", "λ = 0"} <= set(texts(fig))
     for ax, shift in zip(fig.axes, (0.0, 1.0)):
-        lines = {c.get_label(): c for c in ax.containers}
-        assert np.allclose(lines["annealed"][0].get_ydata(), np.array([0.1, 0.11, 0.2, 0.4]) + shift)
-        assert lines["explicit"][0].get_xdata().tolist() == [-2, -1, -0.5]
-        sides = [np.array(bars.get_segments())[0] for bars in lines["annealed"][2]]
-        assert np.allclose(np.ptp(sides[0], 0), [0.2, 0]) and np.allclose(np.ptp(sides[1], 0), [0, 0.1])
+        assert np.allclose(line(ax, "annealed")[:, 1], np.array([0.1, 0.11, 0.2, 0.4]) + shift)
+        assert line(ax, "explicit")[:, 0].tolist() == [-2, -1, -0.5]
         assert np.allclose(line(ax, "λ = 0"), [[-2, 0.1 + shift]])
+
+
+def test_rules_are_compared_at_equal_likelihood_within_each_seed():
+    fronts = []  # rule, lam, log-likelihood, error; the second seed's model errs ten times as much
+    for seed, scale in ((0, 1.0), (1, 10.0)):
+        for rule, points in {
+            "explicit": [(0.0, -3, 1.0), (0.5, -1, 3.0), (1.0, -0.5, 9.0), (2.0, -9, 99.0)],  # 2 at -2, 3 at -1
+            "annealed": [(0.0, -3, 1.0), (0.3, -2, 1.0), (0.6, 0, 2.0)],  # 1 at -2, 1.5 at -1
+            "smoothed": [(0.0, -3, 1.0), (5.0, -1.5, 1.3 + 0.6 * seed)],  # 1.2 or 1.6 at -2, and not as far as -1
+        }.items():
+            fronts += [("human", seed, rule, lam, x, scale * y) for lam, x, y in reversed(points)]
+    fronts = pd.DataFrame(fronts, columns=["dataset", "seed", "rule", "lam", "log_likelihood", "normalised"])
+    ratios = sweep_results.at_likelihood(fronts, [-2, -1], "annealed")
+    assert list(ratios["rule"].unique()) == ["explicit", "smoothed"] and len(ratios) == 8
+    found = ratios.set_index(["rule", "seed", "log_likelihood"])["ratio"]
+    np.testing.assert_allclose(found["explicit"].loc[[(0, -2), (0, -1), (1, -2), (1, -1)]], [2, 2, 2, 2])
+    np.testing.assert_allclose(found["smoothed"].loc[[(0, -2), (1, -2)]], [1.2, 1.6])
+    assert found["smoothed"].loc[[(0, -1), (1, -1)]].isna().all()
+
+
+def at_likelihood():
+    rows = [("human", "explicit", -2.0, 1.1), ("human", "explicit", -0.4, 0.9), ("cloned", "explicit", -2.0, 1.2)]
+    rows += [("cloned", "explicit", -0.4, 1.0), ("cloned", "smoothed", -2.0, 1.5)]
+    table = pd.DataFrame(rows, columns=["dataset", "rule", "log_likelihood", "ratio.mean"])
+    return table.assign(**{"ratio.low": table["ratio.mean"] - 0.1, "ratio.high": table["ratio.mean"] + 0.2})
+
+
+@pytest.mark.usefixtures("style")
+def test_at_likelihood_shows_a_mark_with_its_interval_for_each_rule():
+    fig = plots_sweep.at_likelihood(at_likelihood(), "annealed", "A study")
+    fig.canvas.draw()
+    assert {"human", "cloned", "explicit", "smoothed", "-2 nats", "-0.4 nats"} <= set(texts(fig))
+    for ax, marks in zip(fig.axes, ({-2: [1.1], -0.4: [0.9]}, {-2: [1.2, 1.5], -0.4: [1.0]})):
+        assert "error / that of annealed" in ax.get_xlabel()
+        for container in ax.containers:
+            level = float(container.get_label().split()[0])
+            assert container[0].get_xdata().tolist() == marks[level]
+            assert np.allclose(np.round(container[0].get_ydata()), range(len(marks[level])))
+            ends = np.array(container[2][0].get_segments())[:, :, 0]
+            assert np.allclose(ends, np.array(marks[level])[:, None] + [-0.1, 0.2])
 
 
 @pytest.mark.usefixtures("style")
@@ -531,6 +568,8 @@ def test_one_seed_and_nothing_but_nan_can_be_drawn(figure):
     drawn(plots_sweep, figure, frame)
     frame[["log_likelihood.mean", "relative.mean"]] = math.nan
     drawn(plots_sweep, figure, frame)
+    table = at_likelihood().assign(**{"ratio.low": math.nan, "ratio.high": math.nan})
+    plots_sweep.at_likelihood(table, "annealed", "One seed").canvas.draw()
 
 
 # The command
