@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -163,6 +164,21 @@ def test_the_still_picture_of_a_widget_is_kept_without_the_widget(tmp_path, text
 def test_the_repr_of_what_is_no_widget_is_kept():
     outputs = [new_output("execute_result", {"text/plain": "Point(x=1)", "image/png": "aGVsbG8="}, execution_count=7)]
     assert promote.clean_outputs(outputs) == outputs
+
+
+def test_tables_of_equal_runs_are_equal():
+    def ran(value):
+        style = pd.DataFrame({"x": [value, 2.0]}).style.highlight_max(color="red")
+        data = {"text/html": style.to_html(), "text/plain": repr(style)}
+        (output,) = promote.clean_outputs([new_output("display_data", data)])
+        return data, output.data
+
+    (raw, one), (raw_2, two), (_, other) = ran(1.0), ran(1.0), ran(1.5)
+    assert raw != raw_2 and one == two and one != other
+    assert one["text/plain"] == "<pandas.io.formats.style.Styler>"
+    (name,) = set(re.findall(r"T_[0-9a-f]+", one["text/html"]))
+    assert f"#{name}_row1_col0" in one["text/html"] and f'id="{name}_row1_col0"' in one["text/html"]  # the style finds its cell
+    assert name not in other["text/html"]
 
 
 def test_the_still_picture_of_a_widget_is_what_a_renderer_without_a_kernel_shows(tmp_path):
