@@ -48,7 +48,7 @@ test-browser: .venv/.installed  ## only the notebooks in a browser; needs a Chro
 	$(BIN)/pytest -q -m browser --durations=0
 
 test-faults: .venv/.cluster  ## only the tests that kill, damage, fill the disk and compete (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m faults --durations=0
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m faults -n $(WORKERS) --dist loadfile --durations=0
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

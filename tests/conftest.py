@@ -4,6 +4,8 @@ Here is also what test files share: actions to play, random data, real episodes,
 is to be seen in figures.
 """
 
+from collections import Counter
+
 import gymnasium
 import matplotlib
 import matplotlib.pyplot as plt
@@ -194,3 +196,38 @@ def runs(tmp_path, monkeypatch):
     """An empty folder for everything that runs make."""
     monkeypatch.setenv("PGD_RUNS", str(tmp_path / "runs"))
     return tmp_path / "runs"
+
+
+TOLD = pytest.StashKey()  # kind of fault or input -> Counter of what became of them
+
+
+@pytest.fixture
+def told(pytestconfig):
+    """A function that notes counts of a kind of fault or input: told("full disks", injected=6, ...); told at the end."""
+    kinds = pytestconfig.stash.setdefault(TOLD, {})
+    return lambda kind, **counts: kinds.setdefault(kind, Counter()).update(counts)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist: what a worker prints is lost
+        session.config.workeroutput["told"] = {k: dict(v) for k, v in session.config.stash.get(TOLD, {}).items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    kinds = node.config.stash.setdefault(TOLD, {})
+    for kind, counts in getattr(node, "workeroutput", {}).get("told", {}).items():
+        kinds.setdefault(kind, Counter()).update(counts)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    kinds = config.stash.get(TOLD, {})
+    groups = {tuple(counts): [] for counts in kinds.values()}
+    for kind, counts in kinds.items():
+        groups[tuple(counts)].append((kind, counts))
+    for names, rows in groups.items():
+        rows.append(("all of these", sum((c for _, c in rows), Counter()))) if len(rows) > 1 else None
+        width = max(len(kind) for kind, _ in rows)
+        terminalreporter.section(f"{', '.join(names)}")
+        for kind, counts in rows:
+            terminalreporter.line(f"{kind:{width}}  " + " ".join(f"{counts[name]:>8,}" for name in names))

@@ -17,17 +17,9 @@ pytestmark = pytest.mark.faults
 MANY = dict(always_the_same=False)
 
 
-@pytest.fixture(scope="module")
-def told(request):
-    """Kind of input -> what became of how many; printed at the end."""
-    counts = {}
-    yield counts
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print()
-        for kind, found in counts.items():
-            refused, accepted, total = found["refused"], found["accepted"], found.total()
-            print(f"{kind}: {total:,} inputs tried; {refused:,} refused with a clear error, ", end="")
-            print(f"{accepted:,} accepted and consistent, {total - refused - accepted} anything else")
+def counts(found):
+    refused, accepted, total = found["refused"], found["accepted"], found.total()
+    return {"inputs tried": total, "refused": refused, "accepted": accepted, "anything else": total - refused - accepted}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -36,13 +28,13 @@ def test_parameters(path, told):
     for name in notebook.defaults:
         found += tried(notebook.outcome, st.just(name), VALUES, examples=100, **MANY)
     found += tried(notebook.unknown, names(notebook.defaults), PLAIN, examples=100, **MANY)
-    told[f"{path.stem}, {len(notebook.defaults)} parameters and unknown ones"] = found
+    told(f"{path.stem}, {len(notebook.defaults)} parameters and unknown ones", **counts(found))
     assert found.total() == found["refused"] + found["accepted"]
 
 
 def test_datasets(told, runs):
     inputs = LENGTHS, SOME_FAULTS, HORIZONS, st.sampled_from(["raw", "arctanh"])
-    told["datasets"] = tried(outcome, *inputs, examples=1_000, **MANY)
+    told("datasets", **counts(tried(outcome, *inputs, examples=1_000, **MANY)))
 
 
 def test_minari_files(told, minari_file, tmp_path):
@@ -50,4 +42,4 @@ def test_minari_files(told, minari_file, tmp_path):
         return read(minari_file, tmp_path / "damaged", faults, moved)
 
     inputs = st.lists(FAULTS, max_size=3), st.sampled_from([0, 0, 0, -1, 2])
-    told["Minari files"] = tried(reading, *inputs, examples=1_000, **MANY)
+    told("Minari files", **counts(tried(reading, *inputs, examples=1_000, **MANY)))

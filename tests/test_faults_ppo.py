@@ -46,7 +46,7 @@ def taken(monkeypatch):
 
 
 @pytest.mark.faults
-def test_a_killed_training_ends_as_if_never_killed(taken, tmp_path, monkeypatch, capsys):
+def test_a_killed_training_ends_as_if_never_killed(taken, tmp_path, monkeypatch, told):
     def start(folder):
         monkeypatch.setenv("PGD_RUNS", str(folder))
         child = fork.Process(target=pipeline.train_guide, args=(ROLLOUTS * STEPS * ENVS, 5))
@@ -82,9 +82,8 @@ def test_a_killed_training_ends_as_if_never_killed(taken, tmp_path, monkeypatch,
             halves |= halves_in(folder)
         lost.append((taken.value / STEPS - ROLLOUTS, kills))
         results.append(result(folder))
-    with capsys.disabled():
-        print(f"\n{faults} faults injected, {len(halves)} of them in the midst of writing; {faults} survived.")
-        print(f"{results.count(expected)} of {len(results)} results identical to that of an uninterrupted training.")
-        print(f"{sum(rollouts for rollouts, _ in lost):.1f} rollouts made twice, {len(results) * ROLLOUTS} needed.")
+    identical = results.count(expected)
+    counts = dict(injected=faults, survived=faults, identical=faults if identical == len(results) else 0)
+    told(f"SIGKILL at random moments, PPO ({len(halves)} in the midst of writing)", **counts, lost=len(results) - identical)
     assert set(results) == {expected}
     assert all(rollouts <= kills for rollouts, kills in lost), "more than a rollout was lost"

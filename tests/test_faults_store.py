@@ -30,14 +30,12 @@ fork = multiprocessing.get_context("fork")
 MOMENTS = 20  # kills of each stage
 
 
-@pytest.fixture(scope="module")
-def tally(request):
-    """Counts of faults "injected", those that were "survived", results "identical" and artifacts "lost"; printed at the end."""
+@pytest.fixture
+def tally(request, told):
+    """Counts of faults "injected", those that were "survived", results "identical" and artifacts "lost"."""
     counts = Counter(injected=0, survived=0, identical=0, lost=0)
     yield counts
-    words = "faults injected {injected}, survived {survived}, results identical {identical}, data lost {lost}"
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n" + words.format(**counts))
+    told(KINDS[request.node.originalname], **counts)
 
 
 # The stages. Each makes all that it needs in runs/, or goes on with it, and returns a digest of its result.
@@ -322,3 +320,11 @@ def test_many_processes_on_one_store_make_everything_once(processes, small, tmp_
         assert sum(made.values()) <= 6 + len(killed)
         store.artifact(store.root() / "sweeps" / "0.safetensors", None)
         assert [f for f in kept(small) if not f.endswith(".safetensors")] == []
+
+
+KINDS = {
+    "test_killed_at_random_moments_a_stage_goes_on_to_the_same_bits": f"SIGKILL at random moments, {len(STAGES)} stages",
+    "test_every_artifact_that_is_spoilt_is_set_aside_and_made_again": "artifacts cut, bit-flipped, swapped",
+    "test_a_full_disk_ends_a_stage_with_a_clear_error_or_not_at_all": "file systems too small for a stage",
+    "test_many_processes_on_one_store_make_everything_once": "2 and 8 processes on one store, some killed",
+}

@@ -117,7 +117,7 @@ def killed(toy, runs, ready, seconds):
     return {path: path.read_text() for path in runs.glob("points/toy/*/done.json")}
 
 
-def test_killed_twice_at_random_it_gives_what_it_gives_undisturbed(toy, tmp_path, undisturbed):
+def test_killed_twice_at_random_it_gives_what_it_gives_undisturbed(toy, tmp_path, undisturbed, told):
     runs = tmp_path / "killed"
     kept = killed(toy, runs, lambda: is_done(runs) >= 1, 8)  # anywhere
     wait_for(lambda: not processes(runs), 15)
@@ -128,10 +128,11 @@ def test_killed_twice_at_random_it_gives_what_it_gives_undisturbed(toy, tmp_path
     assert is_done(runs) == 6 and not leftovers(runs) and not processes(runs)
     assert all(path.read_text() == text for path, text in kept.items()), "what was done was run again"
     assert 6 < attempts(runs) <= 6 + 2 * 2
+    told("sweeps killed", injected=2, survived=2, identical=2, lost=0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_it_ends_its_children_and_the_same_command_goes_on(toy, tmp_path, undisturbed, how):
+def test_stopped_it_ends_its_children_and_the_same_command_goes_on(toy, tmp_path, undisturbed, how, told):
     runs = tmp_path / "stopped"
     sweep = start(toy, runs, "--workers", "2")
     wait_for(lambda: is_done(runs) >= 1)
@@ -146,10 +147,11 @@ def test_stopped_it_ends_its_children_and_the_same_command_goes_on(toy, tmp_path
         assert said(runs).endswith("stopped; the same command goes on from here\n") and "Traceback" not in said(runs)
     pd.testing.assert_frame_equal(finish(toy, runs), measured(undisturbed))
     assert f"toy: 6 points, {done} of them are done" in said(runs)
+    told("sweeps stopped by Ctrl-C or SIGTERM", injected=1, survived=1, identical=1, lost=0)
 
 
 @pytest.mark.parametrize(("what", "why"), [("sweep_task", "killed by SIGKILL"), ("ipykernel", "its kernel died")])
-def test_a_point_whose_process_is_killed_is_run_again(toy, tmp_path, undisturbed, what, why):
+def test_a_point_whose_process_is_killed_is_run_again(toy, tmp_path, undisturbed, what, why, told):
     runs = tmp_path / "lost"
     sweep = start(toy, runs)
     wait_for(lambda: attempts(runs))
@@ -158,6 +160,7 @@ def test_a_point_whose_process_is_killed_is_run_again(toy, tmp_path, undisturbed
     assert sweep.wait(300) == 0, said(runs)
     assert said(runs).count("again   seed=") == 1 and why in said(runs)
     pd.testing.assert_frame_equal(measured(runs), measured(undisturbed))
+    told("points of a sweep, or their kernels, killed", injected=1, survived=1, identical=1, lost=0)
 
 
 def limit(size):
@@ -165,15 +168,16 @@ def limit(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def test_points_for_which_the_disk_is_full_fail_and_are_run_when_there_is_room(toy, tmp_path, undisturbed):
+def test_points_for_which_the_disk_is_full_fail_and_are_run_when_there_is_room(toy, tmp_path, undisturbed, told):
     runs = tmp_path / "full"
     assert start(toy, runs, preexec_fn=limit(12_000)).wait(300) == 1
     assert said(runs).count("FAILED  seed=") == 6 and "OSError: [Errno 27] File too large" in said(runs)
     assert is_done(runs) == 0
     pd.testing.assert_frame_equal(finish(toy, runs), measured(undisturbed))
+    told("no room for a sweep's points or table", injected=6, survived=6, identical=6, lost=0)
 
 
-def test_a_table_for_which_the_disk_is_full_leaves_the_old_one(toy, tmp_path, undisturbed):
+def test_a_table_for_which_the_disk_is_full_leaves_the_old_one(toy, tmp_path, undisturbed, told):
     runs = tmp_path / "full"
     pd.DataFrame({"old": [1]}).to_parquet(f"{runs}.parquet")
     sizes = [path.stat().st_size for path in undisturbed.rglob("*") if path.is_file()]
@@ -185,6 +189,7 @@ def test_a_table_for_which_the_disk_is_full_leaves_the_old_one(toy, tmp_path, un
     assert [path.name for path in tmp_path.glob("*partial*")] == []
     pd.testing.assert_frame_equal(finish(toy, runs), measured(undisturbed))
     assert said(runs).count("done    ") == 6  # none of them again
+    told("no room for a sweep's points or table", injected=1, survived=1, identical=1, lost=0)
 
 
 @pytest.fixture
@@ -207,7 +212,7 @@ def cluster(monkeypatch):
     both.shutdown()
 
 
-def test_a_ray_cluster_may_lose_a_machine(toy, tmp_path, undisturbed, cluster):
+def test_a_ray_cluster_may_lose_a_machine(toy, tmp_path, undisturbed, cluster, told):
     both, node = cluster
     runs = tmp_path / "ray"
     sweep = start(toy, runs, "--backend", "ray", "--address", both.address)
@@ -217,6 +222,7 @@ def test_a_ray_cluster_may_lose_a_machine(toy, tmp_path, undisturbed, cluster):
     assert "again   seed=" in said(runs) and "lost: " in said(runs)
     pd.testing.assert_frame_equal(measured(runs), measured(undisturbed))
     assert not processes(runs) and not leftovers(runs)
+    told("one of two Ray nodes killed in mid-sweep", injected=1, survived=1, identical=1, lost=0)
 
 
 def test_a_sweep_on_ray_is_stopped_by_ctrl_c(toy, tmp_path, cluster):
