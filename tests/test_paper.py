@@ -45,6 +45,21 @@ def test_two_run_side_by_side_and_the_last_alone(place, capsys):
     assert told.count(" took ") == 4 and told.strip().endswith("figures/quick/")
 
 
+def test_a_chosen_one_has_all_cores(place):
+    assert paper.main(["two"]) == 0
+    assert ran(place, "two")[0] == 6 and not (place / "runs/notebooks/one.ipynb").exists()
+
+
+def test_at_papers_scale_none_has_company(place):
+    for name in ("one", "two"):
+        notebook = nbformat.read(place / f"notebooks/{name}.ipynb", 4)
+        notebook.cells.insert(0, new_code_cell("scale = 'quick'", metadata={"tags": ["parameters"]}))
+        nbformat.write(notebook, place / f"notebooks/{name}.ipynb")
+    assert paper.main(["--scale", "paper", "one", "two"]) == 0
+    one, two = ran(place, "one"), ran(place, "two")
+    assert one[2] < two[1] and (one[0], two[0]) == (6, 6)
+
+
 def test_one_that_fails_ends_the_rest(place, capsys):
     write(place, "one", "raise ValueError('so it is')")
     write(place, "two", "import time; time.sleep(60)")

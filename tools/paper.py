@@ -1,9 +1,9 @@
-"""Run the notebooks with papermill, two at a time where there are cores for it: `make paper`.
+"""Run the notebooks with papermill, up to four at a time where there are cores for it: `make paper`.
 
 python tools/paper.py [--scale quick] [--lanes N] [NOTEBOOK ...]
 
-Half of the cores for each of two notebooks is faster than all cores for one after the other: networks this small leave
-the second core idle a third of the time. What two of them need is made once, the other waits for it.
+A core for each of several notebooks is faster than all cores for one after the other: networks this small leave the
+second core idle a third of the time. What two of them need is made once, the other waits for it.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pgdlib import adroit, params, store
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["02_diffusion", "05_iql_benchmark", "06_world_model", "01_data", "03_ppo_guide", "07_sweep"]  # the longest first
+LANES = {"ci": 4, "quick": 4, "paper": 1}  # at most; at paper's scale each notebook plans with all of the device's memory
 EVERY = 30  # s between two lines of progress
 LAST = ["04_guidance"]  # alone, with all cores: it gathers the verdicts of the others
 
@@ -75,7 +76,7 @@ def last_line(name):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", choices=params.SCALES, default="quick")
-    parser.add_argument("--lanes", type=int, choices=(1, 2), help="notebooks at once; 2 by default where there are 2 cores")
+    parser.add_argument("--lanes", type=int, choices=(1, 2, 3, 4), help="notebooks at once; a core for each by default")
     parser.add_argument(
         "notebooks", nargs="*", metavar="NOTEBOOK", help=f"of {', '.join(sorted(ORDER + LAST))}; all by default"
     )
@@ -83,9 +84,10 @@ def main(argv=None):
     if unknown := set(given.notebooks) - {*ORDER, *LAST}:
         parser.error(f"notebook {sorted(unknown)[0]!r} is not known; it must be one of {', '.join(sorted(ORDER + LAST))}")
     cores, begun = adroit.default_threads(), time.monotonic()
-    lanes = given.lanes or min(2, cores)
+    lanes = given.lanes or min(LANES[given.scale], cores)
     chosen = given.notebooks or ORDER + LAST
-    for names, at_once in (([n for n in ORDER if n in chosen], lanes), ([n for n in LAST if n in chosen], 1)):
+    for names, most in (([n for n in ORDER if n in chosen], lanes), ([n for n in LAST if n in chosen], 1)):
+        at_once = max(1, min(most, len(names)))
         if failed := run(names, given.scale, at_once, max(1, cores // at_once)):
             log = store.root() / "notebooks" / f"{failed}.log"
             print(f"{log.read_text()[-3000:]}\n== {failed} FAILED, see {log.with_suffix('.ipynb')}", file=sys.stderr)
