@@ -149,19 +149,20 @@ def fronts(curves, unguided, on_policy, chosen, title):
     reach = np.nanmax([unguided[0], *(x for c in curves.values() for x in c[0][np.isfinite(c[1])])])
     grid = np.linspace(unguided[0], reach, 60)
     best = on_front(curves[chosen], unguided, grid)
+    drawable = False
     for (rule, curve), marker in zip(curves.items(), cycle(MARKERS)):
         x, y, low, high = (np.asarray(v) for v in curve)
         shown = x >= np.fmax.accumulate(x)  # past the threshold likelihood falls by thousands
         style = dict(color=colours[rule], linestyle=lines[rule], linewidth=2.2 if rule == chosen else 1.4)
-        left.plot(
-            np.append(unguided[0], x[shown]), np.append(unguided[1], y[shown]), marker=marker, markersize=5, label=rule, **style
-        )
+        points = np.append(unguided[0], x[shown]), np.append(unguided[1], y[shown])
+        drawable |= np.isfinite(points).all(0).any()
+        left.plot(*points, marker=marker, markersize=5, label=rule, **style)
         left.fill_between(x[shown], low[shown], high[shown], color=colours[rule], alpha=0.15, linewidth=0)
         if rule != chosen:
             right.plot(grid, on_front(curve, unguided, grid) / best, **style)
     left.plot(*unguided, "o", color="red", markersize=9, markerfacecolor="none", markeredgewidth=2, label="λ = 0")
     left.set(xlabel=LIKELIHOOD, ylabel="dynamics error / variance", title="lower right is better")
-    if np.isfinite(np.concatenate([[unguided[1]], *(curve[1] for curve in curves.values())])).any():
+    if drawable:  # a logarithm of nothing has no scale
         left.set_yscale("log")
     right.axhline(1, color=DATA, linewidth=2.2)
     right.text(grid[-1], 1, f"{chosen} ", color=DATA, va="top", ha="right", fontsize="small")

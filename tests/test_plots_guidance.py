@@ -377,6 +377,12 @@ BLIND = np.full(3, math.nan)
         "fronts, one point": ({"a": curve(x=[0.0])}, UNGUIDED, 0.1, "a"),
         "fronts, a rule without errors": ({"a": curve(), "b": (curve()[0], *[BLIND] * 3)}, UNGUIDED, 0.1, "a"),
         "fronts, no errors at all": ({"a": (curve()[0], *[BLIND] * 3)}, (-1.0, math.nan), 0.1, "a"),
+        "fronts, errors only past the threshold": (
+            {"a": np.array([[0.0, -60.0, -70.0], *[[math.nan, 1.0, 1.0]] * 3])},
+            (-1.0, math.nan),
+            0.1,
+            "a",
+        ),
         "fronts, below the unguided": ({"a": curve(x=[-50.0, -60.0, -70.0])}, UNGUIDED, 0.1, "a"),
         "states_over_lam": ([0.0, 1.0], {"a": [math.nan, 0.1]}, {"a": math.nan}, math.nan),
         "states_over_lam, unguided": ([0.0], {"a": [0.0]}, {"a": 0.0}, 0.0),
