@@ -700,7 +700,8 @@ def test_notebook_07_draws_the_sweep_that_came_with_it(tmp_path, runs):
         str(tmp_path / "out.ipynb"),
     ]
     subprocess.run([*call, "-p", "scale", "ci"], check=True, stdin=subprocess.DEVNULL, capture_output=True)
-    assert kept(runs) == [f"figures/ci/07_{name}" for name in ("fronts.csv", "fronts.png", "lam.png")]
+    names = ("fronts.csv", "fronts.png", "lam.png", "rules.csv", "rules.png")
+    assert kept(runs) == [f"figures/ci/07_{name}" for name in names]
     table = pd.read_csv(runs / "figures/ci/07_fronts.csv")
     shipped = pd.read_parquet(ROOT / "figures/07_sweep.parquet")
     shipped = shipped[shipped["run.table"] == "04_fronts"]
