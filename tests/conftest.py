@@ -4,6 +4,9 @@ Here is also what test files share: actions to play, random data, real episodes,
 is to be seen in figures.
 """
 
+import gc
+import os
+import sys
 from collections import Counter
 
 import gymnasium
@@ -18,6 +21,8 @@ from torch import nn
 from pgdlib import adroit, agents, data, minari_files, pipeline, plots
 
 matplotlib.use("agg")
+os.register_at_fork(before=gc.collect, after_in_child=gc.disable)  # a fork that deletes a simulation waits for its threads
+sys.modules["rfc3987_syntax"] = None  # jsonschema's optional check of web addresses, which takes 3 s to import
 torch.set_num_threads(1)
 
 

@@ -267,6 +267,7 @@ def test_a_stack_guides_as_separate_policies_do(rule):
 # Training
 
 
+@pytest.mark.slow
 @every_agent
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-3)], ids=["float64", "default"])
 def test_stacked_runs_train_as_separate_ones(kind, dtype, tolerance):

@@ -165,6 +165,7 @@ def test_the_demonstrator_trembles(guide):
     assert abs(np.corrcoef(tremor[..., 0].ravel(), tremor[..., 1].ravel())[0, 1]) < 0.1
 
 
+@pytest.mark.slow
 def test_behaviour_clone_recovers_a_linear_gaussian_policy():
     generator = torch.Generator().manual_seed(0)
     centre, scale = torch.randn(45, generator=generator) * 3, torch.logspace(-2, 2, 45)

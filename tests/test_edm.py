@@ -162,6 +162,7 @@ def test_what_a_report_raises_is_saved_before(tmp_path):
     assert edm.steps_done(path) == 2
 
 
+@pytest.mark.slow
 def test_training_learns():
     windows = training_windows()
     denoiser = small_denoiser()

@@ -170,6 +170,7 @@ def python(program, **environment):
     return done.stdout, [line for line in done.stderr.splitlines() if not line.startswith(("libEGL", "MESA"))]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("opengl")
 @pytest.mark.skipif(sys.platform != "linux", reason="EGL is Linux's")
 def test_a_process_that_draws_ends_without_a_word():
@@ -208,6 +209,7 @@ ctypesloader.loadLibrary = without
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="EGL is Linux's")
 @pytest.mark.parametrize(
     "breaking, environment, reason",

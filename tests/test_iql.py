@@ -298,6 +298,7 @@ def test_the_oracle_is_policy_evaluation_and_value_iteration():
     np.testing.assert_allclose(fixed_point(0.99), best, rtol=0.07)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expectile", [0.5, 0.95])
 def test_a_known_mdp_is_learnt(expectile):
     _, v, q = learnt(expectile)
@@ -307,6 +308,7 @@ def test_a_known_mdp_is_learnt(expectile):
     np.testing.assert_allclose(q, np.tile(action_values(expected), (2, 1, 1)), atol=0.06, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_policy_takes_the_best_actions_of_a_known_mdp():
     made, _, _ = learnt(0.95)
     states, moves = codes()

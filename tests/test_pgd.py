@@ -159,6 +159,7 @@ def assert_same(a, b):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_step_it_goes_on_to_the_same_bits(kind, tmp_path):
     expected = whole(kind)
@@ -284,6 +285,7 @@ def test_killed_between_two_rows_it_draws_only_what_is_missing(at, tmp_path, lon
     assert names(tmp_path) == ["it.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_every", [1e9, -1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_in_training_it_draws_nothing_of_that_round_again(kind, save_every, tmp_path, long):

@@ -25,6 +25,7 @@ def small_policy(obs_dim=45, action_dim=24):
     return GaussianPolicy(obs_dim, action_dim, hidden=[8])
 
 
+@pytest.mark.slow
 def test_the_shipped_guide_returns_3600():
     """THE GUIDE THAT SHIPS, not any guide: 100 D4RL-scale episodes of its mean action, and what its card says of it."""
     policy, card = pipeline.load_guide("shipped")

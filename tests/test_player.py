@@ -334,6 +334,7 @@ def test_where_mujoco_cannot_render_it_says_so_and_all_else_works(panel, runs, m
     assert not (tmp_path / "hands.gif").exists() and kept(runs) == before
 
 
+@pytest.mark.slow
 def test_a_real_film(panel, runs):
     try:
         film.frames(np.zeros((1, 30)), np.array([0, 0, 1.0]), (40, 30))

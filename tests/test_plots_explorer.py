@@ -620,6 +620,7 @@ def test_inputs_are_not_changed():
     assert same(view, view_before) and same(films, films_before) and frame.equals(frame_before)
 
 
+@pytest.mark.slow
 def test_two_threads_draw_what_one_does():
     alone = {name: picture(show()) for name, show in DRAWN.items()}
     found, at_once = [], threading.Barrier(2)

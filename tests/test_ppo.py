@@ -302,6 +302,7 @@ def stop_at(steps):
     return report
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_to_the_same_result(whole, tmp_path, monkeypatch, capsys):
     """Stopped four times, by its report; every rollout is made once, and the curve is reported anew."""
     taken, step_wait = [], ppo.PenVecEnv.step_wait
@@ -350,6 +351,7 @@ def test_checkpoints_change_nothing_and_are_two_minutes_apart_at_most(whole, tmp
     assert_same(model, whole[0])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside(whole, tmp_path):
     path, said = tmp_path / "checkpoint.safetensors", []
     with pytest.raises(Stop):
@@ -391,6 +393,7 @@ def test_a_checkpoint_of_another_training_is_set_aside(shorter, tmp_path):
         ppo.train(report=stop_at(0), checkpoint=path, **TINY)
 
 
+@pytest.mark.slow
 def test_a_guide_that_was_stopped_is_finished(shorter, runs, monkeypatch):
     """Its checkpoint goes when the guide is kept, not before."""
     train, changes = ppo.train, {k: v for k, v in STOPPED.items() if k not in ("seed", "steps")}

@@ -68,6 +68,7 @@ def real(path):
     return [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [*FIGURES, *NOTEBOOKS], ids=lambda p: p.name)
 def test_real_figures_look_the_same_and_get_much_smaller(path):
     for text in real(path):

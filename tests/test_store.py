@@ -202,6 +202,7 @@ def run(path, log, out, seconds):
     out.write_text(f"{float(tensors['x'])} {said}")
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_it_once(path, tmp_path):
     log, outs = tmp_path / "log", [tmp_path / "a", tmp_path / "b"]
     both = [fork.Process(target=run, args=(path, log, out, 0.5)) for out in outs]

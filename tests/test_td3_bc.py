@@ -223,6 +223,7 @@ def bandit(n=4000):
     return transitions(torch.zeros(n, 45), actions, rewards, torch.ones(n), torch.zeros(n, 45))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha, best", [(5.0, 0.4), (1e-4, 0.0)], ids=["learnt", "cloned"])
 def test_a_bandit_is_learnt_or_cloned(alpha, best):
     """With a large α the policy takes the best of the data's actions, with a small one their mean."""

@@ -168,6 +168,7 @@ def learnt():
     return ensemble, losses, val, mean
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_linear_system_is_learnt(learnt):
     ensemble, losses, val, mean = learnt
