@@ -318,6 +318,7 @@ def test_values_that_no_return_has_are_marked(kind, bias, sign):
     assert all(p.isfinite().all() for p in stack.agent.parameters())
 
 
+@pytest.mark.slow
 @every_agent
 def test_resume_is_exact(kind, tmp_path):
     first, second = ([packed(n, seed + k) for seed, n in enumerate(counts)] for k, counts in ((0, COUNTS), (9, (20, 30, 10))))

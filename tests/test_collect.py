@@ -33,6 +33,7 @@ def files(guide, quick_clone, tmp_path_factory):
         }
 
 
+@pytest.mark.slow
 def test_episode_lengths(files):
     assert files["human"].lengths.tolist() == [200] * 10
     assert files["expert"].lengths.tolist() == [100] * 5
@@ -106,6 +107,7 @@ def test_expert_acts_by_samples_of_the_guide(guide):
     assert abs(z.mean()) < 5 / np.sqrt(z.size) and abs(z.std() - 1) < 5 / np.sqrt(2 * z.size)
 
 
+@pytest.mark.slow
 def test_the_seed_decides(guide, quick_clone, monkeypatch):
     monkeypatch.setattr(collect, "HUMAN_EPISODES", 2)
     monkeypatch.setattr(adroit, "D4RL_HORIZON", 30)
@@ -195,6 +197,7 @@ def test_behaviour_clone_leaves_the_global_random_state_alone():
 # A collection that is killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["expert", "cloned"])
 def test_a_killed_collection_goes_on_to_the_same_file(dataset, guide, quick_clone, tmp_path, monkeypatch):
     """After each batch, and while the file is written. What is expected is written without any parts."""

@@ -26,6 +26,7 @@ def test_floors_on_random_episodes(real):
     ordered(*pairs(real))
 
 
+@pytest.mark.slow
 def test_floors_on_the_guides_episodes(guided):
     ordered(*pairs(guided, 8, 100))
 

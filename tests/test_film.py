@@ -94,6 +94,7 @@ def test_the_target_covers_a_pen_that_is_where_it_should_be():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("opengl")
 def test_drawing_leaves_the_simulator_alone():
     model, sizes = adroit._gym_env().model, []
@@ -115,6 +116,7 @@ def test_what_is_not_finite_is_a_blank_frame():
     assert film.frames(np.zeros((0, 30)), UP, SIZE).shape == (0, 110, 120, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("opengl")
 def test_threads_draw_at_once_and_as_one_does(monkeypatch):
     """And all drawing is done by one thread: what OpenGL needs belongs to a thread, on some systems for good."""
@@ -294,6 +296,7 @@ def test_side_by_side_says_where_there_is_no_simulation():
     assert len({black(frame).max() for frame in nowhere}) == K + 1  # time goes on
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("opengl")
 def test_side_by_side_of_a_real_replay(guided):
     played = dynamics.replay(guided.obs[0, :8], guided.actions[0, :8])

@@ -643,6 +643,7 @@ def test_a_huge_lam_of_explicit_in_float32_is_counted_and_finite():
 LAMS = (0.0, 1e-3, 1.0, 100.0, 10_000.0)
 
 
+@pytest.mark.slow
 @every_transform
 @pytest.mark.parametrize(
     "rule, units, kind",

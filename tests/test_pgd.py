@@ -267,6 +267,7 @@ FILES = ["it.row1.safetensors", "it.row2.safetensors"]  # of b and c
 ALL = [(name, k) for k in range(3) for name in "bc"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ALL)
 def test_killed_between_two_rows_it_draws_only_what_is_missing(at, tmp_path, long):
     """With no checkpoint but those of the drawing and of the rounds' ends."""

@@ -145,6 +145,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.mark.slow
 def test_the_stand_in_is_collected_once_and_says_what_it_is(runs, offline, monkeypatch, capsys):
     first = pipeline.load_data("human", "auto", 4_000)
     assert "using the stand-in" in capsys.readouterr().out

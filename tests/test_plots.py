@@ -157,6 +157,7 @@ def test_sampler_quality_shows_every_sampler_in_sight(lowest):
         assert real == ([] if name == "relative" else [frame[f"{name}.real"][0]])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(Data has no positive|Attempt to set non-positive|All-NaN|invalid value):UserWarning")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(

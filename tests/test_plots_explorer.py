@@ -218,6 +218,7 @@ POOR = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POOR)
 def test_poor_measures_can_be_shown(name):
     """Of one λ, or of λ = 0 and the real data too."""

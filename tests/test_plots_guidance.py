@@ -364,6 +364,7 @@ def test_no_series_is_dropped(name):
 BLIND = np.full(3, math.nan)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(Data has no|Attempt to set|All-NaN|invalid value|constrained_layout):UserWarning")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def test_spaces_shapes_and_types():
     assert dones.shape == (N,) and dones.dtype == bool and infos == [{}] * N
 
 
+@pytest.mark.slow
 def test_the_stream_equals_gyms_d4rl_environment():
     """Observation, reward, end, its reason, and the restart, step by step, over several episodes."""
     env, rng = ppo.PenVecEnv(N, seed=0), np.random.default_rng(0)
@@ -237,6 +238,7 @@ def test_the_update_sees_the_moments_of_its_rollout(tiny):
     assert abs(values["train/approx_kl"]) < 1e-6 and values["train/clip_fraction"] == 0
 
 
+@pytest.mark.slow
 def test_training_is_deterministic(tiny, short):
     model, curve = ppo.train(**TINY)
     assert curve == tiny[1]

@@ -36,6 +36,7 @@ def test_reconstruction_of_whole_episodes(real):
     assert np.abs(qpos[..., 29] - real.qpos[..., 29]).max() < 0.05  # measured 0.02 rad
 
 
+@pytest.mark.slow
 def test_one_step_error(real):
     still = np.square(np.diff(real.obs, axis=1)).mean()
     assert one_step_error(real, real.qpos, real.qvel).mean() < 1e-8
@@ -48,6 +49,7 @@ def test_one_step_error(real):
     assert one_step_error(window, *padded, n=16)[:, -1].mean() < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [20, 60, 100, 150])
 def test_reconstruction_from_mid_episode(real, first):
     qpos, qvel = state_from_observations(real.obs[:, first:])
@@ -128,6 +130,7 @@ def test_actions_beyond_the_limits_count_as_the_simulator_clips_them(real):
         np.testing.assert_array_equal(mine, clipped)
 
 
+@pytest.mark.slow
 def test_one_step_error_of_the_guide(guided):
     """Measured 1.5e-4 for sampled actions and 4e-5 for mean ones."""
     without, given = (

@@ -555,6 +555,7 @@ def test_a_killed_point_goes_on_to_the_same(lab, runs, monkeypatch):
     assert len(kept(runs)) == 1 and kept(runs)[0].startswith("sweeps/") and not list((runs / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_calibration_goes_on_to_the_same(lab, runs, monkeypatch):
     """The draws that were over are not repeated, and nothing of them stays."""
     monkeypatch.setattr(study.Study, "most", lambda lab, n: 32)

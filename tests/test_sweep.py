@@ -560,6 +560,7 @@ def test_over_lam_shows_both_measures_and_what_is_unguided():
     assert np.isclose(band[:, 1].max(), 0.1) and np.allclose(line(above, "λ = 0")[:, 1], -2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("style")
 @pytest.mark.parametrize("figure", ["fronts", "over_lam"])
 def test_one_seed_and_nothing_but_nan_can_be_drawn(figure):
