@@ -88,15 +88,15 @@ def threshold(lams, likelihoods, errors, diverged):
     return Claim("C3", measure, (low + high) / 2, low, high, _grade(low >= 1.5 and high <= 3, True), rule)
 
 
-def returns_raised(returns, which=""):
+def returns_raised(returns, which="", unit="seeds"):
     """C4 from returns on D4RL's scale, dataset -> (unguided [S], guided [S]), and `which` guidance, in words.
 
-    Returns are paired by seed, NaN where one diverged. The effect is the mean over the datasets of the mean gain, in return: as
-    in the paper's Table 1, and because Student's interval fits a difference and not a ratio. With few seeds that interval holds
-    zero whether the claim is true or not, so this alone is no failure: what is not surely above zero fails if the paper's own
-    gain on these datasets lies above the interval, too, and is undecided if not. That human gains most is shown but not judged:
-    the paper's gains differ by less than their standard errors. ValueError if there is no dataset, or one that is not in
-    Table 1.
+    Returns are paired by seed, or by another `unit`, NaN where one diverged. The effect is the mean over the datasets of the
+    mean gain, in return: as in the paper's Table 1, and because Student's interval fits a difference and not a ratio. With few
+    seeds that interval holds zero whether the claim is true or not, so this alone is no failure: what is not surely above zero
+    fails if the paper's own gain on these datasets lies above the interval, too, and is undecided if not. That human gains most
+    is shown but not judged: the paper's gains differ by less than their standard errors. ValueError if there is no dataset, or
+    one that is not in Table 1.
     """
     if not returns or (unknown := set(returns) - set(PAPER_TABLE_1)):
         found = ", ".join(sorted(unknown)) if returns else "none"
@@ -108,7 +108,7 @@ def returns_raised(returns, which=""):
     for name, pair in returns.items():
         gain, _, high = paired_interval(pair[1], pair[0])
         kept, seeds = int(np.isfinite(pair).all(0).sum()), len(pair[0])
-        shown.append(f"{name} {gain:+.0f}, {kept}{f' of {seeds}' * (kept < seeds)} seeds")
+        shown.append(f"{name} {gain:+.0f}, {kept}{f' of {seeds}' * (kept < seeds)} {unit}")
         flawed |= kept < seeds or high < 0
     if np.isnan(effect[1]) or effect[1] <= 0 < paper <= effect[2]:
         verdict = UNTESTED
@@ -116,7 +116,7 @@ def returns_raised(returns, which=""):
         verdict = _grade(effect[1] > 0 and not flawed, effect[1] > 0)
     rule = (
         "reproduced if surely above zero, partly if a dataset surely loses or a seed diverged; "
-        "not testable with so few seeds if the interval holds both zero and the paper's gain"
+        f"not testable with so few {unit} if the interval holds both zero and the paper's gain"
     )
     rule_of = f"{which}, " if which else ""
     measure = f"mean gain in return, guided less unguided, D4RL's scale ({rule_of}{'; '.join(shown)}; the paper's {paper:+.0f})"

@@ -81,6 +81,32 @@ def over_lam(study, title):
     return _finished(fig, axes, title)
 
 
+def gains(runs, study, paper, title):
+    """What each row of Table 1 gains: a panel for each dataset, rows below one another.
+
+    runs: a frame with dataset, row, seed, gain, low, high, one line a run, thin; study: their means over runs, dataset, row and
+    mean, low and high of `gain`, thick; paper: dataset -> the gain that the paper reports, a dotted line.
+    """
+    fig, axes = _panels(study, 1, sharex=True, sharey=True)
+    rows = list(study["row"].unique())
+    for ax, (dataset, means) in zip(axes[0], study.groupby("dataset", sort=False)):
+        for row, own in runs[runs["dataset"] == dataset].groupby("row", sort=False):
+            y = rows.index(row) + np.linspace(-0.1, 0.35, len(own))
+            bars = np.abs(own[["low", "high"]].to_numpy().T - own["gain"].to_numpy())
+            ax.errorbar(own["gain"], y, xerr=bars, fmt=".", color="0.65", elinewidth=0.8, label="one run: mean over its agents")
+        y = [rows.index(row) - 0.27 for row in means["row"]]
+        bars = np.abs(means[["gain.low", "gain.high"]].to_numpy().T - means["gain.mean"].to_numpy())
+        colour = sns.color_palette("colorblind")[0]
+        ax.errorbar(means["gain.mean"], y, xerr=bars, fmt="D", color=colour, elinewidth=2.2, label="mean over runs")
+        ax.axvline(0, color="black", linewidth=1)
+        if dataset in paper:
+            ax.axvline(paper[dataset], color="red", linewidth=1, linestyle=":", label="the paper's guided row")
+        ax.set(xlabel="return less that of unguided\n(D4RL's scale)", yticks=range(len(rows)), yticklabels=rows)
+        ax.tick_params(axis="y", length=0)
+    axes[0, 0].invert_yaxis()
+    return _finished(fig, axes, title)
+
+
 def _around(rows, measure):
     """Limits that hold all means up to each rule's highest likelihood: past their thresholds, curves leave the panel."""
     rows = rows[np.isfinite(rows[f"{X}.mean"])]

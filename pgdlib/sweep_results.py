@@ -14,6 +14,7 @@ from scipy import stats
 
 from pgdlib import store, sweep_plan
 from pgdlib.plots_guidance import on_front
+from pgdlib.seedstats import paired_interval
 
 SLUG = re.compile(r"_((?:d4rl|standin)-(?:human|cloned|expert))(?=_|$)")  # the data's, in names of files
 
@@ -59,31 +60,40 @@ def write(frame, path):
         frame.to_parquet(partial, index=False)
 
 
-def read(path, needed, scale):
+def read(path, needed, scale, parameter="sweep"):
     """(path, frame) of a file that a sweep has written; "newest" is the last in runs/ at `scale` that has the table `needed`.
 
-    Raises ValueError that names `sweep` if there is no such file.
+    A table's name may go on after `needed`. Raises ValueError that names `parameter` if there is no such file.
     """
     if path == "newest":
         found = sorted((store.root() / sweep_plan.FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime)
         heads = ((path, pd.read_parquet(path, columns=["run.table", "p.scale"])) for path in found)
-        path = next((path for path, head in heads if [needed, scale] in head.to_numpy().tolist()), None)
+        path = next((path for path, head in heads if (_of_table(head, needed) & (head["p.scale"] == scale)).any()), None)
         if path is None:
-            raise ValueError(f"sweep='newest' is not allowed: runs/ has no sweep at scale {scale!r} with the table {needed}")
+            raise ValueError(
+                f"{parameter}='newest' is not allowed: runs/ has no sweep at scale {scale!r} with the table {needed}"
+            )
     try:
         frame = pd.read_parquet(path)
         found = sorted(frame["run.table"].dropna().unique())
     except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"sweep={str(path)!r} is not a file that a sweep has written: {e}") from e
-    if needed not in found:
-        raise ValueError(f"sweep={str(path)!r} has no table {needed}; it has {', '.join(found) or 'none'}")
+        raise ValueError(f"{parameter}={str(path)!r} is not a file that a sweep has written: {e}") from e
+    if not _of_table(frame, needed).any():
+        raise ValueError(f"{parameter}={str(path)!r} has no table {needed}; it has {', '.join(found) or 'none'}")
     return Path(path), frame
 
 
 def table(frame, name, **columns):
-    """The rows of the table `name`, of its columns those that are asked for: own name -> the file's, each row once."""
-    own = frame.loc[frame["run.table"] == name, list(columns.values())]
+    """The rows of the table `name`, of its columns those that are asked for: own name -> the file's, each row once.
+
+    `name` may be the beginning of a name, so that tables of runs that differ in a parameter are one.
+    """
+    own = frame.loc[_of_table(frame, name), list(columns.values())]
     return own.set_axis(list(columns), axis=1).drop_duplicates(ignore_index=True)
+
+
+def _of_table(frame, name):
+    return frame["run.table"].astype("string").str.startswith(name).fillna(False).astype(bool)
 
 
 def over_seeds(rows, by, measures):
@@ -116,3 +126,24 @@ def at_likelihood(rows, levels, chosen):
     order = {rule: i for i, rule in enumerate(rows["rule"].unique())}
     frame = pd.DataFrame(found, columns=["dataset", "seed", "rule", "log_likelihood", "ratio"])
     return frame.sort_values("rule", key=lambda rules: rules.map(order), kind="stable", ignore_index=True)
+
+
+def gains(returns, baseline):
+    """How much more each row of Table 1 returns than the row `baseline`: dataset, row, seed, agents, gain, low, high.
+
+    returns: a frame with dataset, row, seed (of the run, so of its models), agent (its own seed) and value, NaN where an agent
+    diverged. The gain is the mean over a run's agents of the difference to the same agent of the baseline, with the t-interval
+    that this run alone gives (`seedstats.paired_interval`); agents: how many pairs are left. ValueError if runs of one dataset
+    and seed differ in something else.
+    """
+    if len(twice := returns[returns.duplicated(["dataset", "seed", "row", "agent"])]):
+        where = " and ".join(f"{name}={twice[name].iloc[0]}" for name in ("dataset", "seed"))
+        raise ValueError(f"{where} have several runs; gains are those of one setting")
+    found = []
+    for (dataset, seed), part in returns.groupby(["dataset", "seed"], sort=False):
+        values = part.pivot(index="agent", columns="row", values="value")
+        for row in part["row"].unique():
+            if row != baseline and baseline in values:
+                kept = int(values[[row, baseline]].notna().all(axis=1).sum())
+                found.append((dataset, row, seed, kept, *paired_interval(values[row], values[baseline])))
+    return pd.DataFrame(found, columns=["dataset", "row", "seed", "agents", "gain", "low", "high"])

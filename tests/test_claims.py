@@ -244,6 +244,11 @@ def test_a_seed_that_diverged_is_named_and_against_returns_raised(side):
     assert "human +900, 5 seeds; cloned" in claim.measure and ", 4 of 5 seeds; the paper's +165" in claim.measure
 
 
+def test_returns_may_be_paired_by_models():
+    claim, same = claims.returns_raised(gains(human=600), "λ = 2", "models"), claims.returns_raised(gains(human=600), "λ = 2")
+    assert shape(claim) == shape(same) and "human +600, 5 models;" in claim.measure and "so few models" in claim.rule
+
+
 def test_returns_of_a_single_pair_decide_nothing():
     claim = claims.returns_raised({"human": ([1.0, 2.0], [900.0, math.nan])})
     assert claim.verdict == UNTESTED and claim.effect == 899 and math.isnan(claim.low)

@@ -137,13 +137,13 @@ def test_replacing_shows_the_file_only_when_it_is_whole(path):
     assert path.read_text() == "new" and names(path.parent) == ["toy.safetensors"]
 
 
-def maker(log, value=1.0, seconds=0.0):
-    """A `make` for `artifact` that leaves a line in the file `log` each time it runs."""
+def maker(log, value=1.0, until=lambda: True):
+    """A `make` for `artifact` that leaves a line in the file `log` each time it runs, and goes on `until`."""
 
     def make():
         with open(log, "a") as f:
             f.write(f"{os.getpid()}\n")
-        time.sleep(seconds)
+        wait_for(until)
         return {"x": torch.tensor([value])}, {"value": value}
 
     return make
@@ -190,7 +190,7 @@ def wait_for(condition, seconds=20):
         time.sleep(0.01)
 
 
-def run(path, log, out, seconds):
+def run(path, log, out, until=lambda: True):
     """In a process of its own: the artifact's value, and what was reported, into the file `out`."""
     said = []
 
@@ -198,14 +198,18 @@ def run(path, log, out, seconds):
         said.append(message)
         out.with_suffix(".waits").touch()
 
-    tensors, _ = store.artifact(path, maker(log, seconds=seconds), report)
+    tensors, _ = store.artifact(path, maker(log, until=until), report)
     out.write_text(f"{float(tensors['x'])} {said}")
 
 
 @pytest.mark.slow
 def test_two_processes_at_once_make_it_once(path, tmp_path):
     log, outs = tmp_path / "log", [tmp_path / "a", tmp_path / "b"]
-    both = [fork.Process(target=run, args=(path, log, out, 0.5)) for out in outs]
+
+    def the_other_waits():
+        return any(tmp_path.glob("*.waits"))
+
+    both = [fork.Process(target=run, args=(path, log, out, the_other_waits)) for out in outs]
     for p in both:
         p.start()
     for p in both:
@@ -218,10 +222,10 @@ def test_two_processes_at_once_make_it_once(path, tmp_path):
 
 def test_the_waiter_takes_over_from_a_killed_holder(path, tmp_path):
     log, out = tmp_path / "log", tmp_path / "out"
-    holder = fork.Process(target=run, args=(path, log, tmp_path / "never", 60))
+    holder = fork.Process(target=run, args=(path, log, tmp_path / "never", lambda: False))
     holder.start()
     wait_for(log.exists)
-    waiter = fork.Process(target=run, args=(path, log, out, 0))
+    waiter = fork.Process(target=run, args=(path, log, out))
     waiter.start()
     wait_for(out.with_suffix(".waits").exists)
     assert waiter.is_alive() and not out.exists()

@@ -466,6 +466,37 @@ def test_a_sweep_is_read_by_its_path_or_as_the_newest(runs, tmp_path):
         assert str(refused.value).startswith(f"sweep={str(given)!r} {message}")
 
 
+def test_a_table_may_be_named_by_its_beginning(runs):
+    path = runs / "points" / "x.parquet"
+    sweep_results.write(pd.DataFrame({"run.table": ["table1_iql_5seeds", None, "04"], "p.scale": "ci", "y": [1, 2, 3]}), path)
+    _, frame = sweep_results.read("newest", "table1_", "ci", "benchmark")
+    assert sweep_results.table(frame, "table1_", y="y")["y"].tolist() == [1]
+    with pytest.raises(
+        ValueError, match="benchmark='newest' is not allowed: runs/ has no sweep at scale 'ci' with the table 1_"
+    ):
+        sweep_results.read("newest", "1_", "ci", "benchmark")
+
+
+def test_gains_are_paired_by_agent_within_each_run():
+    """Two runs, the second without its first agent's world-model row; the third has no baseline at all."""
+    rows = []
+    for seed, base, world in ((0, [100, 200, 600], [101, 203, 605]), (1, [10, 20, 30], [math.nan, 120, 132])):
+        for row, values in (("λ = 0", base), ("world", world)):
+            rows += [("human", row, seed, 1_000 * seed + i, value) for i, value in enumerate(values)]
+    rows += [("cloned", "world", 0, 0, 5.0)]
+    returns = pd.DataFrame(rows[::-1], columns=["dataset", "row", "seed", "agent", "value"])  # in any order
+    found = sweep_results.gains(returns, "λ = 0").sort_values("seed")
+    assert found[["dataset", "row", "seed", "agents"]].to_numpy().tolist() == [
+        ["human", "world", 0, 3],
+        ["human", "world", 1, 2],
+    ]
+    for (_, row), differences in zip(found.iterrows(), ([1, 3, 5], [100, 102])):
+        low, high = stats.t.interval(0.95, len(differences) - 1, np.mean(differences), stats.sem(differences))
+        assert row[["gain", "low", "high"]].tolist() == pytest.approx([np.mean(differences), low, high])
+    with pytest.raises(ValueError, match="dataset=human and seed=0 have several runs"):
+        sweep_results.gains(pd.concat([returns, returns[returns["seed"] == 0]]), "λ = 0")
+
+
 def test_means_over_seeds_have_students_interval():
     rows = [("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 6.0), ("a", 2, 8.0), ("b", 0, 5.0)]  # a's last seed twice, 7 in the mean
     study = sweep_results.over_seeds(pd.DataFrame(rows, columns=["rule", "seed", "y"]), ["rule"], ["y"])
@@ -548,6 +579,38 @@ def test_at_likelihood_shows_a_mark_with_its_interval_for_each_rule():
             assert np.allclose(ends, np.array(marks[level])[:, None] + [-0.1, 0.2])
 
 
+def gains():
+    """Two rows of two runs each on human, one row of one run on cloned."""
+    rows = [
+        ("human", "guided", 0, 50.0),
+        ("human", "guided", 1, 150.0),
+        ("human", "world", 0, -10.0),
+        ("human", "world", 1, -30.0),
+    ]
+    runs = pd.DataFrame([*rows, ("cloned", "world", 0, 7.0)], columns=["dataset", "row", "seed", "gain"])
+    return runs.assign(low=runs["gain"] - 20, high=runs["gain"] + 25)
+
+
+@pytest.mark.usefixtures("style")
+def test_gains_show_each_run_their_mean_and_the_papers():
+    means = sweep_results.over_seeds(gains(), ["dataset", "row"], ["gain"])
+    fig = drawn(plots_sweep, "gains", gains(), means, {"human": 216})
+    assert {"human", "cloned", "guided", "world", "mean over runs", "the paper's guided row"} <= set(texts(fig))
+    assert_labelled(fig, ["return less that of unguided"] * 2)
+    for ax, runs, mean in zip(fig.axes, ({50, 150, -10, -30}, {7}), ([100, -20], [7])):
+        drawn_runs = [c for c in ax.containers if c.get_label().startswith("one run")]
+        assert {x for c in drawn_runs for x in c[0].get_xdata()} == runs
+        for c in drawn_runs:
+            ends = np.array(c[2][0].get_segments())[:, :, 0]
+            assert ends.tolist() == [[x - 20, x + 25] for x in c[0].get_xdata()]
+        (over,) = [c for c in ax.containers if c.get_label() == "mean over runs"]
+        assert over[0].get_xdata().tolist() == mean
+        rows = [fig.axes[0].get_yticklabels()[round(y)].get_text() for y in over[0].get_ydata()]
+        assert rows == (["guided", "world"] if len(mean) == 2 else ["world"])
+    assert line(fig.axes[0], "the paper's guided row")[:, 0].tolist() == [216, 216]
+    assert "the paper's guided row" not in {artist.get_label() for artist in fig.axes[1].lines}
+
+
 @pytest.mark.usefixtures("style")
 def test_over_lam_shows_both_measures_and_what_is_unguided():
     fig = drawn(plots_sweep, "over_lam", study())
@@ -571,6 +634,8 @@ def test_one_seed_and_nothing_but_nan_can_be_drawn(figure):
     drawn(plots_sweep, figure, frame)
     table = at_likelihood().assign(**{"ratio.low": math.nan, "ratio.high": math.nan})
     plots_sweep.at_likelihood(table, "annealed", "One seed").canvas.draw()
+    one = gains().drop_duplicates(["dataset", "row"]).assign(low=math.nan, high=math.nan)
+    drawn(plots_sweep, "gains", one, sweep_results.over_seeds(one, ["dataset", "row"], ["gain"]), {})
 
 
 # The command
