@@ -100,7 +100,7 @@ def gains(runs, study, paper, title):
         ax.errorbar(means["gain.mean"], y, xerr=bars, fmt="D", color=colour, elinewidth=2.2, label="mean over runs")
         ax.axvline(0, color="black", linewidth=1)
         if dataset in paper:
-            ax.axvline(paper[dataset], color="red", linewidth=1, linestyle=":", label="the paper's guided row")
+            ax.axvline(paper[dataset], color="red", linewidth=1, linestyle=":", label="the paper's gain")
         ax.set(xlabel="return less that of unguided\n(D4RL's scale)", yticks=range(len(rows)), yticklabels=rows)
         ax.tick_params(axis="y", length=0)
     axes[0, 0].invert_yaxis()
@@ -137,7 +137,7 @@ def _styles(study):
 def _finished(fig, axes, title, legend=None):
     handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))
     fig.legend(
-        handles.values(), handles.keys(), loc="outside right upper", fontsize="small", title=legend, title_fontsize="small"
+        handles.values(), handles.keys(), loc="outside right center", fontsize="small", title=legend, title_fontsize="small"
     )
     fig.suptitle(title, fontsize="medium")
     return fig
