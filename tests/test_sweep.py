@@ -766,7 +766,7 @@ def test_notebook_07_draws_the_sweep_that_came_with_it(tmp_path, runs):
         str(tmp_path / "out.ipynb"),
     ]
     subprocess.run([*call, "-p", "scale", "ci"], check=True, stdin=subprocess.DEVNULL, capture_output=True)
-    names = ("fronts.csv", "fronts.png", "lam.png", "rules.csv", "rules.png")
+    names = ("fronts.csv", "fronts.png", "gains.csv", "gains.png", "lam.png", "rules.csv", "rules.png")
     assert kept(runs) == [f"figures/ci/07_{name}" for name in names]
     table = pd.read_csv(runs / "figures/ci/07_fronts.csv")
     shipped = pd.read_parquet(ROOT / "figures/07_sweep.parquet")
@@ -777,6 +777,12 @@ def test_notebook_07_draws_the_sweep_that_came_with_it(tmp_path, runs):
     ratios = where["normalised.mean"][where["lam"] == 0.1] / where["normalised.mean"][where["lam"] == 0]
     row = table[(table["rule"] == "annealed") & (table["lam"] == 0.1) & (table["dataset"] == "standin-human")]
     assert float(row["relative.mean"].iloc[0]) == pytest.approx(ratios.mean())
+    gains = pd.read_csv(runs / "figures/ci/07_gains.csv").set_index(["dataset", "row"])["gain.mean"]
+    shipped = pd.read_parquet(ROOT / "figures/07_table1.parquet")
+    each = shipped[shipped["run.table"] == "table1_iql_5seeds"].groupby(["run.data", "row"])["d4rl_return"].mean()
+    assert len(gains) == 10
+    for (dataset, row), gain in gains.items():  # no agent was lost, so differences of means are means of differences
+        assert gain == pytest.approx(each[dataset, row] - each[dataset, "IQL, unguided (λ = 0)"])
     wrong = subprocess.run(
         [*call, "-p", "sweep", "newest"], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
