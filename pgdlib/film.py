@@ -30,8 +30,35 @@ HELP = """MuJoCo cannot draw here (MUJOCO_GL is {}): {}.
 On Linux leave MUJOCO_GL unset and install libEGL and libGL (Debian, Ubuntu: `apt install libegl1 libgl1`), or set it to osmesa
 and install libOSMesa (`apt install libosmesa6`). Then restart the kernel."""
 
+
+FORKED = (
+    "This process was forked from one that has drawn, which OpenGL does not survive. Start it by 'spawn' instead of 'fork'."
+)
+
 _worker = ThreadPoolExecutor(1, "film")  # what OpenGL draws with belongs to the thread that made it
 _kept = threading.local()  # goes with that thread, so renderers are also freed in it
+_has_drawn, _failure = False, None  # once known, why nothing can be drawn
+
+
+def _before_fork():
+    """Free the renderers: a child has not the thread that they belong to, and would free them without it."""
+
+    def free():
+        vars(_kept).pop("stages", None)
+
+    if _has_drawn:
+        _worker.submit(free).result()
+
+
+def _in_child():
+    global _worker, _failure
+    _worker = ThreadPoolExecutor(1, "film")
+    if _has_drawn:
+        _failure = FORKED
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
 class CannotRender(RuntimeError):
@@ -75,14 +102,15 @@ def _renderer(model, size):
     MUJOCO_GL itself is left alone: MuJoCo reads it as it is imported, which it mostly is by now; and where EGL is missing,
     that import would fail with it.
     """
-    if not hasattr(_kept, "failure"):  # a second try can abort the process, inside MuJoCo
+    global _failure
+    if _failure is None:  # a second try can abort the process, inside MuJoCo
         try:
             if platform.system() == "Linux" and not os.environ.get("MUJOCO_GL"):
                 gl_context.GLContext = importlib.import_module("mujoco.egl").GLContext
             return mujoco.Renderer(model, size[1], size[0])
         except Exception as e:  # of whatever kind: they come from MuJoCo, PyOpenGL, GLFW or the system
-            _kept.failure = HELP.format(os.environ.get("MUJOCO_GL", "unset"), f"{type(e).__name__}: {e}".rstrip("."))
-    raise CannotRender(_kept.failure)
+            _failure = HELP.format(os.environ.get("MUJOCO_GL", "unset"), f"{type(e).__name__}: {e}".rstrip("."))
+    raise CannotRender(_failure)
 
 
 def _picture(qpos, target_axis, size):
@@ -99,6 +127,8 @@ def frames(qpos, target_axis, size=(320, 300), report=lambda done: None):
     Any thread may call this. `report(done)` is called after each frame; what it raises ends the work. A row that is not finite
     gives a blank frame. Raises CannotRender.
     """
+    global _has_drawn
+    _has_drawn = True
     film = np.full((len(qpos), size[1], size[0], 3), BLANK, dtype=np.uint8)
     for k, row in enumerate(qpos):
         if np.isfinite([*row, *target_axis]).all():

@@ -21,7 +21,8 @@ from torch import nn
 from pgdlib import adroit, agents, data, minari_files, pipeline, plots
 
 matplotlib.use("agg")
-os.register_at_fork(after_in_child=gc.disable)  # a fork that deletes a simulation would wait for its threads
+# A child that collects a simulation as garbage would wait for its threads, which are not in it.
+os.register_at_fork(before=gc.disable, after_in_parent=gc.enable)
 sys.modules["rfc3987_syntax"] = None  # jsonschema's optional check of web addresses, which takes 3 s to import
 torch.set_num_threads(1)
 

@@ -94,6 +94,36 @@ def test_the_target_covers_a_pen_that_is_where_it_should_be():
     )
 
 
+FORKING = """
+import multiprocessing
+import numpy as np
+from pgdlib import film
+
+def draw():
+    try:
+        return film.frames(np.zeros((1, 30)), [0, 0, 1], (40, 30)).std() > 1
+    except film.CannotRender as reason:
+        return reason
+
+def child():
+    print("child", draw(), flush=True)
+
+for after in (False, True):
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(30)
+    print(process.exitcode, draw(), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("opengl")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_process_may_fork_before_and_after_it_has_drawn():
+    out, errors = python(FORKING)
+    assert out == f"child True\n0 True\nchild {film.FORKED}\n0 True\n" and errors == []
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("opengl")
 def test_drawing_leaves_the_simulator_alone():
