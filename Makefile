@@ -38,7 +38,8 @@ lint: .venv/.installed  ## ruff, check and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# One thread a worker: torch's threads would fight over the cores. What is slow, and the notebooks, run one at a time, with all of them.
+# One thread a worker: torch's threads would fight over the cores. What is slow, and the notebooks, run one at a time, with
+# all of them.
 test: lint  ## lint, unit tests, slow ones, every notebook at ci scale, then in a browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not notebook and not browser and not faults" -n $(WORKERS)
 	$(BIN)/pytest -q -m "slow or notebook" --durations=0

@@ -12,7 +12,7 @@ from scipy import stats
 
 from pgdlib import store
 from pgdlib.metrics import bootstrap, interval, ratio_of_means
-from pgdlib.seedstats import PAPER_TABLE_1, paired_interval
+from pgdlib.seedstats import PAPER_GAINS, paired_interval
 
 REPRODUCED, PARTLY, NOT, UNTESTED = VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
 MARGIN = 1.05  # an error that is at most so many times another is not higher
@@ -98,12 +98,12 @@ def returns_raised(returns, which="", unit="seeds"):
     is shown but not judged: the paper's gains differ by less than their standard errors. ValueError if there is no dataset, or
     one that is not in Table 1.
     """
-    if not returns or (unknown := set(returns) - set(PAPER_TABLE_1)):
+    if not returns or (unknown := set(returns) - set(PAPER_GAINS)):
         found = ", ".join(sorted(unknown)) if returns else "none"
-        raise ValueError(f"the datasets of C4 must be one or more of {', '.join(PAPER_TABLE_1)}; got {found}")
+        raise ValueError(f"the datasets of C4 must be one or more of {', '.join(PAPER_GAINS)}; got {found}")
     unguided, guided = (list(side) for side in zip(*returns.values()))
     effect = paired_interval(guided, unguided)
-    paper = np.mean([PAPER_TABLE_1[name][1][0] - PAPER_TABLE_1[name][0][0] for name in returns])
+    paper = np.mean([PAPER_GAINS[name] for name in returns])
     shown, flawed = [], False
     for name, pair in returns.items():
         gain, _, high = paired_interval(pair[1], pair[0])

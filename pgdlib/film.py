@@ -29,8 +29,6 @@ LOWEST, HIGHEST = 1e-3, 10.0  # the least span of the error's axis, so that film
 HELP = """MuJoCo cannot draw here (MUJOCO_GL is {}): {}.
 On Linux leave MUJOCO_GL unset and install libEGL and libGL (Debian, Ubuntu: `apt install libegl1 libgl1`), or set it to osmesa
 and install libOSMesa (`apt install libosmesa6`). Then restart the kernel."""
-
-
 FORKED = (
     "This process was forked from one that has drawn, which OpenGL does not survive. Start it by 'spawn' instead of 'fork'."
 )

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
+from pgdlib.equal_likelihood import on_front
 from pgdlib.plots import DATA, GUIDED, MODEL, MUTED, THEIRS
 
 LIKELIHOOD = "log-likelihood under the guide\n(nats per action dimension)"
@@ -182,18 +183,6 @@ def fronts(curves, unguided, on_policy, chosen, title):
     left.legend(fontsize="x-small", loc="upper left")
     fig.suptitle(title, fontsize="medium")
     return fig
-
-
-def on_front(curve, unguided, grid):
-    """The error at the log-likelihoods `grid`, linear between the points of (log-likelihood, error, ...); NaN out of reach.
-
-    The curve starts at the unguided point and goes on while the likelihood rises.
-    """
-    x, y = (np.append(u, np.asarray(v, dtype=float)) for u, v in zip(unguided, curve))
-    rising = np.concatenate([[True], x[1:] > np.fmax.accumulate(x)[:-1]]) & np.isfinite(y)
-    if not rising.any():
-        return np.full(np.shape(grid), np.nan)
-    return np.interp(grid, x[rising], y[rising], left=np.nan, right=np.nan)
 
 
 def states_over_lam(lams, distances, null, calibrated, title):

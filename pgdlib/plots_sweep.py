@@ -43,22 +43,12 @@ def at_likelihood(study, chosen, title):
     rules = list(study["rule"].unique())
     for ax, (_, rows) in zip(axes[0], study.groupby("dataset", sort=False)):
         for (level, part), colour, marker in zip(rows.groupby("log_likelihood"), colours, MARKERS):
-            y = np.array([rules.index(rule) for rule in part["rule"]]) + shifts[level]
-            bars = np.abs(part[["ratio.low", "ratio.high"]].to_numpy().T - part["ratio.mean"].to_numpy())
-            ax.errorbar(
-                part["ratio.mean"],
-                y,
-                xerr=bars,
-                fmt=marker,
-                color=colour,
-                markersize=4.5,
-                elinewidth=1.2,
-                label=f"{level:g} nats",
-            )
+            y = [rules.index(rule) + shifts[level] for rule in part["rule"]]
+            style = dict(fmt=marker, color=colour, markersize=4.5, elinewidth=1.2, label=f"{level:g} nats")
+            _marks(ax, y, part["ratio.mean"], part["ratio.low"], part["ratio.high"], **style)
         ax.axvline(1, color="black", linewidth=1)
-        ax.set(xlabel=f"error / that of {chosen}\nat the same likelihood", yticks=range(len(rules)), yticklabels=rules)
-        ax.tick_params(axis="y", length=0)
-    axes[0, 0].invert_yaxis()
+        ax.set(xlabel=f"error / that of {chosen}\nat the same likelihood")
+    _name_rows(axes, rules)
     return _finished(fig, axes, title, "log-likelihood under\nthe guide, a dimension")
 
 
@@ -92,19 +82,30 @@ def gains(runs, study, paper, title):
     for ax, (dataset, means) in zip(axes[0], study.groupby("dataset", sort=False)):
         for row, own in runs[runs["dataset"] == dataset].groupby("row", sort=False):
             y = rows.index(row) + np.linspace(-0.1, 0.35, len(own))
-            bars = np.abs(own[["low", "high"]].to_numpy().T - own["gain"].to_numpy())
-            ax.errorbar(own["gain"], y, xerr=bars, fmt=".", color="0.65", elinewidth=0.8, label="one run: mean over its agents")
+            style = dict(fmt=".", color="0.65", elinewidth=0.8, label="one run: mean over its agents")
+            _marks(ax, y, own["gain"], own["low"], own["high"], **style)
         y = [rows.index(row) - 0.27 for row in means["row"]]
-        bars = np.abs(means[["gain.low", "gain.high"]].to_numpy().T - means["gain.mean"].to_numpy())
-        colour = sns.color_palette("colorblind")[0]
-        ax.errorbar(means["gain.mean"], y, xerr=bars, fmt="D", color=colour, elinewidth=2.2, label="mean over runs")
+        style = dict(fmt="D", color=sns.color_palette("colorblind")[0], elinewidth=2.2, label="mean over runs")
+        _marks(ax, y, means["gain.mean"], means["gain.low"], means["gain.high"], **style)
         ax.axvline(0, color="black", linewidth=1)
         if dataset in paper:
             ax.axvline(paper[dataset], color="red", linewidth=1, linestyle=":", label="the paper's gain")
-        ax.set(xlabel="return less that of unguided\n(D4RL's scale)", yticks=range(len(rows)), yticklabels=rows)
+        ax.set(xlabel="return less that of unguided\n(D4RL's scale)")
+    _name_rows(axes, rows)
+    return _finished(fig, axes, title)
+
+
+def _marks(ax, y, mean, low, high, **style):
+    """Means [n] with their intervals, one below another."""
+    ax.errorbar(mean, np.asarray(y), xerr=np.abs(np.array([low, high]) - mean.to_numpy()), **style)
+
+
+def _name_rows(axes, names):
+    """Row i of all panels is that of names[i], from above."""
+    for ax in axes[0]:
+        ax.set_yticks(range(len(names)), names)
         ax.tick_params(axis="y", length=0)
     axes[0, 0].invert_yaxis()
-    return _finished(fig, axes, title)
 
 
 def _around(rows, measure):

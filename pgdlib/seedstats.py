@@ -17,6 +17,7 @@ PAPER_TABLE_1 = {
     "cloned": ((1649, 113), (1763, 89)),
     "expert": ((3113, 134), (3166, 146)),
 }
+PAPER_GAINS = {name: guided - unguided for name, ((unguided, _), (guided, _)) in PAPER_TABLE_1.items()}
 PAPER_SEEDS = 5  # the std over seeds is a standard error times √5
 
 # IQL on the real data, D4RL's pen-*-v1: D4RL-normalised score of the last checkpoint, as CORL reports it (Tarasov et al. 2022).

@@ -13,8 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from pgdlib import store, sweep_plan
-from pgdlib.plots_guidance import on_front
-from pgdlib.seedstats import paired_interval
+from pgdlib.seedstats import mean_se, paired_interval
 
 SLUG = re.compile(r"_((?:d4rl|standin)-(?:human|cloned|expert))(?=_|$)")  # the data's, in names of files
 
@@ -93,7 +92,7 @@ def table(frame, name, **columns):
 
 
 def _of_table(frame, name):
-    return frame["run.table"].astype("string").str.startswith(name).fillna(False).astype(bool)
+    return frame["run.table"].astype("string").str.startswith(name, na=False)
 
 
 def over_seeds(rows, by, measures):
@@ -110,30 +109,12 @@ def over_seeds(rows, by, measures):
     return pd.DataFrame({"seeds": n, **columns}).reset_index()
 
 
-def at_likelihood(rows, levels, chosen):
-    """Each rule's error over that of the rule `chosen` at equal likelihood: dataset, seed, rule, log_likelihood, ratio.
-
-    rows: a frame with dataset, seed, rule, lam, log_likelihood and normalised, of each rule one front a seed, which begins at
-    λ = 0. Between its points a front is linear; the ratio is NaN where either does not reach one of the `levels`.
-    """
-    found = []
-    for (dataset, seed), part in rows.sort_values("lam", kind="stable").groupby(["dataset", "seed"], sort=False):
-        points = {rule: f[["log_likelihood", "normalised"]].to_numpy().T for rule, f in part.groupby("rule", sort=False)}
-        errors = {rule: on_front(xy[:, 1:], xy[:, 0], levels) for rule, xy in points.items()}
-        for rule in errors.keys() - {chosen}:
-            each = zip(levels, errors[rule] / errors[chosen])
-            found += [(dataset, seed, rule, level, ratio) for level, ratio in each]
-    order = {rule: i for i, rule in enumerate(rows["rule"].unique())}
-    frame = pd.DataFrame(found, columns=["dataset", "seed", "rule", "log_likelihood", "ratio"])
-    return frame.sort_values("rule", key=lambda rules: rules.map(order), kind="stable", ignore_index=True)
-
-
 def gains(returns, baseline):
-    """How much more each row of Table 1 returns than the row `baseline`: dataset, row, seed, agents, gain, low, high.
+    """How much more each row of Table 1 returns than the row `baseline`: dataset, row, seed, agents, gain, low, high, error.
 
     returns: a frame with dataset, row, seed (of the run, so of its models), agent (its own seed) and value, NaN where an agent
     diverged. The gain is the mean over a run's agents of the difference to the same agent of the baseline, with the t-interval
-    that this run alone gives (`seedstats.paired_interval`); agents: how many pairs are left. ValueError if runs of one dataset
+    and the standard error that this run alone gives; agents: how many pairs are left. ValueError if runs of one dataset
     and seed differ in something else.
     """
     if len(twice := returns[returns.duplicated(["dataset", "seed", "row", "agent"])]):
@@ -144,6 +125,7 @@ def gains(returns, baseline):
         values = part.pivot(index="agent", columns="row", values="value")
         for row in part["row"].unique():
             if row != baseline and baseline in values:
-                kept = int(values[[row, baseline]].notna().all(axis=1).sum())
-                found.append((dataset, row, seed, kept, *paired_interval(values[row], values[baseline])))
-    return pd.DataFrame(found, columns=["dataset", "row", "seed", "agents", "gain", "low", "high"])
+                more = values[row] - values[baseline]
+                interval = paired_interval(values[row], values[baseline])
+                found.append((dataset, row, seed, more.count(), *interval, mean_se(more)[1]))
+    return pd.DataFrame(found, columns=["dataset", "row", "seed", "agents", "gain", "low", "high", "error"])

@@ -7,6 +7,7 @@ is to be seen in figures.
 import gc
 import os
 import sys
+import time
 from collections import Counter
 
 import gymnasium
@@ -204,6 +205,14 @@ def runs(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
+def wait_for(condition, seconds=20):
+    """Wait until `condition()` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
 TOLD = pytest.StashKey()  # kind of fault or input -> Counter of what became of them
 
 
@@ -232,7 +241,8 @@ def pytest_terminal_summary(terminalreporter, config):
     for kind, counts in kinds.items():
         groups[tuple(counts)].append((kind, counts))
     for names, rows in groups.items():
-        rows.append(("all of these", sum((c for _, c in rows), Counter()))) if len(rows) > 1 else None
+        if len(rows) > 1:
+            rows.append(("all of these", sum((c for _, c in rows), Counter())))
         width = max(len(kind) for kind, _ in rows)
         terminalreporter.section(f"{', '.join(names)}")
         for kind, counts in rows:

@@ -3,11 +3,10 @@
 import os
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
-from conftest import kept
+from conftest import kept, wait_for
 from test_notebooks import ROOT
 
 pytestmark = pytest.mark.faults
@@ -30,11 +29,8 @@ def tables(runs):
 
 def kill_kernel(process, ready):
     """SIGKILL to the kernel as soon as `ready()`."""
-    end = time.monotonic() + 180
-    while not ready():
-        assert process.poll() is None, "it ended before it could be disturbed"
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
+    wait_for(lambda: process.poll() is not None or ready(), 180)
+    assert process.poll() is None, "it ended before it could be disturbed"
     kernels = [c for c in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(c.cmdline())]
     assert len(kernels) == 1
     kernels[0].kill()

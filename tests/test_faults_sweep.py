@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import wait_for
 from test_sweep import ROOT, write
 
 pytestmark = pytest.mark.faults
@@ -74,13 +75,6 @@ def attempts(runs):
     return sum(path.read_text().count("one") for path in Path(runs).glob("points/toy/*/attempts.txt"))
 
 
-def wait_for(condition, seconds=90):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-
-
 def processes(runs):
     """The processes that work for a sweep in the folder `runs`, kernels too: by their environment."""
     found, mark = [], f"PGD_RUNS={runs}".encode()
@@ -110,7 +104,7 @@ def undisturbed(tmp_path_factory):
 def killed(toy, runs, ready, seconds):
     """Start the sweep, and kill it at a random moment, at most so many `seconds` after it is `ready()`."""
     sweep = start(toy, runs, "--workers", "2")
-    wait_for(ready)
+    wait_for(ready, 90)
     time.sleep(random.uniform(0, seconds))
     sweep.kill()
     sweep.wait()
@@ -135,7 +129,7 @@ def test_killed_twice_at_random_it_gives_what_it_gives_undisturbed(toy, tmp_path
 def test_stopped_it_ends_its_children_and_the_same_command_goes_on(toy, tmp_path, undisturbed, how, told):
     runs = tmp_path / "stopped"
     sweep = start(toy, runs, "--workers", "2")
-    wait_for(lambda: is_done(runs) >= 1)
+    wait_for(lambda: is_done(runs) >= 1, 90)
     sweep.send_signal(how)
     begun = time.monotonic()
     assert sweep.wait(20) == 128 + how, said(runs)
@@ -154,7 +148,7 @@ def test_stopped_it_ends_its_children_and_the_same_command_goes_on(toy, tmp_path
 def test_a_point_whose_process_is_killed_is_run_again(toy, tmp_path, undisturbed, what, why, told):
     runs = tmp_path / "lost"
     sweep = start(toy, runs)
-    wait_for(lambda: attempts(runs))
+    wait_for(lambda: attempts(runs), 90)
     victim = next(p for p in processes(runs) if what.encode() in Path(f"/proc/{p}/cmdline").read_bytes())
     os.kill(victim, signal.SIGKILL)
     assert sweep.wait(300) == 0, said(runs)

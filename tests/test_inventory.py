@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-from conftest import cut, kept, still
-from test_locks import started, unfinished, wait_for
+from conftest import cut, kept, still, wait_for
+from test_locks import started, unfinished
 
 from pgdlib import inventory, locks, minari_files, store
 

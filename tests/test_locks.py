@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+from conftest import wait_for
 
 from pgdlib import leases, locks
 
@@ -31,13 +32,6 @@ def started(target, *args):
     process = fork.Process(target=target, args=args)
     process.start()
     return process
-
-
-def wait_for(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.005)
 
 
 def hold(path, sign):

@@ -11,7 +11,6 @@ from conftest import TITLE, assert_labelled, line, texts
 from matplotlib.colors import to_rgb
 
 from pgdlib import plots_guidance
-from pgdlib.plots_guidance import on_front
 
 pytestmark = pytest.mark.usefixtures("style")
 RNG = np.random.default_rng(0)
@@ -100,7 +99,7 @@ def made(name, *arguments, **named):
 
 def test_every_function_is_tested():
     own = {k: v for k, v in vars(plots_guidance).items() if getattr(v, "__module__", "") == plots_guidance.__name__}
-    assert {k for k in own if k[0] != "_"} == {*FIGURES, "on_front", "over_lam"}  # the last is seen in figure_1
+    assert {k for k in own if k[0] != "_"} == {*FIGURES, "over_lam"}  # the last is seen in figure_1
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -262,32 +261,6 @@ def test_fronts_are_compared_at_equal_likelihood():
 def test_every_front_looks_different(chosen):
     left, _ = made("fronts", curves(), UNGUIDED, 0.1, chosen).axes
     assert len(set(colours(ln for ln in left.get_lines() if ln.get_label() in RULES))) == len(RULES)
-
-
-# With λ the likelihood rises, falls, and rises once more.
-TURNING = [-0.5, 0.0, -0.25, 0.5], [1.0, 3.0, 9.0, 5.0]
-
-
-@pytest.mark.parametrize(
-    "points, grid, expected",
-    [
-        (TURNING, [-1.0, -0.75, -0.5, -0.25, 0.0], [0.5, 0.75, 1.0, 2.0, 3.0]),
-        (TURNING, [0.25, 0.5], [4.0, 5.0]),  # the point that falls back is no part of it
-        (TURNING, [-1.01, 0.51], [math.nan, math.nan]),
-        (([-0.5, 0.0, 0.5], [1.0, math.nan, 5.0]), [-0.5, 0.0, 0.5], [1.0, 3.0, 5.0]),  # a gap is bridged
-        (([-0.5, 0.0, 0.5], [1.0, 3.0, math.nan]), [0.0, 0.25], [3.0, math.nan]),  # and the front ends where errors end
-        (([-0.5, math.nan, 0.5], [1.0, 3.0, 5.0]), [0.0], [3.0]),
-        (([-2.0, -3.0], [9.0, 9.0]), [-1.0, -2.0, -0.9], [0.5, math.nan, math.nan]),  # it never rises
-        (([], []), [-1.0, 0.0], [0.5, math.nan]),
-    ],
-)
-def test_on_front_by_hand(points, grid, expected):
-    """From the unguided point (-1, 0.5); the interval that comes with a curve does not matter."""
-    np.testing.assert_allclose(on_front((*points, [0] * len(points[0])), UNGUIDED, grid), expected)
-
-
-def test_on_front_where_nothing_is_known():
-    assert np.isnan(on_front(([0.0, 0.5], [math.nan] * 2), (-1.0, math.nan), [-1.0, 0.0, 0.2])).all()
 
 
 # States over λ

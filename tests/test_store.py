@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import wait_for
 
 from pgdlib import store
 
@@ -180,14 +181,6 @@ def test_what_fails_to_be_made_leaves_nothing(path, tmp_path):
         store.artifact(path, fail)
     assert names(path.parent) == []
     store.artifact(path, maker(tmp_path / "log"))  # the lock is free again
-
-
-def wait_for(condition, seconds=20):
-    """Wait until `condition()` holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
 
 
 def run(path, log, out, until=lambda: True):

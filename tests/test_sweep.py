@@ -539,24 +539,6 @@ def test_fronts_show_every_mean_up_to_where_the_likelihood_falls():
         assert np.allclose(line(ax, "λ = 0"), [[-2, 0.1 + shift]])
 
 
-def test_rules_are_compared_at_equal_likelihood_within_each_seed():
-    fronts = []  # rule, lam, log-likelihood, error; the second seed's model errs ten times as much
-    for seed, scale in ((0, 1.0), (1, 10.0)):
-        for rule, points in {
-            "explicit": [(0.0, -3, 1.0), (0.5, -1, 3.0), (1.0, -0.5, 9.0), (2.0, -9, 99.0)],  # 2 at -2, 3 at -1
-            "annealed": [(0.0, -3, 1.0), (0.3, -2, 1.0), (0.6, 0, 2.0)],  # 1 at -2, 1.5 at -1
-            "smoothed": [(0.0, -3, 1.0), (5.0, -1.5, 1.3 + 0.6 * seed)],  # 1.2 or 1.6 at -2, and not as far as -1
-        }.items():
-            fronts += [("human", seed, rule, lam, x, scale * y) for lam, x, y in reversed(points)]
-    fronts = pd.DataFrame(fronts, columns=["dataset", "seed", "rule", "lam", "log_likelihood", "normalised"])
-    ratios = sweep_results.at_likelihood(fronts, [-2, -1], "annealed")
-    assert list(ratios["rule"].unique()) == ["explicit", "smoothed"] and len(ratios) == 8
-    found = ratios.set_index(["rule", "seed", "log_likelihood"])["ratio"]
-    np.testing.assert_allclose(found["explicit"].loc[[(0, -2), (0, -1), (1, -2), (1, -1)]], [2, 2, 2, 2])
-    np.testing.assert_allclose(found["smoothed"].loc[[(0, -2), (1, -2)]], [1.2, 1.6])
-    assert found["smoothed"].loc[[(0, -1), (1, -1)]].isna().all()
-
-
 def at_likelihood():
     rows = [("human", "explicit", -2.0, 1.1), ("human", "explicit", -0.4, 0.9), ("cloned", "explicit", -2.0, 1.2)]
     rows += [("cloned", "explicit", -0.4, 1.0), ("cloned", "smoothed", -2.0, 1.5)]
