@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pgdlib import adroit, agents, data, edm
-from pgdlib.reconstruct import state_from_observations
+from pgdlib import data, edm
+from pgdlib.agents import stack as agents
+from pgdlib.simulators import pen as adroit
+from pgdlib.simulators.pen_states import state_from_observations
 
 
 def weights(net):
@@ -137,7 +139,7 @@ def mean_action(policy, obs):
 
 
 class PlainIQL:
-    """IQL of one seed with torch's own layers, in float32, from the weights of run `run` of a `pgdlib.iql.IQL`."""
+    """IQL of one seed with torch's own layers, in float32, from the weights of run `run` of a `pgdlib.agents.iql.IQL`."""
 
     def __init__(self, agent, run, steps, rate=3e-4):
         self.made, self.steps, self.rate, self.step_number = agent, steps, rate, 0

@@ -1,7 +1,7 @@
 """How many floating-point operations and bytes the paths need, as formulas; a multiplication and an addition are two."""
 
-from pgdlib.adroit import ACTION_DIM, OBS_DIM
 from pgdlib.data import CHANNELS
+from pgdlib.simulators.pen import ACTION_DIM, OBS_DIM
 
 
 def matmul(m, k, n):

@@ -15,12 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgdlib import params, plots, plots_explorer, shelf, store, study, widgets
+from pgdlib.lab import params, store, study
+from pgdlib.lab.explorer import plots_explorer, shelf, widgets
+from pgdlib.lab.figures import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = dict(dataset="cloned", source="auto", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
 CELL = """
-from pgdlib import explorer, params, plots, study, widgets
+from pgdlib.lab import params, study
+from pgdlib.lab.explorer import explorer, widgets
+from pgdlib.lab.figures import plots
 plots.use_style()
 lab = study.Study.open(params.defaults({scale!r}, **{settings!r}))
 panel = explorer.Explorer(lab)

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import baselines, counts, stacked_seeds, timing
 from benchmarks.limits import Limits
-from pgdlib import data, edm, guidance, pipeline, sampler
+from pgdlib import data, edm, guidance, sampler
+from pgdlib.lab import pipeline
 
 DENOISERS = ((64, 64, 64), (128, 64, 32), (1024, 16, 128))  # width, trajectories, length; the last as the paper trains
 SAMPLED = dict(width=64, trajectories=256, length=64, steps=6, warmup=1, churn=2.5, lam=0.3)

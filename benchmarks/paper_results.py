@@ -8,28 +8,12 @@ import shutil
 import numpy as np
 import torch
 
-from pgdlib import (
-    adroit,
-    agents,
-    benchmark,
-    budget,
-    claims,
-    data,
-    dynamics,
-    edm,
-    iql,
-    metrics,
-    pgd,
-    plots,
-    plots_benchmark,
-    plots_guidance,
-    sampler,
-    seedstats,
-    store,
-    study,
-    synthetic,
-    twosample,
-)
+from pgdlib import data, dynamics, edm, measures, pgd, sampler, synthetic
+from pgdlib.agents import iql
+from pgdlib.agents import stack as agents
+from pgdlib.lab import benchmark, budget, claims, seedstats, store, study
+from pgdlib.lab.figures import plots, plots_benchmark, plots_guidance
+from pgdlib.simulators import pen as adroit
 
 
 def show_training(part, lab, losses):
@@ -102,7 +86,7 @@ def judge(part, lab, sweep):
 def likely(lab, point):
     """The claim C8 of the unguided `Point`, as notebook 02 judges it."""
     noise, levels = torch.Generator(lab.device).manual_seed(lab.p.seed), torch.logspace(-1.5, 0.5, 8, device=lab.device)
-    alive = metrics.alive(lab.normaliser.denormalise(point.x)[..., data.TERMINAL])
+    alive = measures.alive(lab.normaliser.denormalise(point.x)[..., data.TERMINAL])
     with torch.no_grad():
         each = [edm.loss(lab.denoiser, point.x, alive, s.expand(len(alive)), noise) for s in levels]
     usable = np.isfinite(point.measures["normalised"])
@@ -126,7 +110,7 @@ def states(part, lab):
         return lab.normaliser.obs(x).cpu().numpy()
 
     def distance(a, b):
-        return twosample.energy_distance(a, b, scale, torch.Generator().manual_seed(p.seed), 200, 16)
+        return measures.energy_distance(a, b, scale, torch.Generator().manual_seed(p.seed), 200, 16)
 
     unguided, guided = drawn(0.0, p.seed + 1), drawn(weight, p.seed + 1)
     claim = claims.states_shift(distance(unguided, drawn(weight, p.seed)), distance(played, unguided), distance(played, guided))

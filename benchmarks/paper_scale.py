@@ -22,7 +22,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import paper_results
-from pgdlib import budget, guidance, params, pipeline, plots, store, study, train
+from pgdlib import guidance
+from pgdlib.lab import budget, params, pipeline, store, study, train
+from pgdlib.lab.figures import plots
 
 FIGURE_1 = [0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 3.0]  # and 0
 RULES = {

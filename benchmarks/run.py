@@ -17,7 +17,9 @@ import torch
 
 from benchmarks import networks, simulations
 from benchmarks.limits import Limits
-from pgdlib import adroit, edm, store
+from pgdlib import edm
+from pgdlib.lab import store
+from pgdlib.simulators import pen as adroit
 
 PATHS = dict(
     denoiser=networks.denoiser,

@@ -15,7 +15,11 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks import baselines, counts, timing
-from pgdlib import adroit, agents, data, dynamics, guidance, iql, minari_files, params, pipeline, ppo, sampler, synthetic
+from pgdlib import data, dynamics, guidance, sampler, synthetic
+from pgdlib.agents import iql
+from pgdlib.agents import stack as agents
+from pgdlib.lab import minari_files, params, pipeline, ppo
+from pgdlib.simulators import pen as adroit
 
 EPISODES, STEPS = 64, 10  # of batch simulation; the gym loop, whose cost is linear, plays the first GYM_EPISODES
 GYM_EPISODES = 8

@@ -9,8 +9,9 @@ import time
 
 import torch
 
-from pgdlib import agents, iql
-from pgdlib.adroit import OBS_DIM
+from pgdlib.agents import iql
+from pgdlib.agents import stack as agents
+from pgdlib.simulators.pen import OBS_DIM
 
 STEPS = 10  # in a measurement
 

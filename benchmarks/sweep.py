@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pgdlib import store
+from pgdlib.lab import store
 
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 CELLS = ["seed = 0\nseconds = 0.0", "import time\nend = time.process_time() + seconds\nwhile time.process_time() < end: pass"]
@@ -61,7 +61,17 @@ def papermill(notebook, seconds, seed):
 
 def sweep(notebook, runs, given, workers):
     """Seconds of a sweep; of those between the ends of two points, the median; and CPU seconds of a point, in the mean."""
-    call = [sys.executable, "-m", "pgdlib.sweep", str(notebook), "-p", "seconds", str(given.seconds), "--workers", str(workers)]
+    call = [
+        sys.executable,
+        "-m",
+        "pgdlib.lab.sweep.sweep",
+        str(notebook),
+        "-p",
+        "seconds",
+        str(given.seconds),
+        "--workers",
+        str(workers),
+    ]
     call += ["-y", f"seed: {list(range(given.points))}", "--backend", given.backend]
     wall, cpu = run(call, {"PGD_RUNS": str(runs)})
     ends = sorted(path.stat().st_mtime for path in runs.glob("points/point/*/done.json"))

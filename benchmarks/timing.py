@@ -10,7 +10,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from pgdlib import agents, edm
+from pgdlib import edm
+from pgdlib.agents import stack as agents
 
 SAMPLE = 0.02  # s: shorter calls are repeated within a round until they take about that long
 ROUNDS = 3, 200  # at least, at most

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from pgdlib.adroit import ACTION_DIM, FALL_HEIGHT, OBS_DIM, PEN_HEIGHT
+from pgdlib.simulators.pen import ACTION_DIM, FALL_HEIGHT, OBS_DIM, PEN_HEIGHT
 
 CHANNELS = OBS_DIM + ACTION_DIM + 2  # a step of a trajectory: observation, action, reward, terminal
 OBS, ACTIONS = slice(0, OBS_DIM), slice(OBS_DIM, OBS_DIM + ACTION_DIM)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pgdlib import adroit
-from pgdlib.reconstruct import state_from_observations
+from pgdlib.simulators import pen as adroit
+from pgdlib.simulators.pen_states import state_from_observations
 
 ESTIMATORS = ("reconstructed", "appendix_b", "still")
 STATE_DIMS = slice(0, 36)  # what a state is made from; the rest of an observation is the target, and differences from it

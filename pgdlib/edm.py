@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pgdlib import checkpoints, store
 from pgdlib.data import CHANNELS, TERMINAL, Normaliser
+from pgdlib.lab import checkpoints, store
 from pgdlib.unet import UNet
 
 P_MEAN, P_STD = -1.2, 1.2  # training noise, ln σ ~ N(P_MEAN, P_STD²): Karras et al., Table 1

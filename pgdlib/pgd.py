@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgdlib import adroit, checkpoints, store, synthetic
+from pgdlib import synthetic
+from pgdlib.lab import checkpoints, store
+from pgdlib.simulators import pen as adroit
 
 FACTS = ("lam", "log_likelihood", "on_policy", "kept", "ended", "diverged")  # of `synthetic.Batch`, kept for every round
 CALIBRATION = 32  # trajectories of each run for one step of the search for its λ

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from pgdlib import store
 from pgdlib.edm import seeded
+from pgdlib.lab import store
 
 BLOCK = 32  # trajectories that share a generator
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # the paper's Table 2; RHO: Karras et al., Table 1

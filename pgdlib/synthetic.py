@@ -4,10 +4,11 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from pgdlib import adroit, data, guidance, metrics, sampler, worldmodel
-from pgdlib.adroit import ACTION_DIM
-from pgdlib.agents import transitions
+from pgdlib import data, guidance, measures, sampler, worldmodel
+from pgdlib.agents.stack import transitions
 from pgdlib.edm import seeded
+from pgdlib.simulators import pen as adroit
+from pgdlib.simulators.pen import ACTION_DIM
 
 WARMED = ("explicit", "proximal", "annealed")  # rules that leave the highest noise unguided
 
@@ -63,8 +64,8 @@ class Diffusion:
         """A `Batch` of n trajectories for each run of the stacked `policy`, guided toward it; lam [R]."""
         x, diverged = self.draw(policy, rule, lam, n, seeds, round)
         steps = self.denoiser.normaliser.denormalise(x)
-        alive = metrics.alive(steps[..., data.TERMINAL])
-        likelihood = metrics.log_likelihood(policy, steps[..., data.OBS], steps[..., data.ACTIONS], alive)
+        alive = measures.alive(steps[..., data.TERMINAL])
+        likelihood = measures.log_likelihood(policy, steps[..., data.OBS], steps[..., data.ACTIONS], alive)
         runs = [v.unflatten(0, (policy.runs, n)) for v in (steps, alive, diverged, likelihood)]
         return Batch(
             [cut(s[~d], a[~d]) for s, a, d in zip(*runs[:3])],
@@ -85,7 +86,7 @@ class Diffusion:
         Diverged ones are left out; NaN if all have.
         """
         x, diverged = self.draw(policy, rule, lam, n, seeds, round)
-        found = metrics.log_likelihood(policy, self.denoiser.normaliser.obs(x), self.denoiser.normaliser.actions(x))
+        found = measures.log_likelihood(policy, self.denoiser.normaliser.obs(x), self.denoiser.normaliser.actions(x))
         return torch.where(diverged, torch.nan, found).unflatten(0, (policy.runs, n)).nanmean(1)
 
 
@@ -131,7 +132,7 @@ def from_world_model(ensemble, policy, starts, n, length, seeds, round):
     rewards = torch.as_tensor(adroit.outcome(made.next_obs.double().cpu().numpy())[0]).to(terminal)
     parts = [made.obs, made.actions, rewards, terminal, made.next_obs]
     runs = [v.unflatten(0, (policy.runs, n)) for v in (*parts, taken)]
-    likelihood = metrics.log_likelihood(policy, made.obs, made.actions, made.alive).unflatten(0, (policy.runs, n))
+    likelihood = measures.log_likelihood(policy, made.obs, made.actions, made.alive).unflatten(0, (policy.runs, n))
     ended = (terminal * taken).amax(1).unflatten(0, (policy.runs, n))
     return Batch(
         [transitions(*(v[r][runs[-1][r]] for v in runs[:-1])) for r in range(policy.runs)],

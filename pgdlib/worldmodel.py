@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pgdlib import checkpoints
-from pgdlib.adroit import ACTION_DIM, FALL_HEIGHT, OBS_DIM, PEN_HEIGHT
 from pgdlib.edm import has_bfloat16, seeded
+from pgdlib.lab import checkpoints
+from pgdlib.simulators.pen import ACTION_DIM, FALL_HEIGHT, OBS_DIM, PEN_HEIGHT
 
 INPUTS, OUTPUTS = OBS_DIM + ACTION_DIM, OBS_DIM + 1
 IN, OUT = slice(0, INPUTS), slice(INPUTS, INPUTS + OUTPUTS)  # of a transition: obs, action; Δobs, reward

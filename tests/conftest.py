@@ -19,7 +19,11 @@ import torch
 from stable_baselines3 import PPO
 from torch import nn
 
-from pgdlib import adroit, agents, data, minari_files, pipeline, plots
+from pgdlib import data
+from pgdlib.agents import stack as agents
+from pgdlib.lab import minari_files, pipeline
+from pgdlib.lab.figures import plots
+from pgdlib.simulators import pen as adroit
 
 matplotlib.use("agg")
 # A child that collects a simulation as garbage would wait for its threads, which are not in it.

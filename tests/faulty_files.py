@@ -6,7 +6,8 @@ import h5py
 import numpy as np
 from hypothesis import strategies as st
 
-from pgdlib import data, minari_files, store
+from pgdlib import data
+from pgdlib.lab import minari_files, store
 
 ARRAYS = dict(observations=(45,), actions=(24,), rewards=(), terminations=())
 INFOS = {"infos/qpos": (30,), "infos/qvel": (30,), "infos/target": (4,)}

@@ -6,8 +6,8 @@ from conftest import replay, smooth, still, white
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 from gymnasium_robotics.utils import rotations
 
-from pgdlib import adroit
-from pgdlib.adroit import CONTROL_DT, PenBatch
+from pgdlib.simulators import pen as adroit
+from pgdlib.simulators.pen import CONTROL_DT, PenBatch
 
 
 def start(env, target, qpos=None, qvel=None):

@@ -11,8 +11,10 @@ from scipy import stats
 from torch import nn
 from torch.distributions import Independent, Normal
 
-from pgdlib import agents, data, policies, store, td3_bc
-from pgdlib.agents import (
+from pgdlib import data, policies
+from pgdlib.agents import stack as agents
+from pgdlib.agents.iql import IQL
+from pgdlib.agents.stack import (
     ACTIONS,
     BC,
     DIVERGED,
@@ -24,11 +26,12 @@ from pgdlib.agents import (
     Learner,
     StackedMLP,
     StackedPolicy,
+    td3_bc,
     transitions,
 )
+from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.guidance import RULES, Guide
-from pgdlib.iql import IQL
-from pgdlib.td3_bc import TD3BC
+from pgdlib.lab import store
 
 KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC}
 MEAN, STD = torch.linspace(-1, 1, 45), torch.linspace(0.5, 2, 45)

@@ -9,7 +9,10 @@ from conftest import pairs, replay, smooth, toy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines, counts, run, timing
-from pgdlib import adroit, agents, data, dynamics, edm, guidance, iql, sampler
+from pgdlib import data, dynamics, edm, guidance, sampler
+from pgdlib.agents import iql
+from pgdlib.agents import stack as agents
+from pgdlib.simulators import pen as adroit
 
 FLOAT32 = dict(rtol=1e-4, atol=1e-4)  # values of order 1; the order of summation differs
 

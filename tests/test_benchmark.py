@@ -10,13 +10,15 @@ import pytest
 import torch
 from conftest import Ideal, cut, kept, toy
 
-from pgdlib import adroit, benchmark, budget, params, pgd, store, synthetic
-from pgdlib.agents import BC, WIDTH, of_trajectories
-from pgdlib.benchmark import Result, per_seed
+from pgdlib import pgd, synthetic
+from pgdlib.agents.iql import IQL
+from pgdlib.agents.stack import BC, WIDTH, of_trajectories
+from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.edm import seeded
-from pgdlib.iql import IQL
+from pgdlib.lab import benchmark, budget, params, store
+from pgdlib.lab.benchmark import Result, per_seed
 from pgdlib.pgd import FACTS, Row
-from pgdlib.td3_bc import TD3BC
+from pgdlib.simulators import pen as adroit
 
 CPU = torch.device("cpu")
 KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC}

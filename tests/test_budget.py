@@ -6,7 +6,8 @@ from conftest import Ideal
 from torch import nn
 
 from benchmarks import counts
-from pgdlib import budget, edm, params
+from pgdlib import edm
+from pgdlib.lab import budget, params
 from pgdlib.sampler import BLOCK
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ from test_edm import small_denoiser, training_windows
 from test_pgd import FILES, Killed, Noted, Stop, assert_same, learner, run, stopping, whole
 from test_worldmodel import how, small
 
-from pgdlib import checkpoints, edm, pgd, pipeline, store, worldmodel
+from pgdlib import edm, pgd, worldmodel
+from pgdlib.lab import checkpoints, pipeline, store
 
 
 @pytest.fixture

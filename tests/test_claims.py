@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from pgdlib import claims
-from pgdlib.claims import MARGIN, NOT, PARTLY, REPRODUCED, UNTESTED, Claim
+from pgdlib.lab import claims
+from pgdlib.lab.claims import MARGIN, NOT, PARTLY, REPRODUCED, UNTESTED, Claim
 
 EIGHT = np.ones(8)  # means of eight equal numbers are exact
 

@@ -9,8 +9,8 @@ import threading
 import numpy as np
 import pytest
 
-from pgdlib import claims
-from pgdlib.claims import NOT, PARTLY, UNTESTED, Claim
+from pgdlib.lab import claims
+from pgdlib.lab.claims import NOT, PARTLY, UNTESTED, Claim
 
 
 def some(id="C2 a", effect=1.5, verdict=PARTLY, high=2.0):

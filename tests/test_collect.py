@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from pgdlib import adroit, collect, data, minari_files, pipeline
-from pgdlib.collect import Demonstrator
+from pgdlib import data
+from pgdlib.lab import collect, minari_files, pipeline
+from pgdlib.lab.collect import Demonstrator
+from pgdlib.simulators import pen as adroit
 
 
 @pytest.fixture(scope="module")

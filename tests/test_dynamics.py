@@ -7,8 +7,9 @@ import pytest
 from conftest import pairs
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 
-from pgdlib import adroit, dynamics
+from pgdlib import dynamics
 from pgdlib.dynamics import DynamicsError, dynamics_error, inject, predict
+from pgdlib.simulators import pen as adroit
 
 ONES = np.ones(45)
 MOVING = np.r_[0:36, 39:42]  # what a step of the simulator gives, whatever the target

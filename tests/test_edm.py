@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import cut
 
-from pgdlib import data, edm, store
+from pgdlib import data, edm
+from pgdlib.lab import store
 from pgdlib.unet import UNet
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pgdlib.equal_likelihood import on_front, ratios
+from pgdlib.lab.equal_likelihood import on_front, ratios
 
 UNGUIDED = -1.0, 0.5
 

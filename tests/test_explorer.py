@@ -11,7 +11,8 @@ from conftest import cut, kept
 from PIL import Image
 from test_shelf import LAMS, SMOOTHED, SWEEPS, Recalling, a_lab, counted, put_sweep, the_lab
 
-from pgdlib import explorer, plots_explorer, study, widgets
+from pgdlib.lab import study
+from pgdlib.lab.explorer import explorer, plots_explorer, widgets
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 

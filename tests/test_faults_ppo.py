@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import kept
 
-from pgdlib import adroit, pipeline, ppo, store
+from pgdlib.lab import pipeline, ppo, store
+from pgdlib.simulators import pen as adroit
 
 FAULTS, MOST = 20, 4  # all, and in one training
 ROLLOUTS, ENVS, STEPS = 20, 8, 16

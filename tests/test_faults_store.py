@@ -23,7 +23,9 @@ from test_pipeline_models import CPU, dataset, model_settings, settings
 from test_study import Ideal, a_policy
 from test_study import settings as study_settings
 
-from pgdlib import adroit, collect, edm, pgd, pipeline, store, study, worldmodel
+from pgdlib import edm, pgd, worldmodel
+from pgdlib.lab import collect, pipeline, store, study
+from pgdlib.simulators import pen as adroit
 
 pytestmark = pytest.mark.faults
 fork = multiprocessing.get_context("fork")

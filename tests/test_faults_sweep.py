@@ -42,7 +42,7 @@ def hear():
 
 def start(toy, runs, *arguments, **how):
     """A running sweep of the toy; its lines go to <runs>.log."""
-    call = [sys.executable, "-m", "pgdlib.sweep", str(toy), *POINTS, "--out", f"{runs}.parquet", *arguments]
+    call = [sys.executable, "-m", "pgdlib.lab.sweep.sweep", str(toy), *POINTS, "--out", f"{runs}.parquet", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PGD_RUNS": str(runs)}
     with open(f"{runs}.log", "a") as log:
         how = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=hear) | how

@@ -13,7 +13,10 @@ import pytest
 from conftest import TITLE, texts
 from PIL import Image
 
-from pgdlib import adroit, dynamics, film, store
+from pgdlib import dynamics
+from pgdlib.lab import store
+from pgdlib.lab.explorer import film
+from pgdlib.simulators import pen as adroit
 
 SIZE = 120, 110
 UP = np.array([0.0, 0.0, 1.0])
@@ -97,7 +100,7 @@ def test_the_target_covers_a_pen_that_is_where_it_should_be():
 FORKING = """
 import multiprocessing
 import numpy as np
-from pgdlib import film
+from pgdlib.lab.explorer import film
 
 def draw():
     try:
@@ -221,7 +224,8 @@ import sys, types
 seaborn = types.SimpleNamespace(color_palette=lambda name: [(0, 0, 0)] * 8)  # all that is needed of it here
 sys.modules["seaborn"] = seaborn  # importing it takes longer than all the rest
 import numpy as np
-from pgdlib import adroit, film
+from pgdlib.lab.explorer import film
+from pgdlib.simulators import pen as adroit
 {}
 for _ in range(2):
     try:

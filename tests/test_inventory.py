@@ -10,7 +10,7 @@ import torch
 from conftest import cut, kept, still, wait_for
 from test_locks import started, unfinished
 
-from pgdlib import inventory, locks, minari_files, store
+from pgdlib.lab import inventory, locks, minari_files, store
 
 DAY, KEY = 86_400, "0123456789ab"
 NOW = time.time()
@@ -186,7 +186,7 @@ def test_what_a_dead_process_left_unfinished_goes_and_what_a_living_one_makes_st
 def test_a_stand_in_is_one_artifact(runs):
     import numpy as np
 
-    from pgdlib import adroit
+    from pgdlib.simulators import pen as adroit
 
     rng = np.random.default_rng(0)
     batch = adroit.rollout(lambda obs: still(rng, len(obs), 1)[:, 0], 2, rng, 3)
@@ -207,7 +207,7 @@ def test_the_command_begins_without_torch(shop):
 import runpy, sys
 sys.argv = ["store", "list"]
 try:
-    runpy.run_module("pgdlib.store", None, "__main__")
+    runpy.run_module("pgdlib.lab.store", None, "__main__")
 except SystemExit as e:
     assert not e.code
 assert not {"torch", "numpy", "safetensors"} & set(sys.modules)

@@ -14,8 +14,8 @@ from torch import nn
 from torchrl.modules import IndependentNormal, ProbabilisticActor, ValueOperator
 from torchrl.objectives import IQLLoss
 
-from pgdlib.agents import ACTIONS, NEXT_OBS, OBS, REWARD, TERMINAL, Learner, transitions
-from pgdlib.iql import IQL, expectile_weight
+from pgdlib.agents.iql import IQL, expectile_weight
+from pgdlib.agents.stack import ACTIONS, NEXT_OBS, OBS, REWARD, TERMINAL, Learner, transitions
 
 MEAN, STD = torch.linspace(-1, 1, 45), torch.linspace(0.5, 2, 45)
 SEEDS = (3, 0, 11)

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import wait_for
 
-from pgdlib import leases, locks
+from pgdlib.lab import leases, locks
 
 fork = multiprocessing.get_context("fork")
 

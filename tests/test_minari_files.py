@@ -18,7 +18,8 @@ import torch
 from conftest import cut, kept, replay, white
 from minari.data_collector import EpisodeBuffer
 
-from pgdlib import adroit, minari_files, pipeline, store
+from pgdlib.lab import minari_files, pipeline, store
+from pgdlib.simulators import pen as adroit
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from pgdlib import claims
+from pgdlib.lab import claims
 from tools import promote
 
 NOTEBOOKS = sorted((promote.ROOT / "notebooks").glob("*.ipynb"))

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import sb3_zip
 
-from pgdlib import claims, pipeline, store
+from pgdlib.lab import claims, pipeline, store
 from tools import promote
 
 pytestmark = pytest.mark.notebook

@@ -7,7 +7,7 @@ from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 
 from pgdlib import dynamics
 from pgdlib.dynamics import OpenLoopError, dynamics_error, open_loop_error, rollout_from
-from pgdlib.reconstruct import state_from_observations
+from pgdlib.simulators.pen_states import state_from_observations
 
 ONES = np.ones(45)
 MOVING = np.r_[0:36, 39:42]  # what a step of the simulator gives, whatever the target

@@ -8,7 +8,7 @@ import torch
 from conftest import kept
 
 from benchmarks import paper_scale
-from pgdlib import store, study
+from pgdlib.lab import store, study
 
 FLAGS = "--scale ci --dataset human --source local --samples 40 --features 8 --train-steps 9 --steps 3 --warmup 1 --lams [1.0]"
 FLAGS += " --seeds 2 --test-episodes 2"

@@ -8,7 +8,8 @@ import papermill.translators
 import pytest
 import torch
 
-from pgdlib import params, sampler
+from pgdlib import sampler
+from pgdlib.lab import params
 
 DEFAULTS = dict(
     lam=1.0, dataset="cloned", source="auto", scale="quick", seed=0, guide="shipped", device="auto", lams=[0.5], samples=None

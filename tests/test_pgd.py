@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import Ideal, toy
 
-from pgdlib import adroit, pgd, store, synthetic, worldmodel
-from pgdlib.agents import BC, OBS, REWARD, TERMINAL, WIDTH, Learner, StackedPolicy, generators, of_trajectories
+from pgdlib import pgd, synthetic, worldmodel
+from pgdlib.agents.iql import IQL
+from pgdlib.agents.stack import BC, OBS, REWARD, TERMINAL, WIDTH, Learner, StackedPolicy, generators, of_trajectories
+from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.edm import seeded
-from pgdlib.iql import IQL
+from pgdlib.lab import store
 from pgdlib.pgd import FACTS, Row, Sources, evaluate
-from pgdlib.td3_bc import TD3BC
+from pgdlib.simulators import pen as adroit
 
 KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC}
 MEAN, STD = torch.linspace(-1, 1, 45), torch.linspace(0.5, 2, 45)

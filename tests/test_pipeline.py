@@ -9,8 +9,10 @@ import safetensors.torch
 import torch
 from conftest import cut, kept, sb3_zip
 
-from pgdlib import adroit, collect, edm, minari_files, pipeline, ppo, store
+from pgdlib import edm
+from pgdlib.lab import collect, minari_files, pipeline, ppo, store
 from pgdlib.policies import GaussianPolicy
+from pgdlib.simulators import pen as adroit
 
 
 def interrupted(*given, **named):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import cut, kept, toy
 
-from pgdlib import benchmark, edm, params, pipeline, store, worldmodel
+from pgdlib import edm, worldmodel
+from pgdlib.lab import benchmark, params, pipeline, store
 
 CPU = torch.device("cpu")
 

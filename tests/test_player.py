@@ -12,7 +12,8 @@ from PIL import Image
 from test_explorer import a_panel, nothing_fails_unseen, panel, sketched
 from test_shelf import the_lab
 
-from pgdlib import data, dynamics, film, player, shelf, widgets
+from pgdlib import data, dynamics
+from pgdlib.lab.explorer import film, player, shelf, widgets
 
 __all__ = ["nothing_fails_unseen", "panel", "sketched"]  # fixtures
 pytestmark = [

@@ -11,7 +11,8 @@ import pytest
 from conftest import TITLE, assert_labelled, line
 from matplotlib.figure import Figure
 
-from pgdlib import adroit, plots
+from pgdlib.lab.figures import plots
+from pgdlib.simulators import pen as adroit
 
 pytestmark = pytest.mark.usefixtures("style")
 RNG = np.random.default_rng(0)

@@ -9,7 +9,8 @@ import pytest
 from conftest import TITLE, assert_labelled, line, texts
 from matplotlib.colors import to_rgb
 
-from pgdlib import plots_benchmark, seedstats
+from pgdlib.lab import seedstats
+from pgdlib.lab.figures import plots_benchmark
 
 pytestmark = [pytest.mark.usefixtures("style"), pytest.mark.filterwarnings("error")]
 drawn = functools.partial(conftest.drawn, plots_benchmark)

@@ -18,9 +18,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from pgdlib import metrics, plots_explorer, plots_guidance, study
-from pgdlib.plots import DATA, GUIDED, MODEL
-from pgdlib.plots_explorer import View, cloud, curve, denoising, message, nearest, numbers, panel, still
+from pgdlib import measures
+from pgdlib.lab import study
+from pgdlib.lab.explorer import plots_explorer
+from pgdlib.lab.explorer.plots_explorer import View, cloud, curve, denoising, message, nearest, numbers, panel, still
+from pgdlib.lab.figures import plots_guidance
+from pgdlib.lab.figures.plots import DATA, GUIDED, MODEL
 
 pytestmark = pytest.mark.filterwarnings("error")
 LAMS = (0.0, 0.1, 0.5, 1.0, 2.0)
@@ -384,7 +387,7 @@ def test_numbers_are_means_with_intervals_and_counts():
     for column, values in (("λ = 0", view.points[0.0]), ("λ = 0.5", view.here)):
         for row, name in rows.items():
             found = [float(v) for v in re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", table.loc[row, column]).groups()]
-            assert found == pytest.approx(metrics.interval(values.measures[name]), rel=5e-3)
+            assert found == pytest.approx(measures.interval(values.measures[name]), rel=5e-3)
     assert table.loc[["diverged", "unjudged"], "λ = 0.5"].tolist() == ["24 of 24", "12 of 24"]
     assert table.loc[["diverged", "unjudged"], "λ = 0"].tolist() == ["0 of 30", "0 of 30"] and len(table) == 6
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import TITLE, assert_labelled, line, texts
 from matplotlib.colors import to_rgb
 
-from pgdlib import plots_guidance
+from pgdlib.lab.figures import plots_guidance
 
 pytestmark = pytest.mark.usefixtures("style")
 RNG = np.random.default_rng(0)

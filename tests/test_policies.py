@@ -16,9 +16,11 @@ import torch
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from pgdlib import agents, edm, pipeline
+from pgdlib import edm
+from pgdlib.agents import stack as agents
+from pgdlib.lab import pipeline
+from pgdlib.lab.ppo import ObservationNormaliser
 from pgdlib.policies import GaussianPolicy, Stacked, Tanh, from_sb3_zip, quick, sharpened
-from pgdlib.ppo import ObservationNormaliser
 
 OBS, ACTIONS = 7, 3
 

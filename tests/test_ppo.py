@@ -8,7 +8,8 @@ import torch
 from conftest import cut, kept
 from stable_baselines3.common.vec_env import VecCheckNan, VecNormalize
 
-from pgdlib import adroit, pipeline, ppo, store
+from pgdlib.lab import pipeline, ppo, store
+from pgdlib.simulators import pen as adroit
 
 N = 6
 

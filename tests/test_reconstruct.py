@@ -6,9 +6,9 @@ import pytest
 from conftest import replay, white
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 
-from pgdlib import adroit
-from pgdlib.adroit import PenBatch
-from pgdlib.reconstruct import kick_response, state_from_observations
+from pgdlib.simulators import pen as adroit
+from pgdlib.simulators.pen import PenBatch
+from pgdlib.simulators.pen_states import kick_response, state_from_observations
 
 
 def one_step_error(episodes, qpos, qvel, first=0, n=8):

@@ -23,7 +23,9 @@ from browser import answering, stop
 from conftest import kept, replay, white
 from inputs import PATHS, ROOT, no_writes, tried
 
-from pgdlib import adroit, benchmark, edm, minari_files, pipeline, store
+from pgdlib import edm
+from pgdlib.lab import benchmark, minari_files, pipeline, store
+from pgdlib.simulators import pen as adroit
 
 UNPICKLE = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}  # modules
 EXECUTE = {"eval", "exec", "compile", "__import__", "execfile"}  # Python's own functions

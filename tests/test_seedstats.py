@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pgdlib import seedstats
-from pgdlib.seedstats import PAPER_SEEDS, PAPER_TABLE_1
+from pgdlib.lab import seedstats
+from pgdlib.lab.seedstats import PAPER_SEEDS, PAPER_TABLE_1
 
 NAN = math.nan
 

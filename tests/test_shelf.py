@@ -12,7 +12,10 @@ import torch
 from conftest import cut, kept
 from torch import nn
 
-from pgdlib import adroit, data, minari_files, params, pipeline, shelf, store, study, widgets
+from pgdlib import data
+from pgdlib.lab import minari_files, params, pipeline, store, study
+from pgdlib.lab.explorer import shelf, widgets
+from pgdlib.simulators import pen as adroit
 
 LAMS, SMOOTHED = [0.5, 1.0, 2.5], [0.5]  # the sweeps of two rules, in these tests
 SWEEPS = {"explicit": LAMS, "smoothed": SMOOTHED}

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from conftest import wait_for
 
-from pgdlib import store
+from pgdlib.lab import store
 
 CARD = {"kind": "toy", "list": [1, 2.5, None, True], "text": "λ ≈ 2", "nested": {"b": 1, "a": []}}
 TENSORS = {

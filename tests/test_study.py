@@ -14,24 +14,11 @@ import torch
 from conftest import cut, kept, replay, smooth
 from torch import nn
 
-from pgdlib import (
-    adroit,
-    budget,
-    calibrate,
-    collect,
-    data,
-    dynamics,
-    edm,
-    guidance,
-    metrics,
-    params,
-    pipeline,
-    sampler,
-    store,
-    study,
-)
+from pgdlib import calibrate, data, dynamics, edm, guidance, measures, sampler
 from pgdlib.guidance import RULES
+from pgdlib.lab import budget, collect, params, pipeline, store, study
 from pgdlib.policies import GaussianPolicy
+from pgdlib.simulators import pen as adroit
 from pgdlib.synthetic import WARMED
 
 SOLVERS = ("heun", "multistep")
@@ -230,9 +217,9 @@ def test_measures_are_those_of_the_metrics(lab, episodes, dataset, transform):
             np.testing.assert_array_equal(measures[key], error.normalised if key == "normalised" else error.plain)
         if name == "still":
             np.testing.assert_array_equal(measures["motion"], error.normalised)
-    expected = metrics.log_likelihood(lab.policy, obs, actions, alive)
+    expected = measures.log_likelihood(lab.policy, obs, actions, alive)
     np.testing.assert_array_equal(measures["log_likelihood"], expected)
-    np.testing.assert_array_equal(measures["density"], metrics.mean_density(lab.policy, obs, actions, alive))
+    np.testing.assert_array_equal(measures["density"], measures.mean_density(lab.policy, obs, actions, alive))
     by_hand = torch.distributions.Normal(*lab.policy(obs)).log_prob(actions).mean(-1)
     assert measures["log_likelihood"][0] == pytest.approx(by_hand[0].mean().item(), rel=1e-5)
     assert measures["log_likelihood"][1] == pytest.approx(by_hand[1, :6].mean().item(), rel=1e-5)
@@ -289,7 +276,7 @@ def test_on_policy_is_the_likelihood_of_the_policys_own_actions(lab):
     lab = lab()
     obs = lab.train.obs[:200]
     own = lab.policy.sample(obs, torch.Generator().manual_seed(0))
-    _, low, high = metrics.interval(lab.policy.log_prob(obs, own) / 24, level=0.999)
+    _, low, high = measures.interval(lab.policy.log_prob(obs, own) / 24, level=0.999)
     assert low < lab.on_policy < high and high - low < 0.1
 
 
@@ -619,8 +606,8 @@ def test_the_grid_is_in_the_studys_units(lab):
 
 def likelihood_of(lab, x):
     steps = lab.normaliser.denormalise(x)
-    alive = metrics.alive(steps[..., data.TERMINAL])
-    return metrics.log_likelihood(lab.policy, steps[..., data.OBS], steps[..., data.ACTIONS], alive).mean().item()
+    alive = measures.alive(steps[..., data.TERMINAL])
+    return measures.log_likelihood(lab.policy, steps[..., data.OBS], steps[..., data.ACTIONS], alive).mean().item()
 
 
 @pytest.mark.parametrize("scale, tolerance", [("quick", 0.03), ("ci", 0.2)])
@@ -673,7 +660,7 @@ def test_a_summary_has_the_interval_of_every_measure():
     for (_, row), point in zip(frame.iterrows(), points.values(), strict=True):
         for name, values in point.measures.items():
             found = [row[f"{name}.{k}"] for k in ("mean", "low", "high")]
-            np.testing.assert_array_equal(found, metrics.interval(values))
+            np.testing.assert_array_equal(found, measures.interval(values))
             if np.isfinite(values).any():
                 assert found[0] == pytest.approx(np.nanmean(values)) and found[1] < found[0] < found[2]
 

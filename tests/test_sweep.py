@@ -20,10 +20,9 @@ from conftest import assert_labelled, drawn, kept, line, texts
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from scipy import stats
 
-from pgdlib import (
-    pipeline,
-    plots_sweep,
-    store,
+from pgdlib.lab import pipeline, store
+from pgdlib.lab.figures import plots_sweep
+from pgdlib.lab.sweep import (
     sweep,
     sweep_plan,
     sweep_pools,
@@ -36,7 +35,7 @@ from pgdlib import (
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = 'scale = "ci"\nx = 1.0\nseed = 0\nmany = [1, 2]\nnote = "auto"\ndevice = "auto"'
 CHECK = """%matplotlib inline
-from pgdlib import params
+from pgdlib.lab import params
 p = params.check(globals(), scale=params.one_of("ci", "quick"), x=params.number(0), seed=params.integer(0),
     many=params.numbers(), note=params.text(), device=params.one_of(*params.DEVICES))"""
 BODY = """import os, pathlib
@@ -657,7 +656,7 @@ def test_a_dry_run_shows_the_plan_and_runs_nothing(toy, tmp_path, capsys, runs):
 
 def command(path, *arguments, **environment):
     """The finished process of a sweep, as a user starts it."""
-    call = [sys.executable, "-m", "pgdlib.sweep", str(path), *arguments]
+    call = [sys.executable, "-m", "pgdlib.lab.sweep.sweep", str(path), *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(call, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, check=False)
 
@@ -687,7 +686,7 @@ def test_code_that_changed_since_the_plan_is_not_run(toy, tmp_path, runs):
     (one,) = planned(toy)
     one.identity = {**one.identity, "code": "another"}
     one.prepare()
-    call = [sys.executable, "-m", "pgdlib.sweep_task", str(one.folder), str(os.getpid())]
+    call = [sys.executable, "-m", "pgdlib.lab.sweep.sweep_task", str(one.folder), str(os.getpid())]
     ran = subprocess.run(call, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert ran.returncode == 1 and "code differ from those that the sweep was planned with: start it again" in ran.stderr
     assert not (one.folder / "done.json").exists()
@@ -715,7 +714,7 @@ def listening(pid):
 def test_a_sweep_on_ray_runs_and_listens_on_the_loopback_interface_alone(toy, tmp_path, runs):
     pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
     arguments = ["-y", "x: [1, 2, 3]", "--backend", "ray", "--workers", "2", "--out", str(tmp_path / "out.parquet")]
-    call = [sys.executable, "-m", "pgdlib.sweep", str(tmp_path / "toy.ipynb"), *arguments]
+    call = [sys.executable, "-m", "pgdlib.lab.sweep.sweep", str(tmp_path / "toy.ipynb"), *arguments]
     process = subprocess.Popen(call, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
     found = set()
     while process.poll() is None:

@@ -9,10 +9,23 @@ import torch
 from conftest import toy
 from torch import nn
 
-from pgdlib import adroit, agents, data, edm, metrics, sampler, synthetic, td3_bc, worldmodel
-from pgdlib.agents import ACTIONS, NEXT_OBS, OBS, REWARD, TERMINAL, WIDTH, StackedPolicy, generators, of_trajectories
+from pgdlib import data, edm, measures, sampler, synthetic, worldmodel
+from pgdlib.agents import stack as agents
+from pgdlib.agents.stack import (
+    ACTIONS,
+    NEXT_OBS,
+    OBS,
+    REWARD,
+    TERMINAL,
+    WIDTH,
+    StackedPolicy,
+    generators,
+    of_trajectories,
+    td3_bc,
+)
 from pgdlib.edm import Denoiser, seeded
 from pgdlib.guidance import RULES, Guide
+from pgdlib.simulators import pen as adroit
 
 T, STEPS = 6, 5
 SEEDS = [5, 0, 3]  # of three runs
@@ -109,7 +122,7 @@ def loop(steps):
 )
 def test_transitions_of_one_trajectory(terminal, expected):
     steps = trajectories([terminal])
-    alive = metrics.alive(steps[..., data.TERMINAL])
+    alive = measures.alive(steps[..., data.TERMINAL])
     assert synthetic.successors(steps, alive)[0].nonzero()[:, 0].tolist() == expected
     cut = synthetic.cut(steps, alive)
     assert cut.shape == (len(expected), WIDTH)
@@ -123,7 +136,7 @@ def test_transitions_of_one_trajectory(terminal, expected):
 @pytest.mark.parametrize("seed, share", [(0, 0.0), (1, 0.1), (2, 0.5), (3, 1.0)])
 def test_transitions_are_those_of_a_loop(seed, share):
     steps = trajectories(0.1 + 0.8 * (torch.rand(40, T, generator=torch.Generator().manual_seed(seed)) < share).float(), seed)
-    alive = metrics.alive(steps[..., data.TERMINAL])
+    alive = measures.alive(steps[..., data.TERMINAL])
     ids, lines = loop(steps)
     assert [tuple(i) for i in synthetic.successors(steps, alive).nonzero().tolist()] == ids
     np.testing.assert_array_equal(synthetic.cut(steps, alive), lines)
@@ -133,7 +146,7 @@ def test_transitions_are_those_of_a_loop(seed, share):
 
 def test_no_trajectory_gives_no_transition():
     steps = trajectories(torch.zeros(0, T))
-    assert synthetic.cut(steps, metrics.alive(steps[..., data.TERMINAL])).shape == (0, WIDTH)
+    assert synthetic.cut(steps, measures.alive(steps[..., data.TERMINAL])).shape == (0, WIDTH)
 
 
 # Drawing

@@ -12,9 +12,9 @@ from torch import nn
 from torchrl.modules import Actor, ValueOperator
 from torchrl.objectives import TD3BCLoss
 
-from pgdlib.agents import ACTIONS, NEXT_OBS, OBS, REWARD, TERMINAL, Learner, transitions
+from pgdlib.agents.stack import ACTIONS, NEXT_OBS, OBS, REWARD, TERMINAL, Learner, transitions
+from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.policies import is_gaussian
-from pgdlib.td3_bc import TD3BC
 
 MEAN, STD = torch.linspace(-1, 1, 45), torch.linspace(0.5, 2, 45)
 SEEDS = (3, 0, 11)

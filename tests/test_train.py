@@ -11,7 +11,8 @@ import torch
 from conftest import kept
 from test_edm import HOW, in_float64, small_denoiser
 
-from pgdlib import edm, pipeline, store, train
+from pgdlib import edm
+from pgdlib.lab import pipeline, store, train
 
 HERE = Path(__file__).parent
 WORKER = """
@@ -19,7 +20,8 @@ import sys
 import torch
 import torch.distributed as dist
 from test_edm import HOW, in_float64
-from pgdlib import edm, store
+from pgdlib import edm
+from pgdlib.lab import store
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -69,7 +71,7 @@ def test_the_command_trains_what_a_notebook_finds(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     flags = ["--dataset", "human", "--scale", "ci", "--source", "local", "--train-steps", "6", "--seed", "3"]
-    ran = torchrun(2, "-m", "pgdlib.train", *flags)
+    ran = torchrun(2, "-m", "pgdlib.lab.train", *flags)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("6 training steps") == 1 and not [f for f in kept(runs) if f.startswith("checkpoints")]
     files = kept(runs)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import spatial, stats
 
-from pgdlib.twosample import coverage, energy_distance
+from pgdlib.measures import coverage, energy_distance
 
 
 def seeded(seed=0):

@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from test_pipeline_models import CPU, assert_same, dataset, settings
 
-from pgdlib import edm, pipeline, widgets
+from pgdlib import edm
+from pgdlib.lab import pipeline
+from pgdlib.lab.explorer import widgets
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 BOOK = "application/vnd.jupyter.widget-view+json"

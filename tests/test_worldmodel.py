@@ -9,7 +9,7 @@ from conftest import toy
 from torch import nn
 from torch.distributions import Normal
 
-from pgdlib import metrics, worldmodel
+from pgdlib import measures, worldmodel
 from pgdlib.policies import GaussianPolicy
 from pgdlib.worldmodel import IN, OUT, Ensemble, Training, rollout, train
 
@@ -348,7 +348,7 @@ def test_trajectories_end_at_their_fall():
     first_fall = [1, 2, 4, 7, 47]  # the first k with height - 0.02 k < 0.075
     assert out.alive.tolist() == [[float(t < k) for t in range(5)] for k in first_fall]
     terminal = (out.next_obs[..., 26] < 0.075).float()
-    assert torch.equal(out.alive, metrics.alive(terminal))
+    assert torch.equal(out.alive, measures.alive(terminal))
 
 
 def test_no_trajectory_comes_back():
@@ -439,8 +439,8 @@ def test_actions_are_on_policy(learnt):
     policy.log_std.uniform_(-2, 0)
     out, again, other = (rollout(ensemble, policy, val.obs[:200], 10, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
     # The mean over 2000 steps and 24 dimensions of log π has standard error sqrt(0.5 / 48000).
-    found = metrics.log_likelihood(policy, out.obs, out.actions).mean().item()
-    assert found == pytest.approx(metrics.on_policy_log_likelihood(policy), abs=4.5 * math.sqrt(0.5 / 48_000))
+    found = measures.log_likelihood(policy, out.obs, out.actions).mean().item()
+    assert found == pytest.approx(measures.on_policy_log_likelihood(policy), abs=4.5 * math.sqrt(0.5 / 48_000))
     assert all(torch.equal(a, b) for a, b in zip(vars(out).values(), vars(again).values()))
     assert not torch.equal(out.actions, other.actions) and not torch.equal(out.next_obs, other.next_obs)
     assert [tuple(x.shape[:2]) for x in list(vars(out).values())[:-1]] == [(200, 10)] * 6

@@ -13,7 +13,9 @@ import torch
 from faulty_data import WIDTHS, made, usable
 from tqdm import tqdm
 
-from pgdlib import agents, data, edm, params, pipeline, store, study, worldmodel
+from pgdlib import data, edm, worldmodel
+from pgdlib.agents import stack as agents
+from pgdlib.lab import params, pipeline, store, study
 from pgdlib.policies import GaussianPolicy
 
 

@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from pgdlib import adroit, params, store
+from pgdlib.lab import params, store
+from pgdlib.simulators import pen as adroit
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["02_diffusion", "05_iql_benchmark", "06_world_model", "01_data", "03_ppo_guide", "07_sweep"]  # the longest first

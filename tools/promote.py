@@ -25,7 +25,7 @@ import nbformat
 import numpy as np
 from PIL import Image
 
-from pgdlib import claims
+from pgdlib.lab import claims
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS_BEGIN, CLAIMS_END = "<!-- claims: made by `make figures` -->", "<!-- end of claims -->"

@@ -6,11 +6,13 @@ It shows the sweep of notebook 04 that is in runs/, and needs a Chromium. -> fig
 import sys
 from pathlib import Path
 
-from pgdlib import store
+from pgdlib.lab import store
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL = """
-from pgdlib import explorer, params, plots, store, study
+from pgdlib.lab import params, store, study
+from pgdlib.lab.explorer import explorer
+from pgdlib.lab.figures import plots
 plots.use_style()
 settings = dict(dataset="cloned", source="local", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
 lab = study.Study.open(params.defaults("quick", **settings))

@@ -1,0 +1,1 @@
+"""The λ explorer and the hand."""

@@ -1,0 +1,250 @@
+"""Where artifacts live: one safetensors file each with its JSON card inside, atomic, verified on load, keyed by content.
+
+As a command, `python -m pgdlib.lab.store`, it is `inventory`.
+"""
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from pgdlib.lab import disk, locks
+from pgdlib.lab.disk import NotSaved  # noqa: F401 (what `save` raises)
+from pgdlib.lab.locks import lock
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class CorruptArtifact(ValueError):
+    """A file that is damaged, or is no artifact of ours."""
+
+
+def root():
+    """The folder of everything that runs make: $PGD_RUNS, or `runs/` beside the package in a checkout, or `runs/` here."""
+    if "PGD_RUNS" in os.environ:
+        return Path(os.environ["PGD_RUNS"]).resolve()
+    checkout = PACKAGE.parent
+    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "runs"
+
+
+def key(**inputs):
+    """12 hex digits that name `inputs` (plain JSON values): other inputs, another key."""
+    return hashlib.sha256(_canonical(inputs).encode()).hexdigest()[:12]
+
+
+@cache
+def code_version(*modules):
+    """A digest of the code of the named modules, such as `code_version("edm")`, and of all that they import of this package.
+
+    Comments, docstrings and layout do not count. Raises FileNotFoundError for a module that does not exist.
+    """
+    h = hashlib.sha256()
+    for name in closure(*modules):
+        tree = ast.parse(source_of(name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                and ast.get_docstring(node, clean=False) is not None
+            ):
+                del node.body[0]
+        h.update(f"{name}\0{ast.dump(tree)}\0".encode())
+    return h.hexdigest()[:12]
+
+
+def closure(*modules):
+    """The names of the `modules` of this package, and of all that they import of it, directly or not, sorted."""
+    found, queue = set(), list(modules)
+    while queue:
+        if (name := queue.pop()) not in found:
+            found.add(name)
+            queue += imported(source_of(name).read_text(encoding="utf-8"))
+    return sorted(found)
+
+
+def imported(source):
+    """The names of the modules of this package that Python `source` imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"{PACKAGE.name}."):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith(f"{PACKAGE.name}.")}
+    names = {name.partition(".")[2] for name in names} - {""}
+    return {name for name in names if source_of(name, missing=True).exists()}
+
+
+def source_of(name, missing=False):
+    """The file of the module `name` of this package; of a package, its `__init__`."""
+    path = PACKAGE.joinpath(*name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
+    if not (missing or path.exists()):
+        raise FileNotFoundError(f"no module {name} in {PACKAGE}")
+    return path
+
+
+def versions():
+    """Versions of what decides a result, and the commit of this checkout if there is one."""
+    packages = ("torch", "numpy", "mujoco", "gymnasium", "gymnasium-robotics", "minari")
+    found = {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PACKAGE, capture_output=True, text=True, check=False)
+    return {**found, "git": git.stdout.strip() or "unknown"}
+
+
+def save(path, tensors, card):
+    """Write `tensors` (name -> torch tensor) and `card` (plain JSON values) to `path`, whole or not at all.
+
+    Raises NotSaved, with the space needed and the space free, where the disk or the memory is full or the folder read-only.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    needed = sum(t.numel() * t.element_size() for t in tensors.values())
+    with replacing(path, needed) as partial:
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        name = place(path)
+        header = {"card": _canonical(card), "name": name, "sha256": digest(tensors, _sealed(card, name))}
+        save_file(tensors, partial, metadata=header)
+        partial.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+@contextlib.contextmanager
+def replacing(path, needed=None):
+    """A temporary file or folder that takes the place of `path`, synced to disk, if the block ends well, and vanishes if not.
+
+    It has the name of `path` in a folder of its own beside it. `needed` are its bytes, to be told if the disk is full.
+    """
+    path = Path(path)
+    with disk.explained(path, needed), locks.scratch(path) as folder:
+        partial = folder / path.name
+        yield partial
+        for f in (*partial.rglob("*"), partial):
+            disk.sync(f)
+        os.replace(partial, path)
+        disk.sync(path.parent)
+
+
+def load(path, own=False):
+    """The (tensors, card) that `save` wrote. Raises CorruptArtifact, naming file and reason, if the checksum does not hold.
+
+    With `own` also if it was saved under another name, so is a copy of something else. What a user names, such as a guide, may
+    be such a copy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no artifact at {path}")
+    tensors, card, name = read(path)
+    if own and name not in (None, place(path)):  # None: of a version that noted no names
+        raise CorruptArtifact(f"{path} is another artifact: it was saved as {name}")
+    return tensors, card
+
+
+def read(path):
+    """(tensors, card, the name under which it was saved or None) of the artifact at `path`, verified, as `load`."""
+    from safetensors import SafetensorError, safe_open
+
+    open(path, "rb").close()  # says what the system has against it: that is no damage
+    try:
+        with safe_open(path, "pt") as f:
+            header = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+        card, name, expected = json.loads(header["card"]), header.get("name"), header["sha256"]
+        found = digest(tensors, _sealed(card, name))
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise CorruptArtifact(f"{path} is damaged or no artifact of ours: {type(e).__name__}: {e}") from e
+    if found != expected:
+        raise CorruptArtifact(f"{path} is damaged: its checksum does not hold")
+    return tensors, card, name
+
+
+def artifact(path, make, report=print):
+    """The (tensors, card) at `path`, made by `make() -> (tensors, card)` and saved there if missing or damaged.
+
+    Put every input of `make` into the name of `path`, by `key`. A damaged file, or one that was saved under another name, is
+    set aside, not deleted.
+    """
+    path = Path(path)
+    found = None
+    with contextlib.suppress(FileNotFoundError, CorruptArtifact):
+        found = load(path, own=True)  # needs no lock, so no folder that can be written
+    if found is None:
+        with lock(path, report):
+            try:
+                found = load(path, own=True)
+            except FileNotFoundError:
+                pass
+            except CorruptArtifact as e:
+                report(f"{e}. Set aside as {set_aside(path, e).name}; making it again.")
+            if found is None:
+                tensors, card = make()
+                save(path, tensors, {**card, "versions": versions()})
+                found = load(path, own=True)
+    note_use(path)
+    return found
+
+
+def note_use(path):
+    """Note that the artifact at `path` is used now: by its lock file's time, for times of access are not kept everywhere."""
+    with contextlib.suppress(OSError):  # in a folder of another user, or a read-only one
+        locks.side(path).touch()
+
+
+def last_use(path):
+    """When the use of `path` was last noted, a Unix time, s; 0 if never."""
+    with contextlib.suppress(FileNotFoundError):
+        return locks.side(path).stat().st_mtime
+    return 0.0
+
+
+def set_aside(path, reason):
+    """Rename the file or folder `path`, with the `reason` in its new name, which no other file has; the new path."""
+    words = re.sub("[^A-Za-z0-9]+", "-", str(reason).replace(str(path), "")).strip("-")[:100]
+    aside = path.with_name(f"{path.name[:120]}.{secrets.token_hex(4)}.{words}.damaged")
+    with contextlib.suppress(FileNotFoundError), disk.explained(path):  # another process was faster
+        os.replace(path, aside)
+    return aside
+
+
+def discard(path):
+    """Delete the file `path`, if it exists, and what dead processes left of writing it."""
+    path.unlink(missing_ok=True)
+    locks.sweep(path)
+
+
+def place(path):
+    """The name that an artifact at `path` carries: its path in `root`, so that the root may be moved; elsewhere its name."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(root())) if path.is_relative_to(root()) else path.name
+
+
+def _sealed(card, name):
+    """What the checksum covers beside the tensors."""
+    return card if name is None else {"card": card, "name": name}
+
+
+def _canonical(value):
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(tensors, card=None):
+    """A digest of `tensors` (name -> CPU or CUDA tensor) and of plain JSON values, 64 hex digits."""
+    import torch
+
+    h = hashlib.sha256(_canonical(card).encode())
+    for name, t in sorted(tensors.items()):
+        h.update(f"{name} {t.dtype} {tuple(t.shape)};".encode())
+        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+if __name__ == "__main__":
+    from pgdlib.lab import inventory  # which imports this file once more, under its own name
+
+    raise SystemExit(inventory.main())

@@ -1,0 +1,1 @@
+"""A notebook for every combination of parameters."""

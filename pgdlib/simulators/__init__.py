@@ -1,0 +1,1 @@
+"""Simulators: what happens to a state under an action."""
