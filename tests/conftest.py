@@ -21,8 +21,7 @@ from torch import nn
 
 from pgdlib import data
 from pgdlib.agents import stack as agents
-from pgdlib.lab import minari_files, pipeline
-from pgdlib.lab.figures import plots
+from pgdlib.lab import figures, minari_files, pipeline
 from pgdlib.simulators import pen as adroit
 
 matplotlib.use("agg")
@@ -160,7 +159,7 @@ def line(ax, label):
 @pytest.fixture
 def style():
     """The style of all figures; none is left open."""
-    plots.use_style()
+    figures.style.use_style()
     yield
     plt.close("all")
     plt.rcdefaults()
