@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from stable_baselines3 import PPO
 from torch import nn
 
@@ -134,7 +135,7 @@ def drawn(figures, name, *arguments, **named):
     """The figure that the module `figures` makes, rendered: what cannot be drawn fails here."""
     fig = getattr(figures, name)(*arguments, title=TITLE, **named)
     assert isinstance(fig, matplotlib.figure.Figure)
-    fig.canvas.draw()
+    FigureCanvasAgg(fig).draw()  # of a figure without pyplot, `fig.canvas` draws nothing
     return fig
 
 

@@ -15,9 +15,9 @@ def returns(groups, references, title, xlabel="return on D4RL's scale"):
     shown = np.concatenate([*groups.values(), [0.0, *references.values()]])
     shown = shown[np.isfinite(shown)]
     bins = np.linspace(shown.min(), shown.max(), 40)
-    for (name, values), colour in zip(groups.items(), COLOURS):
-        weights = np.full(len(values), 1 / len(values))
-        ax.hist(values, bins, weights=weights, alpha=0.55, color=colour, label=f"{name} (n={len(values):,})")
+    for name, look in looks(groups).items():
+        n = len(groups[name])
+        ax.hist(groups[name], bins, weights=np.full(n, 1 / n), alpha=0.55, color=look["color"], label=f"{name} (n={n:,})")
     for (name, value), line in zip(references.items(), (":", "--", "-.")):
         ax.axvline(value, color="black", linestyle=line, linewidth=1.2, label=f"{name}: {value:,.0f}")
     return finished(fig)

@@ -92,10 +92,11 @@ def interval(frame, measure):
 
 def marks(ax, y, mean, low, high, **style):
     """Marks at the means [n] with their intervals, one below another at the heights y [n]."""
-    ax.errorbar(mean, y, xerr=np.abs(np.array([low, high]) - np.asarray(mean)), **style)
+    y, mean, low, high = (np.asarray(v, dtype=float) for v in (y, mean, low, high))
+    ax.errorbar(mean, y, xerr=np.abs(np.stack([low, high]) - mean), **style)
 
 
 def ring(ax, x, y, label=None):
-    """The red ring that marks λ = 0."""
+    """The red ring that marks λ = 0; it may stand on the edge of the axes."""
     how = dict(color="red", markersize=9, fillstyle="none", markeredgewidth=1.8, zorder=5, clip_on=False)
-    ax.plot(x, y, "o", label=label, **how)
+    ax.plot(x, y, "o", label=label, in_layout=False, **how)

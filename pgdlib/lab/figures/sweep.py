@@ -103,9 +103,9 @@ def _name_rows(fig, names):
     """Name -> its row in all panels, from above: the order in which `names` first come."""
     places = {name: i for i, name in enumerate(names.unique())}
     fig.axes[0].set_yticks(range(len(places)), places)
-    fig.axes[0].invert_yaxis()
     for ax in fig.axes:
         ax.tick_params(axis="y", length=0)
+        ax.set_ylim(len(places) - 0.5, -0.5)
     return places
 
 
