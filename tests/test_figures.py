@@ -200,7 +200,7 @@ EDGES = [
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:(Data has no|Attempt to set|All-NaN|invalid value):UserWarning")
+@pytest.mark.filterwarnings("ignore:(Data has no|Attempt|All-NaN|invalid value):UserWarning")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("function, arguments", [(f, a) for f, *a in EDGES], ids=[f.__name__ for f, *_ in EDGES])
 def test_nan_and_single_values_are_drawn(function, arguments):

@@ -27,8 +27,8 @@ def episode(obs, rewards, title):
     """The pen's axis and height and the reward in one episode: obs [T, 45] and rewards [T], in the environment's units."""
     fig = Figure(figsize=(11, 3))  # without pyplot, for a thread may draw it
     axes = fig.subplots(1, 3)
-    t = pen.CONTROL_DT * np.arange(len(obs))
-    ours, target = obs[:, pen.OBS_SLICES["pen axis"]], obs[:, pen.OBS_SLICES["target axis"]]
+    t = pen.PEN.dt * np.arange(len(obs))
+    ours, target = obs[:, pen.PEN.groups["pen axis"]], obs[:, pen.PEN.groups["target axis"]]
     for values, dashes in ((ours, "-"), (target, ":")):
         lines(axes[0], {name: (t, v) for name, v in zip("xyz", values.T)}, linestyle=dashes, marker="")
     axes[1].plot(t, obs[:, pen.PEN_HEIGHT], color=DATA)
@@ -115,7 +115,7 @@ def channels(real, generated, names, title):
     for row, values, colour, label in zip(axes, (real, generated), COLOURS, ("data", "generated")):
         row[0].set_ylabel(label)
         for ax, each in zip(row, values):
-            ax.plot(pen.CONTROL_DT * np.arange(each.shape[1]), each.T, color=colour, linewidth=0.8, alpha=0.7)
+            ax.plot(pen.PEN.dt * np.arange(each.shape[1]), each.T, color=colour, linewidth=0.8, alpha=0.7)
     for ax, name in zip(axes[0], names):
         ax.set_title(name, fontsize="small")
     fig.supxlabel("time (s)")

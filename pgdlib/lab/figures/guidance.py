@@ -76,7 +76,7 @@ def guided_pair(tracks, observations, title, actions=(0, 9)):
     """
     fig, [axes] = figure(title, 13, 2.9, 1, len(actions) + len(observations), xlabel="time (s)")
     for (lam, (acted, wanted, obs)), look in zip(tracks.items(), looks(tracks).values()):
-        t = pen.CONTROL_DT * np.arange(len(acted))
+        t = pen.PEN.dt * np.arange(len(acted))
         columns = [*acted.T[list(actions)], *obs.T[list(observations.values())]]
         for ax, values in zip(axes, columns):
             ax.plot(t, values, color=look["color"], label=f"λ = {lam:.3g}")
