@@ -161,6 +161,7 @@ def test_every_figure_can_be_read_and_names_every_series(function, n):
 def test_no_two_looks_are_alike():
     found = style.looks(range(13)).values()
     assert len({(v["color"], v["marker"]) for v in found}) == 13 and len({v["color"] for v in list(found)[:10]}) == 10
+    assert np.ptp(style.MUTED) < 0.01  # grey
 
 
 ONE = {0.0: {m: np.array([NAN]) for m in MEASURES}}

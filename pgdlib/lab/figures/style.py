@@ -11,7 +11,7 @@ from matplotlib import ticker
 from pgdlib.lab import store
 
 COLOURS = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4, 3, 9, 7, 5, 6, 8)]
-DATA, MODEL, GUIDED, THEIRS, MUTED = (COLOURS[i] for i in (0, 1, 2, 3, 7))
+DATA, MODEL, GUIDED, THEIRS, MUTED = (COLOURS[i] for i in (0, 1, 2, 3, 6))  # the last is grey
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1)), (0, (5, 1)), (0, (4, 2, 1, 2)), (0, (1, 1)))
 STATES = dict(aspect="auto", cmap="RdBu_r", vmin=-2.5, vmax=2.5, interpolation="nearest")  # an image of states, in std
@@ -59,16 +59,16 @@ def finished(fig, legend=None):
 
 
 def plain_log(axis):
-    """Plain numbers (0.02, not 2 × 10⁻²) on a log axis, `ax.xaxis` or `ax.yaxis`, whose limits span up to four decades."""
+    """Plain numbers (0.02, not 2 × 10⁻²) on a log axis, `ax.xaxis` or `ax.yaxis`, whose limits lie within 1e-5 and 1e5."""
     low, high = axis.get_view_interval()
-    if axis.get_scale() == "log" and 0 < low < high < 1e4 * low:
+    if axis.get_scale() == "log" and 1e-5 < low < high < 1e5:
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5) if high < 50 * low else (1,)))
-        axis.set_major_formatter(ticker.FormatStrFormatter("%.4g"))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def looks(names):
-    """Name -> the colour, marker and dashes of its line: no two look alike, and the same names do in every figure."""
+    """Name -> the colour, marker and dashes of its line: no two of 40 look alike; names in this order do in every figure."""
     styles = zip(names, cycle(COLOURS), cycle(MARKERS), cycle(DASHES))
     return {name: dict(color=c, marker=m, linestyle=d, markersize=5) for name, c, m, d in styles}
 
