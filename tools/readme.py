@@ -49,10 +49,10 @@ def table(rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def number(mean, low=None, high=None, digits=3):
-    """Three digits and no exponent, with the interval if there is one: 0.0175 [0.0164, 0.0187]."""
-    words = [np.format_float_positional(x, digits, fractional=False, trim="-") for x in (mean, low, high) if x is not None]
-    return (words[0] if len(words) == 1 else f"{words[0]} [{words[1]}, {words[2]}]").replace("-", "−")
+def number(mean, low, high):
+    """Three digits, no exponent, with the interval: 0.0175 [0.0164, 0.0187]."""
+    words = [np.format_float_positional(x, 3, unique=False, fractional=False).rstrip(".") for x in (mean, low, high)]
+    return f"{words[0]} [{words[1]}, {words[2]}]".replace("-", "−")
 
 
 def claims(figures):
@@ -78,7 +78,7 @@ def guidance(figures):
         ("the paper's rule", paper.loc[1.5]),
     ):
         cells = [number(*(row[f"{measure}.{of}"] for of in ("mean", "low", "high"))) for measure in MEASURES]
-        lines.append([f"{name}: λ = {number(row.name)}", *cells])
+        lines.append([f"{name}: λ = {row.name:.3g}", *cells])
     return f"On {slug}; means with 95% intervals:\n\n" + table([["", *MEASURES.values()], *lines])
 
 
