@@ -116,7 +116,7 @@ def figures(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
     (results / "claims_toy.json").write_text(json.dumps({"C1": verdict}))
-    (results / "floors_toy.json").write_text(json.dumps({measure: [1, 0.5, 2] for measure in readme.MEASURES}))
+    (results / "floors_toy.json").write_text(json.dumps({measure: [1.25, 0.5, 2] for measure in readme.MEASURES}))
     (results / "findings_04_toy.json").write_text(json.dumps(["It rises by 2.", "It falls."]))
     readme.gather(results, tmp_path)
     return tmp_path
@@ -134,7 +134,7 @@ def test_blocks_hold_the_numbers_of_their_files(figures):
     assert "| C1 | Up | m | 1.5 | reproduced |" in made["claims"] and "On toy, scale `ci`" in made["claims"]
     assert made["findings"] == "* It rises by 2.\n* It falls."
     first, *_, last = [line.split(" | ")[:2] for line in made["guidance"].splitlines()[4:]]
-    assert first == ["| real data (the floor)", "1.00 [0.500, 2.00]"]
+    assert first == ["| real data (the floor)", "1.25 [0.500, 2.00]"]
     assert last == ["| the paper's rule: λ = 1.5", "0.00125 [−0.499, 0.501]"]
     assert "| annealed, calibrated: λ = 0.0731 | −0.125 [−0.625, 0.375]" in made["guidance"]
 

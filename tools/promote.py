@@ -18,7 +18,6 @@ from io import BytesIO
 from pathlib import Path
 
 import nbformat
-from nbconvert.preprocessors import ClearMetadataPreprocessor
 from papermill.translators import PythonTranslator
 from PIL import Image, ImageChops, ImageStat
 
@@ -91,7 +90,7 @@ def smaller_png(text):
     except (OSError, SyntaxError, ValueError):  # not a PNG, or a broken one
         return text
     seen = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
-    indexed, new = seen.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE), BytesIO()
+    indexed, new = seen.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE), BytesIO()
     indexed.save(new, "PNG", optimize=True, dpi=image.info.get("dpi"))
     off = ImageStat.Stat(ImageChops.difference(seen, indexed.convert("RGB")))
     same = max(high for _, high in off.extrema) <= MAX_OFF and max(off.mean) < MAX_MEAN_OFF
@@ -107,9 +106,11 @@ def same_every_run(text):
 
 
 def clean_data(data):
-    """An output's formats (MIME type -> content) without a live widget, whose still picture stays, nor large PNGs."""
-    if data.pop(WIDGET_VIEW, None) is not None and WIDGET_REPR.fullmatch(data.get("text/plain", "")):
-        del data["text/plain"]
+    """An output's formats (MIME type -> content), changed to be without a live widget, whose still picture stays."""
+    if data.pop(WIDGET_VIEW, None) is not None:
+        repr_only = WIDGET_REPR.fullmatch(data.get("text/plain", "")) or set(data) == {"text/plain"}  # of what is gone
+        if repr_only:
+            data.pop("text/plain", None)
     by_kind = {"text/html": same_every_run, "text/plain": same_every_run, "image/png": smaller_png}
     data.update({kind: by_kind[kind](content) for kind, content in data.items() if kind in by_kind})
     return data
@@ -144,11 +145,9 @@ def promote(executed_path, committed_path):
         raise ValueError("did not run to its end")
     if not committed_path.exists() or source_sha256(notebook) != source_sha256(read(committed_path)):
         raise ValueError(f"is stale: its cells are not those of notebooks/{committed_path.name}; run `make paper` again")
-    ClearMetadataPreprocessor(preserve_cell_metadata_mask={"tags"}).preprocess(notebook, {})
     notebook.metadata = nbformat.from_dict({**METADATA, "pgd": {"source_sha256": source_sha256(notebook)}})
     for cell in notebook.cells:
-        if not cell.metadata.get("tags", True):  # papermill's
-            del cell.metadata["tags"]
+        cell.metadata = nbformat.from_dict({"tags": cell.metadata.tags} if cell.metadata.get("tags") else {})
     for cell in code_cells(notebook):
         cell.outputs = clean_outputs(cell.outputs)
     new = committed_path.with_suffix(".ipynb.new")

@@ -10,8 +10,8 @@ runs/results/quick/<kind>_<dataset>.json:
 
 import json
 import re
+from decimal import Decimal
 
-import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -51,7 +51,7 @@ def table(rows):
 
 def number(mean, low, high):
     """Three digits, no exponent, with the interval: 0.0175 [0.0164, 0.0187]."""
-    words = [np.format_float_positional(x, 3, unique=False, fractional=False).rstrip(".") for x in (mean, low, high)]
+    words = [f"{Decimal(f'{x:.2e}'):f}" for x in (mean, low, high)]
     return f"{words[0]} [{words[1]}, {words[2]}]".replace("-", "−")
 
 
