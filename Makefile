@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # The kernel is the one of .venv, even where the user has a kernel of the same name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help paper test test-browser test-faults lint lab bench figures notebooks clean
+.PHONY: help paper test coverage test-browser test-faults lint lab bench figures notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,9 +34,11 @@ help:  ## this list
 paper: .venv/.installed  ## the main job: run all notebooks (SCALE=quick) into runs/notebooks/
 	$(BIN)/python tools/paper.py --scale $(SCALE) $(NOTEBOOKS)
 
-lint: .venv/.installed  ## ruff, check and format
+lint: .venv/.installed  ## ruff, check and format; the rules of imports; sizes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m tools.sizes
 
 # One thread a worker: torch's threads would fight over the cores. What is slow, and the notebooks, run one at a time, with
 # all of them.
@@ -44,6 +46,12 @@ test: lint  ## lint, unit tests, slow ones, every notebook at ci scale, then in 
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not notebook and not browser and not faults" -n $(WORKERS)
 	$(BIN)/pytest -q -m "slow or notebook" --durations=0
 	$(BIN)/pytest -q -m browser --durations=0
+
+coverage: .venv/.installed  ## lines and branches of the core that the unit tests reach
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not notebook and not browser and not faults" -n $(WORKERS) \
+	  --cov --cov-report=term --cov-report=json:runs/coverage.json
+	@$(BIN)/python -c "import json; t = json.load(open('runs/coverage.json'))['totals']; \
+	  print(f'lines {t[\"percent_statements_covered\"]:.1f}%, branches {t[\"percent_branches_covered\"]:.1f}%')"
 
 test-browser: .venv/.installed  ## only the notebooks in a browser; needs a Chromium
 	$(BIN)/pytest -q -m browser --durations=0
@@ -58,11 +66,11 @@ bench: .venv/.installed  ## speed against plain baselines and the machine's limi
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
 figures: .venv/.installed  ## copy a run's figures, their data and the verdicts into figures/
-	$(BIN)/python tools/promote.py --figures
+	$(BIN)/python -m tools.promote --figures
 
 notebooks: .venv/.installed  ## clean a run's executed notebooks into notebooks/
-	$(BIN)/python tools/promote.py
+	$(BIN)/python -m tools.promote
 
 clean:  ## delete everything a run made (runs/) and the caches; .venv stays
-	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .coverage*
 	find pgdlib tests tools notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -1,0 +1,117 @@
+"""The blocks of README.md that a run writes: each stands between its two marks and is made from files of figures/.
+
+`make figures` brings these files from the run: figures/<kind>.json holds, by dataset, what the notebooks have left in
+runs/results/quick/<kind>_<dataset>.json:
+
+    claims    id -> row, as `pgdlib.lab.claims.record` writes it
+    floors    measure (log_likelihood, normalised, motion, appendix_b) -> [mean, low, high] of real data
+    findings  a list of sentences in Markdown with their numbers in them, in the README's order
+"""
+
+import json
+import re
+from decimal import Decimal
+
+import pandas as pd
+from scipy import stats
+
+from pgdlib.lab import claims as verdicts
+
+KINDS = ("claims", "floors", "findings")
+BLOCK = re.compile(r"(<!-- (\w+): made by `make figures` -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
+MEASURES = {
+    "log_likelihood": "log-likelihood, nats per action dimension",
+    "normalised": "error / variance, state reconstructed",
+    "motion": "motion",
+    "appendix_b": "error, Appendix B",
+}
+
+
+def gather(results, figures):
+    """Write figures/<kind>.json of every kind that the folder `results` has something of."""
+    for kind in KINDS:
+        found = {p.stem.removeprefix(f"{kind}_"): json.loads(p.read_text("utf-8")) for p in sorted(results.glob(f"{kind}_*"))}
+        if found:
+            (figures / f"{kind}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def written(readme, figures):
+    """The text `readme` with every block made anew from the folder `figures`. ValueError if its blocks are not all there."""
+    found = sorted(name for _, name, *_ in BLOCK.findall(readme))
+    if found != sorted(BLOCKS):
+        raise ValueError(f"README.md has blocks {found}; it must have each of {sorted(BLOCKS)} once, between its two marks")
+    return BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match[2]](figures)}\n\n{match[4]}", readme)
+
+
+def table(rows):
+    """A Markdown table of `rows`, the first of which is its head."""
+    head, *rows = [[str(cell).replace("|", "/") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def number(mean, low, high):
+    """Three digits, no exponent, with the interval: 0.0175 [0.0164, 0.0187]."""
+    words = [f"{Decimal(f'{x:.2e}'):f}" for x in (mean, low, high)]
+    return f"{words[0]} [{words[1]}, {words[2]}]".replace("-", "−")
+
+
+def claims(figures):
+    """The verdicts of the dataset with most of them, then what others add."""
+    found = sorted(_results(figures, "claims").values(), key=len, reverse=True)
+    rows = verdicts.table(verdicts.merged(*found))
+    one = next(iter(found[0].values()))
+    intro = f"On {one['dataset']}, scale `{one['scale']}`; effects with 95% intervals:\n\n"
+    return intro + table([["", *[k for k in rows[0] if k]], *[row.values() for row in rows]])
+
+
+def guidance(figures):
+    """Likelihood and dynamics error of real data, unguided, calibrated, and at the λ that stands for the paper's."""
+    (path,) = figures.glob("04_figure1_annealed_*.csv")
+    slug = path.stem.removeprefix("04_figure1_annealed_")
+    paper, annealed = (pd.read_csv(p, index_col="lam") for p in (figures / f"04_figure1_{slug}.csv", path))
+    floors = _results(figures, "floors").get(slug)
+    lines = [["real data (the floor)", *(number(*floors[measure]) for measure in MEASURES)]] if floors else []
+    for name, row in (
+        ("unguided", paper.loc[0]),
+        ("the paper's rule, calibrated", _calibrated(paper)),
+        ("annealed, calibrated", _calibrated(annealed)),
+        ("the paper's rule", paper.loc[1.5]),
+    ):
+        cells = [number(*(row[f"{measure}.{of}"] for of in ("mean", "low", "high"))) for measure in MEASURES]
+        lines.append([f"{name}: λ = {row.name:.3g}", *cells])
+    return f"On {slug}; means with 95% intervals:\n\n" + table([["", *MEASURES.values()], *lines])
+
+
+def _calibrated(sweep):
+    """The row of the one λ that was not asked for but found, so that it has more than three digits."""
+    (row,) = (row for lam, row in sweep.iterrows() if lam != float(f"{lam:.3g}"))
+    return row
+
+
+def benchmark(figures):
+    """Table 1: each row's return, and how much more it is than that of unguided samples."""
+    (path,) = figures.glob("05_table1_iql_*.csv")
+    runs = pd.read_csv(path)
+    returns = runs.pivot(index="seed", columns="row", values="d4rl_return")[runs["row"].unique()]
+    unguided = returns["IQL, unguided (λ = 0)"]
+    lines = [["", "return", "less unguided"]]
+    for row, values in returns.items():
+        low, high = stats.ttest_rel(values, unguided).confidence_interval()
+        less = f"{(values - unguided).mean():+,.0f} [{low:+,.0f}, {high:+,.0f}]".replace("-", "−")
+        lines.append([row, f"{values.mean():,.0f} ± {values.sem():,.0f}", "" if row == unguided.name else less])
+    how = f"mean ± standard error over {len(returns)} seeds; differences paired by seed, with 95% t-intervals"
+    return f"On {runs['dataset'][0]}; returns on D4RL's scale, {how}:\n\n" + table(lines)
+
+
+def findings(figures):
+    """The sentences of all notebooks, one a bullet."""
+    found = [f"* {text}" for texts in _results(figures, "findings").values() for text in texts]
+    return "\n".join(found) or "(No run has left its findings yet.)"
+
+
+def _results(figures, kind):
+    path = figures / f"{kind}.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+BLOCKS = {block.__name__: block for block in (claims, guidance, benchmark, findings)}
