@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from pgdlib import data, edm, worldmodel
 from pgdlib.agents import stack as agents
-from pgdlib.lab import params, pipeline, store, study
+from pgdlib.lab import pipeline, store, study
+from pgdlib.lab.settings import of_scale
 from pgdlib.policies import GaussianPolicy
 
 
@@ -90,7 +91,7 @@ def used(raw, horizon, transform):
 def settings(horizon, transform):
     own = dict(horizon=horizon, transform=transform, features=8, blocks=1, train_steps=2, passes=None, batch_size=4)
     own |= dict(scale="ci", samples=4, seed=0, units="natural")
-    return SimpleNamespace(**{**params.settings("ci"), **own})
+    return SimpleNamespace(**{**of_scale("ci"), **own})
 
 
 def refuse_to_say(text):
