@@ -3,8 +3,10 @@
 A `Checked` notebook is run up to its check of parameters once; then only the check is, with other values.
 """
 
+import contextlib
 import functools
 import keyword
+import os
 import string
 import sys
 from collections import Counter
@@ -148,7 +150,8 @@ class Checked:
         """Of the parameter `name` with a value: "accepted" or "refused", as `ALLOWED` says; AssertionError otherwise."""
         allowed = (value is None and self.defaults[name] is None) or allows(name, value)
         try:
-            p = self.check({name: value})
+            with no_writes():
+                p = self.check({name: value})
         except ValueError as e:
             assert str(e).startswith(f"parameter {name}={shown(value)} is not allowed"), str(e)[:1_000]
             assert not allowed or (name, value) == ("device", "cuda"), str(e)[:1_000]
@@ -162,7 +165,8 @@ class Checked:
     def unknown(self, name, value):
         """Of a parameter that the notebook does not have: "refused"; AssertionError otherwise."""
         try:
-            self.check(injected={name: value})
+            with no_writes():
+                self.check(injected={name: value})
         except ValueError as e:
             assert str(e).startswith(f"unknown parameter {name}=") and all(own in str(e) for own in self.defaults), e
             return "refused"
@@ -198,3 +202,34 @@ def within(value, low, high):
     if type(value) is bool or not isinstance(value, (int, float)) or not np.isfinite(value if isinstance(value, float) else 0):
         return False
     return low <= Fraction(value) <= Fraction(sys.float_info.max if high is None else high)
+
+
+_seen = None  # what was written since `no_writes` began
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+
+
+def _note(event, arguments):
+    if _seen is None:
+        return
+    path, mode, flags = arguments if event == "open" else (None, "", 0)
+    writes = set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if event in CHANGES or writes:
+        _seen.append((event, path, arguments))
+
+
+@functools.cache
+def _audited():
+    sys.addaudithook(_note)  # for as long as the process lives
+
+
+@contextlib.contextmanager
+def no_writes():
+    """Within the block nothing may make, open for writing, rename or delete a file."""
+    global _seen
+    _audited()
+    bytecode, sys.dont_write_bytecode, _seen = sys.dont_write_bytecode, True, []
+    try:
+        yield
+    finally:
+        seen, _seen, sys.dont_write_bytecode = _seen, None, bytecode
+        assert not seen, seen
