@@ -6,12 +6,12 @@ from conftest import Ideal
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import counts
-from pgdlib import edm
+from pgdlib import edm, fast
 from pgdlib.lab import budget, settings
 from pgdlib.sampler import BLOCK
 
 CPU = torch.device("cpu")
-MINE = dict(horizon=8, features=16, blocks=2, kernel_size=3, transform="raw")
+MINE = dict(obs_dim=45, action_dim=24, horizon=8, features=16, blocks=2, kernel_size=3, transform="raw")
 PAPER, QUICK = (MINE | {k: settings.of_scale(s)[k] for k in ("horizon", "features", "blocks")} for s in ("paper", "quick"))
 
 
@@ -51,8 +51,9 @@ def allocated(call):
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("features, blocks, horizon, n", [(128, 2, 32, 64), (256, 2, 128, 16), (128, 3, 64, 32)])
 def test_the_memory_is_no_less_than_what_is_allocated(monkeypatch, features, blocks, horizon, n, low):
-    monkeypatch.setattr(edm, "has_bfloat16", lambda device: low)
-    config = dict(horizon=horizon, features=features, blocks=blocks)
+    for module in (edm, fast):
+        monkeypatch.setattr(module, "has_bfloat16", lambda device: low)
+    config = MINE | dict(horizon=horizon, features=features, blocks=blocks)
     denoiser, x, noise = edm.Denoiser(**config), torch.randn(n, horizon, 71), torch.Generator()
     weights = 4 * sum(w.numel() for w in denoiser.net.parameters())
 

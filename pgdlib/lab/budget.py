@@ -12,8 +12,7 @@ import torch
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgdlib import edm, sampler
-from pgdlib.data import CHANNELS
+from pgdlib import edm, fast, sampler
 
 SMALL = {"cpu": 1e12, "cuda": 1e15}  # operations that surely take no more than about a minute
 TEST = {"cpu": 1e11, "cuda": 1e13}  # about as many are enough to measure
@@ -24,16 +23,16 @@ MARGIN, CONTEXT = 1.2, 3e8  # what allocators lose, and what a process has anywa
 
 
 @lru_cache
-def _counted(training, horizon, features, blocks, kernel_size=3, transform="raw"):
+def _counted(training, **config):
     """(operations, weights) of one evaluation, or one training step, for one trajectory."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        net = edm.Denoiser(horizon, features, blocks, kernel_size, transform).net
-        x, sigma = torch.empty(1, horizon, CHANNELS), torch.ones(1)
+        denoiser = edm.Denoiser(**config)
+        x, sigma = torch.empty(1, config["horizon"], denoiser.spec.width), torch.ones(1)
     with FlopCounterMode(display=False) as flops, torch.set_grad_enabled(training):
-        out = net(x, sigma)
+        out = denoiser.net(x, sigma)
         if training:
             out.square().mean().backward()
-    return flops.get_total_flops(), sum(w.numel() for w in net.parameters())
+    return flops.get_total_flops(), sum(w.numel() for w in denoiser.net.parameters())
 
 
 def operations(config, training=False):
@@ -46,10 +45,11 @@ def operations(config, training=False):
 
 def needed(config, batch, device, training=False):
     """Bytes that one evaluation, or one training step, takes with `batch` trajectories."""
-    low = edm.has_bfloat16(torch.device(device))
+    low = fast.has_bfloat16(torch.device(device))
     weights = _counted(False, **config)[1] * ((5 if training else 1) + low / 2)  # with gradients, EMA, two moments of Adam
     layers = (KEPT * config["blocks"] if training else ALIVE) * (1 - low / 2)
-    return MARGIN * 4 * (weights + batch * config["horizon"] * (layers * config["features"] + 8 * CHANNELS)) + CONTEXT
+    values = layers * config["features"] + 8 * (config["obs_dim"] + config["action_dim"] + 2)  # of a step
+    return MARGIN * 4 * (weights + batch * config["horizon"] * values) + CONTEXT
 
 
 def memory_there(device):
@@ -82,7 +82,8 @@ def pace(config, device, training=False):
     batch = int(max(1, min(256, TEST[torch.device(device).type] // operations(config, training))))
     with torch.random.fork_rng(devices=[]):
         denoiser = edm.Denoiser(**config).to(device)
-    x, sigma = torch.zeros(batch, config["horizon"], CHANNELS, device=device), torch.ones(batch, device=device)
+    shape = batch, config["horizon"], denoiser.spec.width
+    x, sigma = torch.zeros(shape, device=device), torch.ones(batch, device=device)
 
     def step():
         with torch.set_grad_enabled(training):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import yaml
 
 from pgdlib import edm
-from pgdlib.lab import pipeline, settings
+from pgdlib.lab import load, settings
 
 GIVEN = dict(dataset="cloned", scale="quick", source="auto", seed=0, device="auto", transform="raw")
 GIVEN |= dict.fromkeys(("data_steps", "horizon", "features", "blocks", "train_steps", "batch_size"))  # the scale's own
@@ -72,15 +72,15 @@ def parse(arguments, about=__doc__, given=GIVEN, **own):
 def main(arguments=None):
     """Train as the command line asks; prints the data, the estimate where it is long, and the last losses."""
     p, world = parse(arguments), int(os.environ.get("WORLD_SIZE", 1))
-    device = pipeline.device_of(p.device)
+    device = load.device_of(p.device)
     if device.type == "cuda":
         torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank():
             return serve(device)
-    dataset = pipeline.load_data(p.dataset, p.source, p.data_steps)
-    _, losses = pipeline.load_denoiser(dataset, p, device, training=Shared if world > 1 else edm.Training)
+    dataset = load.load_data(p.dataset, p.source, p.data_steps)
+    _, losses = load.load_denoiser(dataset, p, device, training=Shared if world > 1 else edm.Training)
     print(f"{len(losses):,} training steps, loss of the last tenth: {losses[-max(1, len(losses) // 10) :].mean():.4g}")
     if world > 1:
         _say()
