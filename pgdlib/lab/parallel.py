@@ -26,7 +26,7 @@ class Shared(edm.Training):
     """A training whose batches all processes share; the first one iterates it while the others `serve`."""
 
     def gradients(self, x, mask, sigma, noise):
-        _say(self.denoiser.config, x.cpu(), mask.cpu(), sigma.cpu(), noise.get_state())
+        _say(self.denoiser.config, noise.get_state(), x.cpu(), mask.cpu(), sigma.cpu())
         return _share(self.denoiser, x, mask, sigma, noise)
 
 
@@ -34,9 +34,10 @@ def serve(device):
     """Compute a share of the gradients of each batch, until the first process says nothing."""
     denoiser, noise = None, torch.Generator(device)
     while said := _say():
-        config, *batch, state = said
-        denoiser = denoiser or edm.Denoiser(**config).to(device)
-        _share(denoiser, *(t.to(device) for t in batch), noise.set_state(state))
+        config, state, *batch = said
+        batch = [tensor.to(device) for tensor in batch]
+        denoiser = denoiser or edm.Denoiser(**config).to(batch[0])
+        _share(denoiser, *batch, noise.set_state(state))
 
 
 def _say(*what):
@@ -91,4 +92,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, FileNotFoundError, yaml.YAMLError) as reason:
-        sys.exit(" ".join(str(reason).split()))
+        sys.exit(" ".join(str(reason).split()) if os.environ.get("RANK", "0") == "0" else 1)
