@@ -1,7 +1,4 @@
-"""Inputs of all kinds, drawn by hypothesis, for notebooks' parameters; and what is allowed, stated once more.
-
-A `Checked` notebook is run up to its check of parameters once; then only the check is, with other values.
-"""
+"""Inputs of all kinds, drawn by hypothesis, for notebooks' parameters; and what is allowed, stated once more."""
 
 import contextlib
 import functools
@@ -13,19 +10,19 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import hypothesis
 import nbformat
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from papermill.translators import PythonTranslator
 
+from pgdlib.lab import settings
 from tools import promote
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-CHECK = "settings.check(globals())"
 RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
 CHOICES = dict(
     dataset=("human", "cloned", "expert"),
@@ -72,14 +69,14 @@ def tried(function, *inputs, examples, many=False):
     """How often `function` returned what, of so many `examples` of its inputs, other ones each time if they are `many`."""
     counts = Counter()
 
-    @settings(
+    @hypothesis.settings(
         max_examples=examples,
         derandomize=not many,
         deadline=None,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @given(st.tuples(*inputs))
+    @hypothesis.given(st.tuples(*inputs))
     def each(drawn):
         counts[function(*drawn)] += 1
 
@@ -124,27 +121,20 @@ def names(known):
 
 
 class Checked:
-    """A notebook's check of its parameters, after the cells before it have run with the defaults."""
+    """A notebook's check of its parameters, as IPython does it after the cell of parameters."""
 
     def __init__(self, path):
         notebook = nbformat.read(path, 4)
-        cells = [c.source for c in promote.code_cells(notebook)]
-        last = next(i for i, source in enumerate(cells) if CHECK in source)
-        self.defaults, self.namespace = promote.parameters(notebook), {"__name__": "__main__", "In": [*cells[:last]]}
-        for source in cells[:last]:
-            exec(compile(source, path.name, "exec"), self.namespace)
-        exec("\n".join(line for line in cells[last].splitlines() if "import" in line), self.namespace)
-        assert f"p = {CHECK}" in cells[last].splitlines()  # all of it in one line
+        self.defaults = promote.parameters(notebook)
+        self.cell, *later = (c.source for c in promote.code_cells(notebook))
+        assert [line for cell in later for line in cell.splitlines() if ".check(" in line] == ["p = settings.check(globals())"]
 
     def check(self, given=None, injected=None):
         """The parameters where some are `given`, or `injected` by papermill; raises what the check does."""
-        namespace = self.namespace | (given or {})
-        if injected is not None:  # the imports follow the injected cell
-            cell, before = PythonTranslator.codify(injected), {}
-            exec(cell, before)
-            namespace = {**before, **namespace, "In": [*namespace["In"], cell]}
-        exec(f"p = {CHECK}", namespace)
-        return namespace["p"]
+        cell, before = PythonTranslator.codify(injected or {}), {}
+        exec(cell, before)
+        namespace = {**before, **self.defaults, **(given or {})}
+        return settings.check({**namespace, "In": ["", self.cell, *([cell] if injected else [])]})
 
     def outcome(self, name, value):
         """Of the parameter `name` with a value: "accepted" or "refused", as `ALLOWED` says; AssertionError otherwise."""
