@@ -119,8 +119,9 @@ def test_what_does_not_fit_is_named_with_what_does(pretend):
         budget.require(PAPER, 16, CPU, True)
     assert budget.require(PAPER | {"features": 512}, 16, CPU, True) == half
     pretend(1e6)
-    with pytest.raises(ValueError, match=r"there are 0\.0; nothing like it would fit"):
-        budget.require(PAPER, 16, CPU)
+    for config in (PAPER, QUICK, MINE):
+        with pytest.raises(ValueError, match=r"there are 0\.0; nothing like it would fit"):
+            budget.require(config, 16, CPU)
 
 
 class How:

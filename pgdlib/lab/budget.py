@@ -65,7 +65,7 @@ def require(config, batch, device, training=False):
     found, there, features = needed(config, batch, device, training), memory_there(device), config["features"]
     if found <= there:
         return found
-    fewer = (config | {"features": features >> i} for i in range(1, 10) if not (features >> i) % 8)
+    fewer = (config | {"features": features >> i} for i in range(1, features.bit_length()) if not (features >> i) % 8)
     fits = next((f"features={c['features']}" for c in fewer if needed(c, batch, device, training) <= there), "nothing like it")
     sizes = f"features={features} with horizon={config['horizon']}" + f" and batch_size={batch}" * training
     raise ValueError(
@@ -74,12 +74,12 @@ def require(config, batch, device, training=False):
     )
 
 
-def pace(config, device, training=False):
+def pace(config, device, training=False, batch=256):
     """Seconds of one evaluation, or of one training step but for the optimiser's, for one trajectory.
 
-    Measured with as many as `TEST` allows, at most 256.
+    Measured with `batch` trajectories, or with as many as `TEST` allows.
     """
-    batch = int(max(1, min(256, TEST[torch.device(device).type] // operations(config, training))))
+    batch = int(max(1, min(batch, TEST[torch.device(device).type] // operations(config, training))))
     with torch.random.fork_rng(devices=[]):
         denoiser = edm.Denoiser(**config).to(device)
     shape = batch, config["horizon"], denoiser.spec.width
@@ -130,7 +130,7 @@ def announce_training(config, how, done, scale, device, say=print):
         return
     memory = require(config, how.batch_size, device, True)
     amount = f"{how.steps - done:,} training steps of {how.batch_size} windows" + f", {done:,} are done" * (done > 0)
-    announce([("denoiser", amount, pace(config, device, True) * windows, memory)], scale, device, say)
+    announce([("denoiser", amount, pace(config, device, True, how.batch_size) * windows, memory)], scale, device, say)
 
 
 def announce_draws(lab, plan, say=print):
