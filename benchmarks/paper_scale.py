@@ -22,8 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import paper_results
-from pgdlib.lab import budget, parallel, pipeline, settings, store, study
-from pgdlib.lab.figures import plots
+from pgdlib.lab import budget, figures, parallel, pipeline, settings, store, study
 
 FIGURE_1 = [0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 3.0]  # and 0
 GIVEN = {**parallel.GIVEN, "scale": "paper", "minutes": 9, "out": "runs/paper_scale", "rule": "annealed"}
@@ -149,7 +148,7 @@ def main(arguments=None):
     try:
         part = Slice(parallel.parse(arguments, __doc__, GIVEN, minutes=settings.number(0.01), out=settings.TEXT))
         matplotlib.use("agg")
-        plots.use_style()
+        figures.style.use_style()
         run(part)
     except TimeIsUp:
         print(f"time is up; the same command goes on. {part.out / 'card.json'} says how far it is")
