@@ -1,7 +1,8 @@
 """How many floating-point operations and bytes the paths need, as formulas; a multiplication and an addition are two."""
 
-from pgdlib.data import CHANNELS
 from pgdlib.simulators.pen import ACTION_DIM, OBS_DIM
+
+CHANNELS = OBS_DIM + ACTION_DIM + 2  # observation, action, reward, terminal
 
 
 def matmul(m, k, n):

@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgdlib.lab import figures, params, store, study
+from pgdlib.lab import figures, settings, store, study
 from pgdlib.lab.explorer import plots_explorer, shelf, widgets
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = dict(dataset="cloned", source="auto", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
 CELL = """
-from pgdlib.lab import figures, params, study
+from pgdlib.lab import figures, settings, study
 from pgdlib.lab.explorer import explorer, widgets
 figures.style.use_style()
-lab = study.Study.open(params.defaults({scale!r}, **{settings!r}))
+lab = study.Study.open(settings.defaults({scale!r}, **{settings!r}))
 panel = explorer.Explorer(lab)
 panel.widget
 """
@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--moves", type=int, default=50)
     given = parser.parse_args()
     figures.style.use_style()
-    lab = study.Study.open(params.defaults(given.scale, **SETTINGS))
+    lab = study.Study.open(settings.defaults(given.scale, **SETTINGS))
     lab.sweep("explicit", lab.grid("explicit"))
     print(f"scale {given.scale}, {lab.dataset.label}, {lab.p.samples} trajectories a λ; {torch.get_num_threads()} threads")
 

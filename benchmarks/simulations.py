@@ -18,7 +18,7 @@ from benchmarks import baselines, counts, timing
 from pgdlib import data, dynamics, guidance, sampler, synthetic
 from pgdlib.agents import iql
 from pgdlib.agents import stack as agents
-from pgdlib.lab import minari_files, params, pipeline, ppo
+from pgdlib.lab import minari_files, pipeline, ppo, settings
 from pgdlib.simulators import pen as adroit
 
 EPISODES, STEPS = 64, 10  # of batch simulation; the gym loop, whose cost is linear, plays the first GYM_EPISODES
@@ -113,7 +113,7 @@ def datasets(bench):
 
 def stages(bench):
     """Each stage of a small run from nothing (scale ci), as a share of the whole; measured once."""
-    p, device, seconds = params.defaults("ci", seed=0, transform="raw"), torch.device(bench.device), {}
+    p, device, seconds = settings.defaults("ci", seed=0, transform="raw"), torch.device(bench.device), {}
 
     def timed(name, call, *arguments, **named):
         timing.synchronise(device)

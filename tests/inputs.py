@@ -1,38 +1,55 @@
-"""Inputs of all kinds, drawn by hypothesis, for notebooks' parameters; and what their rules allow, read from their messages.
+"""Inputs of all kinds, drawn by hypothesis, for notebooks' parameters; and what is allowed, stated once more."""
 
-A `Checked` notebook is run up to its check of parameters once; then only the check is, with other values.
-"""
-
-import ast
 import contextlib
 import functools
-import json
 import keyword
 import os
-import re
 import string
 import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import hypothesis
+import nbformat
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from papermill.translators import PythonTranslator
 
+from pgdlib.lab import settings
 from tools import promote
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
+RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
+CHOICES = dict(
+    dataset=("human", "cloned", "expert"),
+    source=("auto", "d4rl", "local"),
+    scale=("ci", "quick", "paper"),
+    device=("auto", "cpu", "cuda"),
+    transform=("raw", "arctanh"),
+    units=("natural", "raw"),
+    retrain=(True, False),
+    agent=("iql", "td3_bc"),
+    rule=RULES,
+    calibrated_rule=RULES,
+    solver=("heun", "multistep"),
+    draw_solver=("heun", "multistep"),
+)
+FILES = ("guide", "denoiser", "sweep", "benchmark")
+REAL = dict(churn=(0, None), draw_churn=(0, None), real_fraction=(0, 1), agent_rate=(1e-8, 1), polyak=(1e-6, 1))
+WHOLE = dict(seed=(0, 2**32 - 1), seeds=(1, 1000), horizon=(4, 10_000), long=(8, 2**32 - 1), data_steps=(2_000, 2**32 - 1))
+WHOLE |= dict.fromkeys(("steps", "draw_steps", "samples", "episodes", "test_episodes"), (2, 2**32 - 1))
+WHOLE |= {"warmup": (0, 2**32 - 1), "draw_warmup": (0, 2**32 - 1), "features": (8, 2**32 - 1)}  # of others: from 1
+
 PLACES = (
     "../x ../../../../etc/passwd /etc/passwd / ~ ~/x a/../../b .. . /dev/zero //x \\\\x\\y x.zip x.safetensors -p $HOME $(ls) λ"
 )
 PATHS = st.sampled_from([*PLACES.split(), "a\0b", "\ud800", "a" * 300, "a/" * 3_000, "file:///etc/passwd", " "])
-CHOICES = "auto human cloned quick ci paper d4rl local cpu cuda raw natural heun multistep iql explicit annealed shipped"
-WORDS = st.sampled_from([*CHOICES.split(), "Human", "auto ", "nan", "1", "True", "None", "", "[1.0]"])
+KNOWN = "auto human cloned quick ci paper d4rl local cpu cuda raw natural heun multistep iql explicit annealed shipped"
+WORDS = st.sampled_from([*KNOWN.split(), "1e-4", "Human", "auto ", "nan", "1", "True", "None", "", "[1.0]"])
 NUMBERS = st.one_of(
     st.integers(-3, 300),
     st.integers(),
@@ -48,18 +65,18 @@ PLAIN = st.recursive(
 )  # what papermill can write into a notebook
 
 
-def tried(function, *inputs, examples, always_the_same=True):
-    """How often `function` returned what, of so many `examples` of its inputs; the fewest that it fails with are shown."""
+def tried(function, *inputs, examples, many=False):
+    """How often `function` returned what, of so many `examples` of its inputs, other ones each time if they are `many`."""
     counts = Counter()
 
-    @settings(
+    @hypothesis.settings(
         max_examples=examples,
-        derandomize=always_the_same,
+        derandomize=not many,
         deadline=None,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @given(st.tuples(*inputs))
+    @hypothesis.given(st.tuples(*inputs))
     def each(drawn):
         counts[function(*drawn)] += 1
 
@@ -97,65 +114,42 @@ def names(known):
     first, rest = string.ascii_letters + "_", string.ascii_letters + string.digits + "_"
     drawn = st.builds(lambda a, b: a + b, st.sampled_from(first), st.text(rest, max_size=12))
     beside = st.sampled_from(
-        ["torch", "params", "pd", "print", "lamb", "Seed", "data_set", "p", "_", "λ", *sys.stdlib_module_names]
+        ["torch", "settings", "pd", "print", "lamb", "Seed", "data_set", "p", "_", "λ", *sys.stdlib_module_names]
     )
     # IPython's own In, and globals, are what the check is made with.
     return (drawn | beside).filter(lambda n: n not in known and not keyword.iskeyword(n) and n not in ("In", "globals"))
 
 
 class Checked:
-    """A notebook's cells up to the one that checks its parameters, after they have run with the defaults."""
+    """A notebook's check of its parameters, as IPython does it after the cell of parameters."""
 
     def __init__(self, path):
-        cells = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-        cells = cells[: 1 + next(i for i, source in enumerate(cells) if "params.check(" in source)]
-        self.namespace = {"__name__": "__main__"}
-        for source in cells:
-            exec(compile(source, path.name, "exec"), self.namespace)
-        (check,) = (s for s in ast.parse(cells[-1]).body if "params.check(" in ast.unparse(s))
-        self.code, self.target = compile(ast.Module([check], []), path.name, "exec"), check.targets[0].id
-        with path.open() as f:
-            self.defaults = promote.parameters(promote.nbformat.read(f, 4))
-        self.namespace |= self.defaults  # the cell of the check gives `device` another meaning
-        self.words = {name: self._words(name) for name in self.defaults}
+        notebook = nbformat.read(path, 4)
+        self.defaults = promote.parameters(notebook)
+        self.cell, *later = (c.source for c in promote.code_cells(notebook))
+        assert [line for cell in later for line in cell.splitlines() if ".check(" in line] == ["p = settings.check(globals())"]
 
     def check(self, given=None, injected=None):
         """The parameters where some are `given`, or `injected` by papermill; raises what the check does."""
-        namespace = dict(self.namespace)
-        if injected is not None:  # the imports follow the injected cell
-            cell = PythonTranslator.codify(injected)
-            before = {}
-            exec(cell, before)
-            namespace = {**before, **namespace, "In": ["", cell]}
-        namespace |= given or {}
-        exec(self.code, namespace)
-        return namespace[self.target]
-
-    def _words(self, name):
-        """What the message says is allowed, to somebody who gives what nothing allows."""
-        try:
-            self.check({name: object()})
-        except ValueError as e:
-            return re.fullmatch(rf"parameter {name}=<object object at \w+> is not allowed; it must be (.+)", str(e))[1]
-        raise AssertionError(f"{name} may be anything")
+        cell, before = PythonTranslator.codify(injected or {}), {}
+        exec(cell, before)
+        namespace = {**before, **self.defaults, **(given or {})}
+        return settings.check({**namespace, "In": ["", self.cell, *([cell] if injected else [])]})
 
     def outcome(self, name, value):
-        """Of the parameter `name` with a value: "accepted" or "refused", as its words say; AssertionError otherwise."""
-        allowed = allows(self.words[name], value)
+        """Of the parameter `name` with a value: "accepted" or "refused", as `ALLOWED` says; AssertionError otherwise."""
+        allowed = (value is None and self.defaults[name] is None) or allows(name, value)
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(no_writes())
+            with no_writes():
                 p = self.check({name: value})
         except ValueError as e:
             assert str(e).startswith(f"parameter {name}={shown(value)} is not allowed"), str(e)[:1_000]
-            if allowed:
-                assert name == "device" and value == "cuda" and not torch.cuda.is_available(), str(e)[:1_000]
-                return "refused"
-            assert str(e).endswith(f"it must be {self.words[name]}") and len(str(e)) < 2_000
+            assert not allowed or (name, value) == ("device", "cuda"), str(e)[:1_000]
+            assert len(str(e)) < 2_000
             return "refused"
-        assert allowed, f"{name}={shown(value)} is accepted; allowed is {self.words[name]}"
+        assert allowed, f"{name}={shown(value)} is accepted"
         kept = getattr(p, name)
-        assert kept is value or (value is None and allows(self.words[name], kept))
+        assert kept is value or value is None
         return "accepted"
 
     def unknown(self, name, value):
@@ -178,41 +172,39 @@ def shown(value):
     return text if len(text) <= 500 else f"{text[:500]}... ({len(text):,} characters)"
 
 
-def allows(words, value):
-    """Whether `words`, what a message says of a parameter, allow a value; the rules restated, without their code."""
-    if words.endswith(own := ", or None for the scale's own value"):
-        return value is None or allows(words.removesuffix(own), value)
-    if words.startswith(auto := "'auto' or "):
-        return (type(value) is str and value == "auto") or allows(words.removeprefix(auto), value)
-    if words.startswith(each := "a list, not empty, of "):
-        return isinstance(value, list) and len(value) > 0 and all(allows(words.removeprefix(each), v) for v in value)
-    if words == "a text that is not empty":
-        return isinstance(value, str) and len(value) > 0
-    if words.startswith(one := "one of "):
-        return type(value) in (str, bool) and repr(value) in words.removeprefix(one).split(", ")
-    found = re.fullmatch(r"a (whole )?number (?:of any size|of at least (\S+)|from (\S+) to (\S+))", words)
-    assert found, f"no test knows what {words!r} allows; restate it here"
-    whole, least, low, high = found.groups()
-    if type(value) is bool or not isinstance(value, int if whole else (int, float)):
-        return False
-    if isinstance(value, float) and not np.isfinite(value):
-        return False
-    low, high = least or low, high or Fraction(sys.float_info.max)
-    return (Fraction(low) if low else -Fraction(sys.float_info.max)) <= Fraction(value) <= Fraction(high)
+def allows(name, value):
+    """Whether a parameter may be `value`: all rules in one table, without the library's code."""
+    if name in CHOICES:
+        return type(value) in (str, bool) and any(value is c or value == c for c in CHOICES[name] if type(c) is type(value))
+    if name in FILES:
+        return isinstance(value, str) and value != "" and "\ud800" not in value  # half a character is none
+    if name == "lams":
+        return isinstance(value, list) and value != [] and all(within(v, 0, None) for v in value)
+    if name == "lam":
+        return within(value, 0, None) or (type(value) is str and value == "auto")
+    if name in REAL:
+        return within(value, *REAL[name])
+    return isinstance(value, int) and within(value, *WHOLE.get(name, (1, 2**32 - 1)))
 
 
-_writes = {"watched": False, "seen": []}
+def within(value, low, high):
+    """Whether it is a number from `low` to `high`, None: to the largest float."""
+    if type(value) is bool or not isinstance(value, (int, float)) or not np.isfinite(value if isinstance(value, float) else 0):
+        return False
+    return low <= Fraction(value) <= Fraction(sys.float_info.max if high is None else high)
+
+
+_seen = None  # what was written since `no_writes` began
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 
 
 def _note(event, arguments):
-    if not _writes["watched"]:
+    if _seen is None:
         return
-    if event == "open":
-        path, mode, flags = arguments
-        if set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            _writes["seen"].append((event, path))
-    elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"):
-        _writes["seen"].append((event, *arguments))
+    path, mode, flags = arguments if event == "open" else (None, "", 0)
+    writes = set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if event in CHANGES or writes:
+        _seen.append((event, path, arguments))
 
 
 @functools.cache
@@ -223,11 +215,11 @@ def _audited():
 @contextlib.contextmanager
 def no_writes():
     """Within the block nothing may make, open for writing, rename or delete a file."""
+    global _seen
     _audited()
-    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    _writes.update(watched=True, seen=[])
+    bytecode, sys.dont_write_bytecode, _seen = sys.dont_write_bytecode, True, []
     try:
         yield
     finally:
-        _writes["watched"], sys.dont_write_bytecode = False, bytecode
-        assert not _writes["seen"], _writes["seen"]
+        seen, _seen, sys.dont_write_bytecode = _seen, None, bytecode
+        assert not seen, seen

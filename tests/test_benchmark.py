@@ -15,8 +15,9 @@ from pgdlib.agents.iql import IQL
 from pgdlib.agents.stack import BC, WIDTH, of_trajectories
 from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.edm import seeded
-from pgdlib.lab import benchmark, budget, params, store
+from pgdlib.lab import benchmark, budget, store
 from pgdlib.lab.benchmark import Result, per_seed
+from pgdlib.lab.settings import of_scale
 from pgdlib.pgd import FACTS, Row
 from pgdlib.simulators import pen as adroit
 
@@ -30,7 +31,7 @@ MEAN, STD = torch.linspace(-1, 1, 45), torch.linspace(0.5, 2, 45)
 def settings(**changes):
     """Little enough to be trained in no time."""
     own = dict(scale="ci", seed=0, agent_steps=6, agent_batch=4, hidden=6, resample_every=4, curve_points=2, real_fraction=0.0)
-    return SimpleNamespace(**{**params.settings("ci"), **own, **changes})
+    return SimpleNamespace(**{**of_scale("ci"), **own, **changes})
 
 
 def make_agent(seeds):
@@ -481,7 +482,7 @@ def test_what_is_measured_is_as_little_as_the_denoiser_is_large(runs, capsys, mo
     found = [announced(features, capsys)[0] for features in (8, 512, 1024, 4096)]
     assert found[0] == 64 > found[1] > found[2] > found[3] == 1
     for features, n in zip((512, 1024), found[1:3]):
-        one, _ = budget.count(Large(features).config, 1, CPU)
+        one = budget.operations(Large(features).config)
         assert 2 * n * one <= 1e10 < 2 * (n + 1) * one  # both seeds' together
     assert announced(8, capsys, windows=3)[0] == 3
 

@@ -8,7 +8,8 @@ import torch
 from conftest import cut, kept, toy
 
 from pgdlib import edm, worldmodel
-from pgdlib.lab import benchmark, params, pipeline, store
+from pgdlib.lab import benchmark, pipeline, store
+from pgdlib.lab.settings import of_scale
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def assert_same(a, b):
 
 def settings(**changes):
     own = dict(transform="raw", seed=0, scale="ci", train_steps=4, batch_size=4, features=8, horizon=8)
-    return SimpleNamespace(**{**params.settings("ci"), **own, **changes})
+    return SimpleNamespace(**{**of_scale("ci"), **own, **changes})
 
 
 def counted(monkeypatch, module):
@@ -68,7 +69,6 @@ def test_every_input_makes_another_denoiser(runs, trainings):
         horizon=12,
         features=16,
         blocks=1,
-        kernel_size=5,
         train_steps=5,
         batch_size=5,
         learning_rate=2e-3,
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_begins_anew(runs, capsys
 
 def model_settings(**changes):
     """Little enough to be trained in no time."""
-    return SimpleNamespace(**{**params.settings("ci"), **dict(scale="ci", seed=0, model_steps=3), **changes})
+    return SimpleNamespace(**{**of_scale("ci"), **dict(scale="ci", seed=0, model_steps=3), **changes})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from conftest import cut, kept
 from torch import nn
 
 from pgdlib import data
-from pgdlib.lab import minari_files, params, pipeline, store, study
+from pgdlib.lab import minari_files, pipeline, settings, store, study
 from pgdlib.lab.explorer import shelf, widgets
 from pgdlib.simulators import pen as adroit
 
@@ -61,7 +61,7 @@ def a_lab(episodes=None, denoiser=None, policy=None, **changes):
     """A small study. Its λ = 2.5 lies beyond the limit, and some of its trajectories have no error."""
     own = dict(dataset="human", source="local", guide="shipped", device="cpu", transform="raw", seed=0, units="natural")
     own |= dict(horizon=8, steps=4, samples=6, data_steps=500, train_steps=3, features=8, batch_size=4)
-    p = params.defaults("ci", **{k: v for k, v in own.items() if k not in params.SETTINGS})
+    p = settings.defaults("ci", **{k: v for k, v in own.items() if k not in settings.SETTINGS})
     vars(p).update(own | changes)
     given = (episodes, denoiser, policy)
     return study.Study(*(mine or theirs for mine, theirs in zip(given, parts())), p)

@@ -16,7 +16,8 @@ from torch import nn
 
 from pgdlib import calibrate, data, dynamics, edm, guidance, measures, sampler
 from pgdlib.guidance import RULES
-from pgdlib.lab import budget, collect, params, pipeline, store, study
+from pgdlib.lab import budget, collect, pipeline, store, study
+from pgdlib.lab.settings import of_scale
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 from pgdlib.synthetic import WARMED
@@ -72,7 +73,7 @@ def settings(**changes):
     own = dict(dataset="human", source="local", guide="shipped", device="cpu", transform="raw", seed=3, scale="ci")
     own |= dict(horizon=10, samples=6, solver="heun", steps=6, churn=2.0, warmup=2, units="natural")
     own |= dict(train_steps=3, batch_size=4, features=8)
-    return SimpleNamespace(**{**params.settings("ci"), **own, **changes})
+    return SimpleNamespace(**{**of_scale("ci"), **own, **changes})
 
 
 @pytest.fixture

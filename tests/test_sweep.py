@@ -34,9 +34,8 @@ from pgdlib.lab.sweep import (
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = 'scale = "ci"\nx = 1.0\nseed = 0\nmany = [1, 2]\nnote = "auto"\ndevice = "auto"'
 CHECK = """%matplotlib inline
-from pgdlib.lab import params
-p = params.check(globals(), scale=params.one_of("ci", "quick"), x=params.number(0), seed=params.integer(0),
-    many=params.numbers(), note=params.text(), device=params.one_of(*params.DEVICES))"""
+from pgdlib.lab import settings
+p = settings.check(globals(), x=settings.number(0), many=settings.NUMBERS, note=settings.TEXT)"""
 BODY = """import os, pathlib
 folder = pathlib.Path(os.environ["PGD_RUNS"]) / "results" / p.scale
 folder.mkdir(parents=True)

@@ -6,22 +6,21 @@ names the dataset and the array or the episode at fault.
 
 import warnings
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from faulty_data import WIDTHS, made, usable
+from faulty_data import ARRAYS, made, usable
 from tqdm import tqdm
 
 from pgdlib import data, edm, worldmodel
-from pgdlib.agents import stack as agents
-from pgdlib.lab import params, pipeline, store, study
+from pgdlib.lab import artifacts, load, settings, study
 from pgdlib.policies import GaussianPolicy
+from pgdlib.simulators import pen
 
 
 def names_the_fault(error, dataset="toy"):
     """The message is one that a user can act on."""
-    words = [*WIDTHS, "lengths", "info.qpos", "episode"]
+    words = [*ARRAYS, "lengths", "info.qpos", "episode"]
     return f"'{dataset}'" in str(error) and any(word in str(error) for word in words)
 
 
@@ -35,6 +34,8 @@ def outcome(lengths, faults, horizon, transform="raw"):
         assert not allowed and names_the_fault(e), e
         return "refused"
     assert allowed, "a dataset that is none is accepted"
+    if (raw.spec.obs_dim, raw.spec.action_dim) != (45, 24):
+        return "accepted"  # as one of another domain
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy's, of what is not finite
         return used(raw, horizon, transform)
@@ -44,15 +45,15 @@ def used(raw, horizon, transform):
     """Everything that notebooks do with the data, against numpy; "accepted" or "refused"."""
     episodes = plain_episodes(raw)
     np.testing.assert_allclose(raw.returns(5), [e["rewards"][:5].sum() for e in episodes], rtol=1e-4, atol=1e-3)
-    repaired, cut, dropped = data.end_at_falls(raw)
+    repaired, cut, dropped = data.end_where(raw, torch.from_numpy(pen.outcome(raw.next_obs.numpy())[2]))
     ended = [until_fall(e) for e in episodes]
     assert (cut, dropped) == (sum(len(a["obs"]) < len(e["obs"]) for a, e in zip(ended, episodes)),
                               sum(len(e["obs"]) - len(a["obs"]) for a, e in zip(ended, episodes)))  # fmt: skip
     assert_equal(plain_episodes(repaired), ended)
-    dataset = pipeline.Dataset(repaired, raw, False, store.digest(raw.tensors())[:12], cut, dropped)
-    copies = {e["obs"].tobytes() + e["actions"].tobytes() + e["rewards"].tobytes() + e["terminals"].tobytes() for e in ended}
+    dataset = load.Dataset(repaired, raw, False, artifacts.digest(raw.tensors())[:12], cut, dropped)
+    copies = {b"".join(e[k].tobytes() for k in ("obs", "actions", "rewards", "terminals")) for e in ended}
     try:
-        train, val = pipeline.train_val(dataset)
+        train, val = load.train_val(dataset)
     except ValueError as e:
         few = "1 unique episode" if len(copies) < 2 else "1 step to train on"
         assert f"'toy' holds {few}" in str(e) and (len(copies) < 2 or 1 in repaired.lengths.tolist()), e
@@ -61,22 +62,16 @@ def used(raw, horizon, transform):
     sides = [{key(e) for e in plain_episodes(side)} for side in (train, val)]
     assert not sides[0] & sides[1] and sides[0] | sides[1] == {key(e) for e in ended}
 
-    packed = np.concatenate([train.obs, train.actions, train.rewards[:, None], train.terminals[:, None]], 1, dtype=np.float64)
-    if transform == "arctanh":
-        packed[:, 45:69] = np.arctanh(packed[:, 45:69].clip(-0.999, 0.999).astype(np.float32))
-    normaliser = data.Normaliser(transform).fit(train.packed())
-    std = np.where(packed.std(0) < 1e-6, 1, packed.std(0))
-    sure = np.abs(std - 1e-6) > 1e-8  # not where rounding decides
-    np.testing.assert_allclose(normaliser.mean[:70], packed.mean(0)[:70], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(normaliser.std[:70][sure[:70]], std[:70][sure[:70]], rtol=1e-4, atol=1e-9)
-    assert normaliser.mean[70] == normaliser.std[70] == 0.5
+    normaliser = fitted(train, transform)
     for side in (train, val):
         assert_windows(data.Windows(side, normaliser, horizon), side, normaliser, horizon)
-
-    assert_equal_agents(agents.of_trajectories(train), train)
-    p = settings(horizon, transform)
+    columns = [train.obs, train.actions.clip(-1, 1), train.rewards[:, None], train.terminals[:, None], train.next_obs]
+    np.testing.assert_array_equal(train.transitions(), np.concatenate(columns, 1))
+    own = dict(horizon=horizon, transform=transform, features=8, blocks=1, train_steps=2, passes=None, batch_size=4)
+    p = settings.defaults("ci", **own, samples=4, seed=0, units="natural")
+    quiet = partial(tqdm, disable=True)
     try:
-        denoiser, losses = pipeline.load_denoiser(dataset, p, torch.device("cpu"), partial(tqdm, disable=True), refuse_to_say)
+        denoiser, losses = load.load_denoiser(dataset, p, torch.device("cpu"), quiet, refuse_to_say)
     except ValueError as e:
         assert horizon > 2 * max(train.lengths.tolist()) and f"horizon={horizon} is not allowed for toy" in str(e), e
         return "refused"
@@ -87,10 +82,19 @@ def used(raw, horizon, transform):
     return "accepted"
 
 
-def settings(horizon, transform):
-    own = dict(horizon=horizon, transform=transform, features=8, blocks=1, train_steps=2, passes=None, batch_size=4)
-    own |= dict(scale="ci", samples=4, seed=0, units="natural")
-    return SimpleNamespace(**{**params.settings("ci"), **own})
+def fitted(train, transform):
+    """The `Normaliser` of the training side, whose statistics are numpy's."""
+    actions = train.actions.numpy()
+    if transform == "arctanh":
+        actions = np.arctanh(actions.clip(-0.999, 0.999))
+    packed = np.concatenate([train.obs, actions, train.rewards[:, None]], 1, dtype=np.float64)
+    normaliser = data.Normaliser(train.spec, transform).fit(train.packed())
+    std = np.where(packed.std(0) < 1e-6, 1, packed.std(0))
+    sure = np.abs(std - 1e-6) > 1e-8  # not where rounding decides
+    np.testing.assert_allclose(normaliser.mean[:-1], packed.mean(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(normaliser.std[:-1][sure], std[sure], rtol=1e-4, atol=1e-9)
+    assert normaliser.mean[-1] == normaliser.std[-1] == 0.5
+    return normaliser
 
 
 def refuse_to_say(text):
@@ -105,7 +109,7 @@ def plain_episodes(trajectories):
 
 
 def key(episode):
-    return b"".join(episode[k].tobytes() for k in WIDTHS)
+    return b"".join(episode[k].tobytes() for k in ARRAYS)
 
 
 def until_fall(episode):
@@ -141,27 +145,22 @@ def assert_windows(windows, side, normaliser, horizon):
     np.testing.assert_allclose(x, np.array(expected_x), rtol=1e-3, atol=1e-3 * max(1, np.abs(mean / std).max() * 1e-3))
 
 
-def assert_equal_agents(packed, side):
-    columns = [side.obs, side.actions.numpy().clip(-1, 1), side.rewards[:, None], side.terminals[:, None], side.next_obs]
-    np.testing.assert_array_equal(packed, np.concatenate(columns, 1))
-
-
 def assert_trained(denoiser, losses, train, val, horizon):
     """Two steps of the denoiser and of a world model leave finite losses and weights."""
     windows = data.Windows(val, denoiser.normaliser, horizon)
     validation = edm.validation_loss(denoiser, windows, torch.tensor([0.01, 1.0, 30.0]), 4, 0)
-    ensemble = worldmodel.Ensemble(3, 2, (8, 8))
-    found = worldmodel.train(ensemble, train, val, worldmodel.Training(2, 8, weight_decay=(0.0,) * 3))
-    for tensor in (losses, validation, found, *denoiser.state_dict().values(), *ensemble.state_dict().values()):
+    ensemble = worldmodel.Ensemble(45, 24, 3, 2, (8, 8))
+    training = worldmodel.Training(ensemble, train, val, worldmodel.Recipe(2, 8, weight_decay=(0.0,) * 3))
+    assert list(training) == [1, 2]
+    for tensor in (losses, validation, training.losses, *denoiser.state_dict().values(), *ensemble.state_dict().values()):
         assert tensor.isfinite().all()
-    assert len(found) == 2 and (ensemble.std > 0).all() and len(set(ensemble.elites.tolist())) == 2
+    assert (ensemble.std > 0).all() and len(set(ensemble.elites.tolist())) == 2
 
 
 def assert_studied(dataset, denoiser, p):
     """Notebook 04's windows of real data; each has its measures, of its own steps, or is counted as unjudged."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        policy = GaussianPolicy(45, 24, hidden=[8]).requires_grad_(False)
+    generators = [torch.Generator().manual_seed(0)]
+    policy = GaussianPolicy(45, 24, [8], generators=generators).requires_grad_(False)
     lab = study.Study(dataset, denoiser, policy, p)
     windows = data.Windows(lab.val, lab.normaliser, p.horizon)
     x, mask = windows[torch.randint(len(windows), (4,), generator=torch.Generator().manual_seed(0))]

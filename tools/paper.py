@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from pgdlib.lab import params, store
+from pgdlib.lab import settings, store
 from pgdlib.simulators import pen as adroit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +76,7 @@ def last_line(name):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=params.SCALES, default="quick")
+    parser.add_argument("--scale", choices=settings.SCALES, default="quick")
     parser.add_argument("--lanes", type=int, choices=(1, 2, 3, 4), help="notebooks at once; a core for each by default")
     parser.add_argument(
         "notebooks", nargs="*", metavar="NOTEBOOK", help=f"of {', '.join(sorted(ORDER + LAST))}; all by default"

@@ -10,11 +10,11 @@ from pgdlib.lab import store
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL = """
-from pgdlib.lab import figures, params, store, study
+from pgdlib.lab import figures, settings, store, study
 from pgdlib.lab.explorer import explorer
 figures.style.use_style()
-settings = dict(dataset="cloned", source="local", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
-lab = study.Study.open(params.defaults("quick", **settings))
+chosen = dict(dataset="cloned", source="local", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
+lab = study.Study.open(settings.defaults("quick", **chosen))
 found = (store.root() / "sweeps").glob("*-cloned-quick-explicit-natural/*.safetensors")
 panel = explorer.Explorer(lab, {"explicit": [float(path.stem.partition("-")[2]) for path in found]})
 panel.widget

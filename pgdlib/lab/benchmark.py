@@ -74,8 +74,8 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tq
     """The `Result` of `make_agent(seeds)` on all rows and seeds; kept in runs/agents/, made if missing.
 
     `kind` names the agent, `inputs` (plain JSON values) what the sources rest on. `p` has the settings of the benchmark
-    (`params.SETTINGS`: agent_*, hidden, polyak, resample_every, windows, draw_*, curve_*, test_episodes). `progress` makes the
-    bar, as tqdm does; what its update raises ends the training, which goes on from there with the next call.
+    (`settings.SETTINGS`: agent_*, hidden, polyak, resample_every, windows, draw_*, curve_*, test_episodes). `progress` makes
+    the bar, as tqdm does; what its update raises ends the training, which goes on from there with the next call.
     """
     settings = {k: v for k, v in vars(p).items() if k.startswith(("agent_", "draw_", "curve_", "test_")) or k in SETTINGS}
     inputs = dict(inputs, kind=kind, rows=[(r.source, r.rule, r.lam) for r in rows], seeds=list(seeds), settings=settings)
@@ -136,7 +136,7 @@ def announce(make_agent, rows, seeds, sources, p, device):
     if config is not None:  # else it is no network of ours: a formula
         at_once = sum(size for _, size in sampler.chunks(p.windows, diffusion.chunk // len(seeds))[0])
         memory = budget.require(config, at_once * len(seeds), device)
-        flops = budget.count(config, 1, device)[0] * len(seeds)
+        flops = budget.operations(config) * len(seeds)
         few = int(max(1, min(few, budget.TEST[torch.device(device).type] // flops)))
     learner = Learner(make_agent([0] * runs).to(device), [0] * runs, p.agent_steps, p.agent_batch, p.agent_rate)
     policy, quick = learner.agent.policy.select(range(len(seeds))), replace(diffusion, steps=3, warmup=0)

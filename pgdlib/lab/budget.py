@@ -1,87 +1,55 @@
-"""What a run takes: the denoiser's operations and memory, counted without computing; its seconds, measured on one step.
+"""What a run takes: operations, counted without computing; memory, by rule of thumb; seconds, measured on one step.
 
-Nothing is measured where a count of operations shows that the work is small.
+Nothing is measured where the count shows that the work is small, so there no number depends on a clock.
 """
 
+import math
 import os
-import time
-import weakref
-from dataclasses import dataclass
 from functools import lru_cache
 
+import pandas as pd
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgdlib import edm, sampler
-from pgdlib.data import CHANNELS
+from pgdlib import edm, fast, sampler
 
 SMALL = {"cpu": 1e12, "cuda": 1e15}  # operations that surely take no more than about a minute
 TEST = {"cpu": 1e11, "cuda": 1e13}  # about as many are enough to measure
 CHUNK_SECONDS = 60.0  # of one chunk of trajectories: what a killed run loses
 WORTH_SAYING = 600.0  # seconds
+ALIVE, KEPT = 16, 20  # values for each feature and step: at once in an evaluation; for gradients, of each level
 MARGIN, CONTEXT = 1.2, 3e8  # what allocators lose, and what a process has anyway: bytes needed are MARGIN x counted + CONTEXT
 
 
-@dataclass
-class Work:
-    """One row of the table."""
-
-    name: str
-    amount: str  # how much of it, in words
-    seconds: float  # of one unit
-    units: float
-    memory: float  # bytes needed
-
-
-class _Peak(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, at most, while it is on; those that were there before do not count."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = self.peak = 0
-        self.seen = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (s := t.untyped_storage()) not in self.seen and id(s) not in known:
-                self.seen.add(s)
-                self.alive += s.nbytes()
-                weakref.finalize(s, self._freed, s.nbytes())
-        self.peak = max(self.peak, self.alive)
-        return out
-
-    def _freed(self, size):
-        self.alive -= size
-
-
-@lru_cache(maxsize=256)
-def _counted(batch, horizon, features, blocks, kernel_size, training, low):
+@lru_cache
+def _counted(training, **config):
+    """(operations, weights) of one evaluation, or one training step, for one trajectory."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        net = edm.Denoiser(horizon, features, blocks, kernel_size).net.requires_grad_(training)
-        x = torch.empty(batch, horizon, CHANNELS, dtype=torch.bfloat16 if low else torch.float32)
-        noise = torch.empty(batch if training else 1)
-    with FlopCounterMode(display=False) as flops, _Peak() as peak, torch.set_grad_enabled(training):
-        out = net(x, noise)
+        denoiser = edm.Denoiser(**config)
+        x, sigma = torch.empty(1, config["horizon"], denoiser.spec.width), torch.ones(1)
+    with FlopCounterMode(display=False) as flops, torch.set_grad_enabled(training):
+        out = denoiser.net(x, sigma)
         if training:
-            out.float().square().mean().backward()
-    parameters = sum(w.numel() for w in net.parameters())
-    copies = 4 if training else 1  # weights, their EMA, two moments of Adam; gradients are in the peak
-    return flops.get_total_flops(), peak.peak + 4 * copies * parameters + 4 * 8 * batch * horizon * CHANNELS
+            out.square().mean().backward()
+    return flops.get_total_flops(), sum(w.numel() for w in denoiser.net.parameters())
 
 
-def count(config, batch, device, training=False, horizon=None):
-    """(operations, bytes) of one evaluation, or one training step, with `batch` trajectories; `config` as `Denoiser.config`.
+def operations(config, training=False):
+    """Operations of one evaluation, or one training step, for one trajectory; `config` as `Denoiser.config`.
 
-    A multiplication and an addition are two operations; only those of matrices and convolutions count. Bytes hold the
-    weights, what training keeps beside them, and all that is alive at once, without `MARGIN` and `CONTEXT`.
+    A multiplication and an addition are two; only those of matrices and convolutions count.
     """
-    low = edm.has_bfloat16(torch.device(device))
-    sizes = (config[k] for k in ("features", "blocks", "kernel_size"))
-    return _counted(batch, horizon or config["horizon"], *sizes, training, low)
+    return _counted(training, **config)[0]
+
+
+def needed(config, batch, device, training=False):
+    """Bytes that one evaluation, or one training step, takes with `batch` trajectories."""
+    low = fast.has_bfloat16(torch.device(device))
+    weights = _counted(False, **config)[1] * ((5 if training else 1) + low / 2)  # with gradients, EMA, two moments of Adam
+    layers = (KEPT * config["blocks"] if training else ALIVE) * (1 - low / 2)
+    values = layers * config["features"] + 8 * (config["obs_dim"] + config["action_dim"] + 2)  # of a step
+    return MARGIN * 4 * (weights + batch * config["horizon"] * values) + CONTEXT
 
 
 def memory_there(device):
@@ -92,34 +60,38 @@ def memory_there(device):
     return 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def needed(config, batch, device, training=False, horizon=None):
-    """Bytes that `count` comes to in practice."""
-    return MARGIN * count(config, batch, device, training, horizon)[1] + CONTEXT
-
-
-def require(config, batch, device, training=False, horizon=None):
+def require(config, batch, device, training=False):
     """The bytes `needed`. Raises ValueError that names features, horizon, batch_size and device if they are not there."""
-    horizon, there = horizon or config["horizon"], memory_there(device)
-    if (found := needed(config, batch, device, training, horizon)) <= there:
+    found, there, features = needed(config, batch, device, training), memory_there(device), config["features"]
+    if found <= there:
         return found
-    fewer = next((b for b in _halves(batch) if needed(config, b, device, training, horizon) <= there), None)
-    less = (dict(config, features=f) for f in _halves(config["features"]) if f % 8 == 0)
-    less = next((c["features"] for c in less if needed(c, batch, device, training, horizon) <= there), None)
-    options = [f"features={less}"] * (less is not None) + [f"batch_size={fewer}"] * (training and fewer is not None)
-    would = f"{' or '.join(options)} would fit" if options else "nothing like it would fit"
+    fewer = (config | {"features": features >> i} for i in range(1, features.bit_length()) if not (features >> i) % 8)
+    fits = next((f"features={c['features']}" for c in fewer if needed(c, batch, device, training) <= there), "nothing like it")
+    sizes = f"features={features} with horizon={config['horizon']}" + f" and batch_size={batch}" * training
     raise ValueError(
-        f"features={config['features']} with horizon={horizon}{f' and batch_size={batch}' * training} is not allowed on "
-        f"device={str(device)!r}: it needs {found / 1e9:.1f} GB of memory, there are {there / 1e9:.1f}; {would}"
+        f"{sizes} is not allowed on device={str(device)!r}: it needs {found / 1e9:.1f} GB of memory, "
+        f"there are {there / 1e9:.1f}; {fits} would fit"
     )
 
 
-def pace(denoiser, horizon, device):
-    """Seconds of one evaluation for one trajectory, measured with as many as `TEST` allows, at most 256."""
-    batch = int(max(1, min(256, TEST[torch.device(device).type] // count(denoiser.config, 1, device, False, horizon)[0])))
-    x = torch.zeros(batch, horizon, CHANNELS, device=device)
-    with torch.no_grad():
-        stamps = [_now(device, denoiser(x, 1.0)) for _ in range(3)]
-    return (stamps[2] - stamps[1]) / batch  # what comes first takes longer
+def pace(config, device, training=False, batch=256):
+    """Seconds of one evaluation, or of one training step but for the optimiser's, for one trajectory.
+
+    Measured with `batch` trajectories, or with as many as `TEST` allows.
+    """
+    batch = int(max(1, min(batch, TEST[torch.device(device).type] // operations(config, training))))
+    with torch.random.fork_rng(devices=[]):
+        denoiser = edm.Denoiser(**config).to(device)
+    shape = batch, config["horizon"], denoiser.spec.width
+    x, sigma = torch.zeros(shape, device=device), torch.ones(batch, device=device)
+
+    def step():
+        with torch.set_grad_enabled(training):
+            out = denoiser(x, sigma)
+        if training:
+            out.square().mean().backward()
+
+    return Timer("step()", globals=dict(step=step), num_threads=torch.get_num_threads()).timeit(1).mean / batch
 
 
 def most(denoiser, n, horizon, evaluations, device):
@@ -127,102 +99,50 @@ def most(denoiser, n, horizon, evaluations, device):
 
     Raises ValueError, as `require`, if not even one block of them fits.
     """
-    config = getattr(denoiser, "config", None)
-    if config is None:  # no network of ours: a formula
+    if not hasattr(denoiser, "config"):  # no network of ours: a formula
         return n
-    flops = count(config, 1, device, False, horizon)[0] * evaluations * n
-    small = flops <= SMALL[torch.device(device).type]
-    if small and needed(config, n, device, False, horizon) <= memory_there(device):
+    config, there = denoiser.config | {"horizon": horizon}, memory_there(device)
+    small = operations(config) * evaluations * n <= SMALL[torch.device(device).type]
+    if small and needed(config, n, device) <= there:
         return n
-    block = require(config, min(n, sampler.BLOCK), device, False, horizon)
-    each = (needed(config, 2 * sampler.BLOCK, device, False, horizon) - block) / sampler.BLOCK
-    allowed = sampler.BLOCK + (memory_there(device) - block) / max(each, 1)
-    if not small:
-        allowed = min(allowed, CHUNK_SECONDS / (evaluations * pace(denoiser, horizon, device)))
-    blocks = -(-n // sampler.BLOCK)
-    chunks = -(-blocks // max(1, int(allowed // sampler.BLOCK)))
-    return -(-blocks // chunks) * sampler.BLOCK
-
-
-class _Blank:
-    """Windows of noise, to measure training on."""
-
-    def __init__(self, horizon, device):
-        self.steps = torch.randn(64, horizon, CHANNELS, device=device)
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __getitem__(self, ids):
-        return self.steps[ids], torch.ones(len(ids), self.steps.shape[1], device=ids.device)
-
-
-def training_pace(config, batch, device):
-    """Seconds of one training step of `batch` windows, measured by `edm.train` itself, with fewer if a step is long."""
-    step = count(config, 1, device, True)[0]
-    few = int(max(min(batch, TEST[torch.device(device).type] // step), edm.processes()[1]))
-    with torch.random.fork_rng(devices=[]):
-        denoiser, windows, stamps = edm.Denoiser(**config).to(device), _Blank(config["horizon"], device), []
-    edm.train(
-        denoiser,
-        windows,
-        edm.Training(4, few, 1e-9),
-        report=lambda step, losses: stamps.append(_now(device, losses)),
-    )
-    return min(b - a for a, b in zip(stamps, stamps[1:])) * batch / few
-
-
-def _halves(n):
-    while (n := n // 2) >= 1:
-        yield n
-
-
-def _now(device, _):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    require(config, min(n, sampler.BLOCK), device)
+    seconds = 0.0 if small else evaluations * pace(config, device)
+    blocks = math.ceil(n / sampler.BLOCK)
+    sizes = ((k, k * sampler.BLOCK) for k in range(2, blocks + 1))
+    fit = [k for k, m in sizes if m * seconds <= CHUNK_SECONDS and needed(config, m, device) <= there]
+    return math.ceil(blocks / math.ceil(blocks / max(fit, default=1))) * sampler.BLOCK
 
 
 def announce(works, scale, device, say=print):
-    """Say what `works` take together, as a table: at scale "paper", or where it is more than `WORTH_SAYING`."""
-    total = sum(w.seconds * w.units for w in works)
-    if scale != "paper" and total <= WORTH_SAYING:
-        return
-    rows = [("work", "amount", "each", "total", "memory")]
-    rows += [(w.name, w.amount, _span(w.seconds), _span(w.seconds * w.units), f"{w.memory / 1e9:.1f} GB") for w in works]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    say(f"estimated on {device}, from a measured step: {_span(total)}; memory there: {memory_there(device) / 1e9:.1f} GB")
-    for row in rows:
-        say("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    """Say what `works` take, (name, amount in words, seconds, bytes) each: at scale "paper", or above `WORTH_SAYING`."""
+    total = sum(seconds for _, _, seconds, _ in works)
+    if scale == "paper" or total > WORTH_SAYING:
+        rows = [(name, amount, _hours(seconds), f"{memory / 1e9:.1f} GB") for name, amount, seconds, memory in works]
+        there = f"memory there: {memory_there(device) / 1e9:.1f} GB"
+        say(f"estimated on {device}, from a measured step: {_hours(total)}; {there}")
+        say(pd.DataFrame(rows, columns=["work", "amount", "time", "memory"]).to_string(index=False))
 
 
 def announce_training(config, how, done, scale, device, say=print):
     """Say what is left of a training after `done` steps. Raises ValueError, as `require`, if the device cannot hold it."""
-    left, name = how.steps - done, torch.device(device).type
-    if scale != "paper" and count(config, 1, device, True)[0] * how.batch_size * left <= 100 * SMALL[name]:
+    windows = (how.steps - done) * how.batch_size
+    if scale != "paper" and operations(config, True) * windows <= 100 * SMALL[torch.device(device).type]:
         return
     memory = require(config, how.batch_size, device, True)
-    amount = f"{left:,} training steps of {how.batch_size} windows" + f", {done:,} are done" * (done > 0)
-    announce([Work("denoiser", amount, training_pace(config, how.batch_size, device), left, memory)], scale, device, say)
+    amount = f"{how.steps - done:,} training steps of {how.batch_size} windows" + f", {done:,} are done" * (done > 0)
+    announce([("denoiser", amount, pace(config, device, True, how.batch_size) * windows, memory)], scale, device, say)
 
 
 def announce_draws(lab, plan, say=print):
     """Say what `plan`, name -> how many λ, takes of the `Study` lab. Raises ValueError, as `require`."""
-    p, config = lab.p, lab.denoiser.config
+    p, device, config = lab.p, lab.device, lab.denoiser.config | {"horizon": lab.p.horizon}
     asked = sampler.evaluations(p.solver, p.steps)
-    flops = count(config, 1, lab.device, False, p.horizon)[0] * asked * p.samples * sum(plan.values())
-    if p.scale != "paper" and flops <= 100 * SMALL[lab.device.type]:
+    if p.scale != "paper" and operations(config) * asked * p.samples * sum(plan.values()) <= 100 * SMALL[device.type]:
         return
-    each = pace(lab.denoiser, p.horizon, lab.device) * asked * p.samples
-    at_once = most(lab.denoiser, p.samples, p.horizon, asked, lab.device)
-    memory = require(config, at_once, lab.device, False, p.horizon)
-    words = f"λ x {p.samples:,} trajectories x {p.steps} steps"
-    works = [Work(name, f"{number} {words}", each, number, memory) for name, number in plan.items()]
-    announce(works, p.scale, lab.device, say)
+    each, at_once = pace(config, device) * asked * p.samples, most(lab.denoiser, p.samples, p.horizon, asked, device)
+    words, memory = f"λ x {p.samples:,} trajectories x {p.steps} steps", require(config, at_once, device)
+    announce([(name, f"{n} {words}", n * each, memory) for name, n in plan.items()], p.scale, device, say)
 
 
-def _span(seconds):
-    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds * 1e3:.3g} ms"
+def _hours(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.1f} min"

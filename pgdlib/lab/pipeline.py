@@ -180,7 +180,7 @@ def _at_most(passes, steps, batch_size, data):
 def load_denoiser(dataset, p, device, progress=tqdm, say=print):
     """(EMA denoiser, losses [steps]) trained on the training side of `dataset` with the settings `p`; made if missing.
 
-    `p` has horizon, features, blocks, kernel_size, train_steps, batch_size, learning_rate, epochs, passes, transform and seed.
+    `p` has horizon, features, blocks, train_steps, batch_size, learning_rate, epochs, passes, transform and seed.
     `progress` makes the bar, as tqdm does, and `say` prints what a long training takes (`budget.announce_training`). With
     torch.distributed all processes train together. Raises ValueError where no episode fills half a window, and where the
     device has too little memory.
@@ -191,7 +191,7 @@ def load_denoiser(dataset, p, device, progress=tqdm, say=print):
         raise ValueError(f"horizon={p.horizon} is not allowed for {dataset.label}; {allowed}")
     steps = p.train_steps or round(p.epochs * len(train_data.rewards) / (p.horizon * p.batch_size))
     steps = _at_most(p.passes, steps, p.batch_size, train_data)
-    config = dict(horizon=p.horizon, features=p.features, blocks=p.blocks, kernel_size=p.kernel_size, transform=p.transform)
+    config = dict(horizon=p.horizon, features=p.features, blocks=p.blocks, transform=p.transform)
     how = edm.Training(steps, p.batch_size, p.learning_rate, p.seed)
     code = store.code_version("edm")
     name = f"{dataset.key}-{p.scale}-{store.key(data=dataset.key, config=config, how=vars(how), code=code)}"

@@ -40,7 +40,7 @@ class Point:
 
 
 class Study:
-    """One dataset, its denoiser and a guide, with the settings `p` that notebook 04 has (`params.check`)."""
+    """One dataset, its denoiser and a guide, with the settings `p` that notebook 04 has (`settings.check`)."""
 
     def __init__(self, dataset, denoiser, policy, p, device="cpu"):
         self.dataset, self.denoiser, self.policy, self.p, self.device = dataset, denoiser, policy, p, torch.device(device)

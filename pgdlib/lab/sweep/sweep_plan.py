@@ -97,10 +97,10 @@ class Notebook:
 
     @cached_property
     def check(self):
-        """(the cells up to the one with `params.check`, the name that it gives its result), or ([], None)."""
+        """(the cells up to the one with `settings.check`, the name that it gives its result), or ([], None)."""
         for i, cell in enumerate(self.cells):
             for node in ast.walk(ast.parse(cell)):
-                if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("params.check("):
+                if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("settings.check("):
                     return self.cells[: i + 1], node.targets[0].id
         return [], None
 
@@ -156,7 +156,7 @@ def points(notebook, given):
 def check(notebook, tasks, elsewhere=False):
     """Key -> settings with the scale's own values, as the notebook itself checks them; nothing if it does not.
 
-    Its first cells are run here, up to the one that calls `params.check`. With `elsewhere` the points will run on other
+    Its first cells are run here, up to the one that calls `settings.check`. With `elsewhere` the points will run on other
     machines, which may have CUDA where this one has none. Raises `BadSweep` with all that is not allowed.
     """
     cells, result = notebook.check
@@ -164,7 +164,7 @@ def check(notebook, tasks, elsewhere=False):
     found, wrong = {}, {}
     for task in tasks if result else []:
         given = {k: "auto" if elsewhere and (k, v) == ("device", "cuda") else v for k, v in task.given.items()}
-        namespace = {"__name__": "__main__"}
+        namespace = {"__name__": "__main__", "In": [notebook.cells[notebook.parameters]]}
         try:
             for i, cell in enumerate(code):
                 exec(cell, namespace)

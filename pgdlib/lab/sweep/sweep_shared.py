@@ -7,7 +7,7 @@ from pgdlib.lab.sweep import sweep_plan
 
 # What is made once for all points that agree in these settings: kind -> (what is made before it, settings).
 DATA = ("dataset", "source", "data_steps")
-MODEL = ("horizon", "features", "blocks", "kernel_size", "transform", "train_steps", "batch_size", "learning_rate", "epochs")
+MODEL = ("horizon", "features", "blocks", "transform", "train_steps", "batch_size", "learning_rate", "epochs")
 SHARED = {
     "data": ((), DATA),
     "denoiser": (("data",), (*DATA, *MODEL, "passes", "scale", "seed", "device")),
