@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgdlib.lab import params, store, study
+from pgdlib.lab import artifacts, params, study
 from pgdlib.lab.explorer import plots_explorer, shelf, widgets
 from pgdlib.lab.figures import plots
 
@@ -57,7 +57,7 @@ def moves(scale, n):
     sys.path.append(str(ROOT / "tests"))
     from browser import one_cell
 
-    with one_cell(CELL.format(scale=scale, settings=SETTINGS), {"PGD_RUNS": store.root()}) as notebook:
+    with one_cell(CELL.format(scale=scale, settings=SETTINGS), {"PGD_RUNS": artifacts.root()}) as notebook:
         notebook.execute("widgets.live = lambda: False")  # from now on nothing is drawn ahead
         notebook.page.evaluate(CLOCK)
         handle = notebook.page.locator(".pgd-lam .noUi-handle")

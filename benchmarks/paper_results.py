@@ -11,7 +11,7 @@ import torch
 from pgdlib import data, dynamics, edm, measures, pgd, sampler, synthetic
 from pgdlib.agents import iql
 from pgdlib.agents import stack as agents
-from pgdlib.lab import benchmark, budget, claims, seedstats, store, study
+from pgdlib.lab import artifacts, benchmark, budget, claims, seedstats, study
 from pgdlib.lab.figures import plots, plots_benchmark, plots_guidance
 from pgdlib.simulators import pen as adroit
 
@@ -61,7 +61,7 @@ def judge(part, lab, sweep):
     frame = study.summary(sweep)
     part.save("sweep_explicit", table=frame)
     show_figure_1(part, lab, sweep)
-    parts = store.root() / "checkpoints" / f"no-warmup-{store.key(**part.card['settings'])}"
+    parts = artifacts.root() / "checkpoints" / f"no-warmup-{artifacts.key(**part.card['settings'])}"
     pair = [
         lab.judge(*lab.draw("explicit", weights["explicit"], warmup=n, watch=part.check, parts=parts / str(n)))
         for n in (p.warmup, 0)
@@ -103,7 +103,7 @@ def states(part, lab):
     start = real[..., data.OBS], real[..., data.ACTIONS]
     played = dynamics.rollout_from(*start, lab.policy.act(noise), p.horizon)[0]
     played = played[np.isfinite(played).all((1, 2))]
-    parts = store.root() / "checkpoints" / f"states-{store.key(**part.card['settings'])}"
+    parts = artifacts.root() / "checkpoints" / f"states-{artifacts.key(**part.card['settings'])}"
 
     def drawn(lam, seed):
         x, _ = lab.draw(p.rule, lam, seed=seed, watch=part.check, parts=parts / f"{lam!r}-{seed}")
@@ -139,7 +139,7 @@ def table_1(part, lab):
 
     if not part.card["seconds"].get("Table 1"):
         benchmark.announce(make, rows, seeds, sources, p, lab.device)
-    inputs = dict(model=store.digest(lab.denoiser.state_dict(), lab.denoiser.config))
+    inputs = dict(model=artifacts.digest(lab.denoiser.state_dict(), lab.denoiser.config))
     result = benchmark.train("iql", make, rows, seeds, sources, p, lab.device, inputs, part.bar)
     returns, behaviour = result.by_row(result.means), seedstats.mean_se(lab.dataset.data.returns().numpy())
     paper = {f"paper, λ = {lam}": v for lam, v in zip((0, 2), seedstats.PAPER_TABLE_1[p.dataset])}

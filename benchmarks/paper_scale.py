@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import paper_results
 from pgdlib import guidance
-from pgdlib.lab import budget, params, pipeline, store, study, train
+from pgdlib.lab import artifacts, budget, params, pipeline, study, train
 from pgdlib.lab.figures import plots
 
 FIGURE_1 = [0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 3.0]  # and 0
@@ -102,7 +102,7 @@ class Slice:
 
     def write(self):
         text = json.dumps(self.card, indent=1, ensure_ascii=False, default=str) + "\n"
-        with store.replacing(self.out / "card.json") as partial:
+        with artifacts.replacing(self.out / "card.json") as partial:
             Path(partial).write_text(text, encoding="utf-8")
 
 
@@ -110,7 +110,7 @@ def run(part):
     """All stages, as far as the time of this `Slice` allows."""
     p, device = part.p, pipeline.device_of(part.p.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    part.card |= dict(scale=p.scale, device=name, date=datetime.now(UTC).date().isoformat(), versions=store.versions())
+    part.card |= dict(scale=p.scale, device=name, date=datetime.now(UTC).date().isoformat(), versions=artifacts.versions())
     part.card["complete"] = False
     with part.stage("data"):
         policy, _ = pipeline.load_guide(p.guide)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pgdlib.data import CHANNELS, TERMINAL, Normaliser
-from pgdlib.lab import checkpoints, store
+from pgdlib.lab import artifacts, resumable
 from pgdlib.unet import UNet
 
 P_MEAN, P_STD = -1.2, 1.2  # training noise, ln σ ~ N(P_MEAN, P_STD²): Karras et al., Table 1
@@ -115,7 +115,7 @@ def train(denoiser, windows, how, checkpoint=None, save_every=90.0, report=lambd
     first, losses = 0, torch.zeros(how.steps)
     card = dict(how=vars(how), config=denoiser.config)
     if checkpoint is not None:
-        first = checkpoints.restore(checkpoint, _state(denoiser, ema, optimiser, losses), card)
+        first = resumable.restore(checkpoint, _state(denoiser, ema, optimiser, losses), card)
     saved = time.monotonic()
     for step in range(first, how.steps):
         for group in optimiser.param_groups:
@@ -142,7 +142,7 @@ def train(denoiser, windows, how, checkpoint=None, save_every=90.0, report=lambd
             raise
         finally:
             if checkpoint is not None and rank == 0 and time.monotonic() - saved > save_every:
-                checkpoints.save(checkpoint, _state(denoiser, ema, optimiser, losses), {**card, "step": step + 1})
+                resumable.save(checkpoint, _state(denoiser, ema, optimiser, losses), {**card, "step": step + 1})
                 saved = time.monotonic()
     return ema, losses
 
@@ -153,10 +153,10 @@ def processes():
 
 
 def artifact(path, make):
-    """`store.artifact`; with torch.distributed all processes make it together, and the first one saves it."""
+    """`artifacts.artifact`; with torch.distributed all processes make it together, and the first one saves it."""
     rank, world = processes()
     if world == 1:
-        return store.artifact(path, make)
+        return artifacts.artifact(path, make)
     asked = []
 
     def make_together():
@@ -164,13 +164,13 @@ def artifact(path, make):
         return make()
 
     if rank == 0:
-        store.artifact(path, make_together)
+        artifacts.artifact(path, make_together)
         if not asked:
             _first_says(False)
     elif _first_says(None):
         make()
     dist.barrier()
-    return store.load(path)
+    return artifacts.load(path)
 
 
 def _first_says(what):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pgdlib import synthetic
-from pgdlib.lab import checkpoints, store
+from pgdlib.lab import artifacts, resumable
 from pgdlib.simulators import pen as adroit
 
 FACTS = ("lam", "log_likelihood", "on_policy", "kept", "ended", "diverged")  # of `synthetic.Batch`, kept for every round
@@ -59,7 +59,7 @@ class Sources:
             target = self.behaviour if round == 0 else policy
             batch = synthetic.from_world_model(self.world_model, target, starts, self.windows, length, self.seeds, round)
         elif round == 0:  # runs of one seed start alike, so these are the same for every row
-            if self._first[0] != (start := store.digest(policy.state_dict())):
+            if self._first[0] != (start := artifacts.digest(policy.state_dict())):
                 unguided = self.diffusion.generate(policy, row.rule, torch.zeros(policy.runs), self.windows, self.seeds, 0)
                 self._first = start, unguided
             batch = self._first[1]
@@ -122,14 +122,14 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
         return {**learner.state()[0], **{f"target.{k}": v for k, v in target.state_dict().items()}, **kept}
 
     if checkpoint is not None:
-        learner.step = checkpoints.restore(checkpoint, state(), inputs) or learner.step
+        learner.step = resumable.restore(checkpoint, state(), inputs) or learner.step
     paths = [] if checkpoint is None else [Path(checkpoint).with_suffix(f".row{i}.safetensors") for i in range(len(rows))]
     saved = time.monotonic()
 
     def save():
         nonlocal saved
         saved = time.monotonic()
-        return checkpoints.save(checkpoint, state(), {**inputs, "step": learner.step})
+        return resumable.save(checkpoint, state(), {**inputs, "step": learner.step})
 
     def after(step):
         if checkpoint is not None and time.monotonic() - saved > save_every:
@@ -137,7 +137,7 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
         report(step)
 
     def drawn(i, policy, number):
-        card = dict(row=vars(rows[i]), round=number, target=store.digest(policy.state_dict()))
+        card = dict(row=vars(rows[i]), round=number, target=artifacts.digest(policy.state_dict()))
         if paths and (found := _kept(paths[i], card, learner.diverged_at.device)):
             return found
         started = time.monotonic()
@@ -146,12 +146,12 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
         if paths and facts is not None and time.monotonic() - started > LONG:
             save()  # a run that goes on must come to the same targets, or these data are not for it
             sizes = torch.tensor([len(d) for d in made])
-            checkpoints.save(paths[i], dict(data=torch.cat([d.cpu() for d in made]), sizes=sizes, facts=facts), card)
+            resumable.save(paths[i], dict(data=torch.cat([d.cpu() for d in made]), sizes=sizes, facts=facts), card)
         return made, facts
 
     def forget():
         for path in paths:
-            store.discard(path)
+            artifacts.discard(path)
 
     data, known = None, None
     while True:
@@ -182,10 +182,10 @@ def run(learner, rows, sources, resample_every, marks, score, checkpoint=None, s
 def _kept(path, card, device):
     """(transitions of each run, facts) in the file `path` if they are those of `card`, or None; set aside if damaged."""
     try:
-        tensors, found = store.load(path, own=True)
+        tensors, found = artifacts.load(path, own=True)
     except FileNotFoundError:
         return None
-    except store.CorruptArtifact as e:
-        store.set_aside(path, e)
+    except artifacts.CorruptArtifact as e:
+        artifacts.set_aside(path, e)
         return None
     return (tensors["data"].to(device).split(tensors["sizes"].tolist()), tensors["facts"]) if found == card else None

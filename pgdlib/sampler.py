@@ -5,7 +5,7 @@ import math
 import torch
 
 from pgdlib.edm import seeded
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 BLOCK = 32  # trajectories that share a generator
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # the paper's Table 2; RHO: Karras et al., Table 1
@@ -137,7 +137,7 @@ def draw(
             drawn.append(make(blocks))
             continue
         path = parts / f"{first}-{end}.safetensors"
-        tensors, _ = store.artifact(path, lambda b=blocks: (dict(zip("xd", make(b))), {}), report=lambda message: None)
+        tensors, _ = artifacts.artifact(path, lambda b=blocks: (dict(zip("xd", make(b))), {}), report=lambda message: None)
         drawn.append([tensors[k].to(device) for k in "xd"])
         over = end * evaluations(solver, steps)
     x, diverged = (torch.cat(each) for each in zip(*drawn))

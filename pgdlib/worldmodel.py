@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pgdlib.edm import has_bfloat16, seeded
-from pgdlib.lab import checkpoints
+from pgdlib.lab import resumable
 from pgdlib.simulators.pen import ACTION_DIM, FALL_HEIGHT, OBS_DIM, PEN_HEIGHT
 
 INPUTS, OUTPUTS = OBS_DIM + ACTION_DIM, OBS_DIM + 1
@@ -130,7 +130,7 @@ def train(ensemble, train_data, val_data, how, checkpoint=None, save_every=120.0
         state.update({f"adam.{i}.{k}": v for k, v in optimiser.state[p].items()})
     card = dict(config=ensemble.config, how=how.card())
     if checkpoint is not None:
-        first = checkpoints.restore(checkpoint, state, card)
+        first = resumable.restore(checkpoint, state, card)
     for step in range(first, how.steps):
         for group in optimiser.param_groups:
             group["lr"] = how.learning_rate * 0.5 * (1 + math.cos(math.pi * step / how.steps))
@@ -147,7 +147,7 @@ def train(ensemble, train_data, val_data, how, checkpoint=None, save_every=120.0
         losses[step] = value.detach().mean()
         report(step + 1, losses)
         if checkpoint is not None and time.monotonic() - saved > save_every:
-            checkpoints.save(checkpoint, state, {**card, "step": step + 1})
+            resumable.save(checkpoint, state, {**card, "step": step + 1})
             saved = time.monotonic()
     ensemble.elites.copy_(validation_error(ensemble, val_data).mean(1).argsort()[: len(ensemble.elites)])
     return losses

@@ -15,7 +15,7 @@ from pgdlib.agents.iql import IQL
 from pgdlib.agents.stack import BC, WIDTH, of_trajectories
 from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.edm import seeded
-from pgdlib.lab import benchmark, budget, params, store
+from pgdlib.lab import artifacts, benchmark, budget, params
 from pgdlib.lab.benchmark import Result, per_seed
 from pgdlib.pgd import FACTS, Row
 from pgdlib.simulators import pen as adroit
@@ -128,7 +128,7 @@ def test_what_is_trained_and_tested(runs, evaluations, trainings):
     start = make_agent(SEEDS * 3).policy
     np.testing.assert_allclose(result.curve[0], fake_evaluate(start, *curve)[0].mean(1), rtol=1e-6)
     assert (result.diverged_at == -1).all() and result.facts[1, :, 2:].T.tolist() == [[10.0, 11, 12, 13, 14, 15]] * 4
-    tensors, card = store.load(runs / kept(runs)[0])
+    tensors, card = artifacts.load(runs / kept(runs)[0])
     for name, value in policy.state_dict().items():
         assert torch.equal(tensors[f"policy.{name}"], value)
     assert card["stack"] == SEEDS * 3 and card["kind"] == "iql" and card["rows"] == [vars(r) for r in ROWS]
@@ -225,7 +225,7 @@ def test_a_killed_training_goes_on(runs, evaluations, monkeypatch, at):
     with pytest.raises(KeyboardInterrupt):
         train(sources=Killed(at))
     (checkpoint,) = kept(runs)
-    assert checkpoint.startswith("checkpoints/iql-ci-") and store.load(runs / checkpoint)[1]["step"] == 4
+    assert checkpoint.startswith("checkpoints/iql-ci-") and artifacts.load(runs / checkpoint)[1]["step"] == 4
     sources = Random()
     resumed = train(sources=sources)
     assert {k for _, k in sources.calls} == {1}
@@ -257,7 +257,7 @@ def test_killed_while_it_is_tested(runs, monkeypatch, trainings):
 
 
 def test_killed_while_it_is_saved_nothing_is_trained_again(runs, evaluations, monkeypatch, trainings):
-    run, save = pgd.run, store.save
+    run, save = pgd.run, artifacts.save
     monkeypatch.setattr(pgd, "run", lambda *a, **k: run(*a, **k, save_every=-1.0))
 
     def killed(path, tensors, card):
@@ -266,10 +266,10 @@ def test_killed_while_it_is_saved_nothing_is_trained_again(runs, evaluations, mo
         save(path, tensors, card)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store, "save", killed)
+        patch.setattr(artifacts, "save", killed)
         train()
     (checkpoint,) = kept(runs)
-    assert store.load(runs / checkpoint)[1]["step"] == 6
+    assert artifacts.load(runs / checkpoint)[1]["step"] == 6
     sources = Random()
     resumed = train(sources=sources)
     assert sources.calls == [] and len(trainings) == 2

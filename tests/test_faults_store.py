@@ -24,7 +24,7 @@ from test_study import Ideal, a_policy
 from test_study import settings as study_settings
 
 from pgdlib import edm, pgd, worldmodel
-from pgdlib.lab import collect, pipeline, store, study
+from pgdlib.lab import artifacts, collect, pipeline, study
 from pgdlib.simulators import pen as adroit
 
 pytestmark = pytest.mark.faults
@@ -45,26 +45,26 @@ def tally(request, told):
 
 def denoiser():
     model, losses = pipeline.load_denoiser(dataset(), settings(train_steps=20), CPU)
-    return store.digest({**model.state_dict(), "losses": losses})
+    return artifacts.digest({**model.state_dict(), "losses": losses})
 
 
 def world_model():
     model, losses, _ = pipeline.load_world_model(dataset(), model_settings(model_steps=15), CPU)
-    return store.digest({**model.state_dict(), "losses": losses})
+    return artifacts.digest({**model.state_dict(), "losses": losses})
 
 
 def agents():
-    path = store.root() / "agents" / "iql-0123456789ab.safetensors"
-    checkpoint = store.root() / "checkpoints" / path.name
+    path = artifacts.root() / "agents" / "iql-0123456789ab.safetensors"
+    checkpoint = artifacts.root() / "checkpoints" / path.name
 
     def make():
         agent = learner("iql")
         curve, facts = pgd.run(agent, ROWS, Noted(), EVERY, MARKS, score, checkpoint)
         return {**agent.agent.state_dict(), "curve": curve, "facts": facts}, {}
 
-    tensors, _ = store.artifact(path, make)
-    store.discard(checkpoint)
-    return store.digest(tensors)
+    tensors, _ = artifacts.artifact(path, make)
+    artifacts.discard(checkpoint)
+    return artifacts.digest(tensors)
 
 
 def drawing():
@@ -72,7 +72,7 @@ def drawing():
     given = pipeline.Dataset(trajectories, trajectories, False, "toy-1", 0, 0)
     lab = study.Study(given, Ideal(given), a_policy(), study_settings(samples=160, steps=16, horizon=10))
     point = lab.point("explicit", 0.5)
-    return store.digest({"x": point.x, **{k: torch.from_numpy(v) for k, v in point.measures.items()}})
+    return artifacts.digest({"x": point.x, **{k: torch.from_numpy(v) for k, v in point.measures.items()}})
 
 
 def collection():
@@ -102,7 +102,7 @@ def work(stage, out, seconds=120, saves=None):
 
     It is killed after so many `seconds`, or when it has saved so many artifacts; `out` is a file for the digest.
     """
-    saved, save = out.with_suffix(".saves"), store.save
+    saved, save = out.with_suffix(".saves"), artifacts.save
 
     def counted(*given):
         save(*given)
@@ -112,7 +112,7 @@ def work(stage, out, seconds=120, saves=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def run():
-        store.save = counted
+        artifacts.save = counted
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
         os.dup2(devnull, 2)
@@ -120,7 +120,7 @@ def work(stage, out, seconds=120, saves=None):
             text = STAGES[stage]()
         except Exception as e:
             text = f"{type(e).__name__}: {e}"
-        with store.replacing(out) as partial:
+        with artifacts.replacing(out) as partial:
             partial.write_text(text)
 
     out.unlink(missing_ok=True)
@@ -145,8 +145,8 @@ def files(folder, *suffixes):
 
 def is_whole(path):
     try:
-        store.load(path)
-    except store.CorruptArtifact:
+        artifacts.load(path)
+    except artifacts.CorruptArtifact:
         return False
     return True
 
@@ -200,8 +200,8 @@ def shorten(path, rng):
 def swap(path, rng):
     """For another artifact, whole, of another key: here a checkpoint or a result that something else has left."""
     other = path.with_name(f"other-{path.name}")
-    tensors, card = store.load(path)
-    store.save(other, {k: v + 1 if v.is_floating_point() else v for k, v in tensors.items()}, card)
+    tensors, card = artifacts.load(path)
+    artifacts.save(other, {k: v + 1 if v.is_floating_point() else v for k, v in tensors.items()}, card)
     os.replace(other, path)
 
 
@@ -233,7 +233,7 @@ def spoil(path, fault, rng, tally, again, expected):
     assert bad != before
     tally["injected"] += 1
     check(tally, again(), expected)
-    copies = [f for f in store.root().rglob("*") if f.is_file() and f.stat().st_size == len(bad)]
+    copies = [f for f in artifacts.root().rglob("*") if f.is_file() and f.stat().st_size == len(bad)]
     if ".row" not in path.name and "parts" not in path.parts and not path.parent.name.startswith("point-"):
         assert any(f.read_bytes() == bad for f in copies)  # set aside; the others are deleted when they are needed no more
     assert not path.exists() or path.read_bytes() != bad
@@ -264,7 +264,7 @@ def test_a_full_disk_ends_a_stage_with_a_clear_error_or_not_at_all(stage, small,
     errors = 0
     for share in (0.05, 0.2, 0.4, 0.6, 0.8, 0.95):
         disk(max(8, round(share * used)))
-        root = store.root()
+        root = artifacts.root()
         found = work(stage, out)
         tally["injected"] += 1
         assert found is not None
@@ -283,7 +283,7 @@ def test_a_full_disk_ends_a_stage_with_a_clear_error_or_not_at_all(stage, small,
 @pytest.mark.parametrize("processes", [2, 8])
 def test_many_processes_on_one_store_make_everything_once(processes, small, tmp_path, tally):
     log = tmp_path / "log"
-    expected = json.dumps({f"{i}": store.digest({"x": torch.full((1000,), float(i))}) for i in range(6)})
+    expected = json.dumps({f"{i}": artifacts.digest({"x": torch.full((1000,), float(i))}) for i in range(6)})
 
     def client(number, out):
         rng, found = random.Random(number), {}
@@ -295,8 +295,8 @@ def test_many_processes_on_one_store_make_everything_once(processes, small, tmp_
                 time.sleep(0.05)
                 return {"x": torch.full((1000,), float(i))}, {}
 
-            tensors, _ = store.artifact(store.root() / "sweeps" / f"{i}.safetensors", make, report=lambda message: None)
-            found[str(i)] = store.digest(tensors)
+            tensors, _ = artifacts.artifact(artifacts.root() / "sweeps" / f"{i}.safetensors", make, report=lambda message: None)
+            found[str(i)] = artifacts.digest(tensors)
         out.write_text(json.dumps(found, sort_keys=True))
 
     rng = random.Random(processes)
@@ -320,7 +320,7 @@ def test_many_processes_on_one_store_make_everything_once(processes, small, tmp_
         made = Counter(log.read_text().split())
         assert set(made) == set(map(str, range(6))) and (killing or set(made.values()) == {1})
         assert sum(made.values()) <= 6 + len(killed)
-        store.artifact(store.root() / "sweeps" / "0.safetensors", None)
+        artifacts.artifact(artifacts.root() / "sweeps" / "0.safetensors", None)
         assert [f for f in kept(small) if not f.endswith(".safetensors")] == []
 
 

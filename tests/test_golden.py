@@ -21,7 +21,7 @@ from pgdlib import data, edm, guidance, pgd, sampler, synthetic, worldmodel
 from pgdlib.agents import stack
 from pgdlib.agents.iql import IQL
 from pgdlib.agents.td3_bc import TD3BC
-from pgdlib.lab import pipeline, store, study
+from pgdlib.lab import artifacts, pipeline, study
 
 FILE = Path(__file__).with_name("golden.json")
 RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
@@ -91,7 +91,7 @@ def make():
 def summed_up(tensors):
     """A digest of all bits, and a few moments."""
     flat = torch.cat([t.detach().double().flatten() for t in tensors]).nan_to_num()
-    digest = store.digest({str(i): t for i, t in enumerate(tensors)})[:16]
+    digest = artifacts.digest({str(i): t for i, t in enumerate(tensors)})[:16]
     return dict(digest=digest, moments=[float(v) for v in (flat.mean(), flat.std(), flat.abs().mean())])
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import cut, kept, still, wait_for
 from test_locks import started, unfinished
 
-from pgdlib.lab import inventory, locks, minari_files, store
+from pgdlib.lab import artifacts, inventory, locks, minari_files
 
 DAY, KEY = 86_400, "0123456789ab"
 NOW = time.time()
@@ -18,8 +18,8 @@ NOW = time.time()
 
 def artifact(name, days, size=100_000, used=None):
     """An artifact in runs/, `size` bytes of numbers, made and last used so many days ago."""
-    path = store.root() / name
-    store.artifact(path, lambda: ({"x": torch.zeros(size // 4)}, {}))
+    path = artifacts.root() / name
+    artifacts.artifact(path, lambda: ({"x": torch.zeros(size // 4)}, {}))
     os.utime(path, (NOW - days * DAY,) * 2)
     os.utime(locks.side(path), (NOW - (days if used is None else used) * DAY,) * 2)
     return path
@@ -71,7 +71,7 @@ def test_a_stray_file_is_neither_listed_nor_deleted(shop, tmp_path):
     (shop / "figures/quick/04.png").touch()
     (shop / "sweeps/mine/0.5.csv").touch()
     (shop / f"sweeps/slug/{KEY}.txt").touch()
-    store.save(shop / "guides/mine.safetensors", {}, {"kind": "guide"})
+    artifacts.save(shop / "guides/mine.safetensors", {}, {"kind": "guide"})
     copied = (shop / sorted(NAMES)[0]).read_bytes()
     (shop / f"mine/iql-ci-{KEY}.safetensors").write_bytes(copied)
     (shop / f"mine/other-{KEY}.safetensors").write_bytes(b"not safetensors")
@@ -148,7 +148,7 @@ def test_nothing_is_deleted_without_yes_or_without_a_rule(shop, capsys):
 
 def test_what_is_locked_or_has_been_used_meanwhile_stays(shop, capsys):
     a, _, c, d, _ = found = inventory.items()
-    store.artifact(c.path, None)
+    artifacts.artifact(c.path, None)
     with locks.lock(a.path):
         assert not inventory.delete(a) and not inventory.delete(c) and inventory.delete(d)
         assert inventory.main(["prune", "--keep-under", "0KB", "--yes"]) == 1
@@ -207,12 +207,12 @@ def test_the_command_begins_without_torch(shop):
 import runpy, sys
 sys.argv = ["store", "list"]
 try:
-    runpy.run_module("pgdlib.lab.store", None, "__main__")
+    runpy.run_module("pgdlib.lab.artifacts", None, "__main__")
 except SystemExit as e:
     assert not e.code
 assert not {"torch", "numpy", "safetensors"} & set(sys.modules)
 """
     command = [sys.executable, "-W", "ignore", "-c", program]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=store.PACKAGE.parent, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=artifacts.PACKAGE.parent, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "5 artifacts" in ran.stdout

@@ -8,7 +8,7 @@ import torch
 from conftest import cut, kept, toy
 
 from pgdlib import edm, worldmodel
-from pgdlib.lab import benchmark, params, pipeline, store
+from pgdlib.lab import artifacts, benchmark, params, pipeline
 
 CPU = torch.device("cpu")
 
@@ -219,7 +219,7 @@ def test_an_interrupted_training_of_the_world_model_goes_on(runs, monkeypatch):
 
 @pytest.mark.parametrize("load, given", [("load_denoiser", settings), ("load_world_model", model_settings)])
 def test_killed_while_it_is_saved_nothing_is_trained_again(load, given, runs, monkeypatch):
-    steps, save = [], store.save
+    steps, save = [], artifacts.save
     module = edm if load == "load_denoiser" else worldmodel
     train = module.train
 
@@ -230,11 +230,11 @@ def test_killed_while_it_is_saved_nothing_is_trained_again(load, given, runs, mo
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "train", lambda *a, report: train(*a, save_every=0.0, report=report))
-        patch.setattr(store, "save", killed)
+        patch.setattr(artifacts, "save", killed)
         getattr(pipeline, load)(dataset(), given(), CPU)
     (checkpoint,) = kept(runs)
     assert checkpoint.startswith("checkpoints/")
-    last = store.load(runs / checkpoint)[1]["step"]
+    last = artifacts.load(runs / checkpoint)[1]["step"]
     monkeypatch.setattr(module, "train", lambda *a, report: train(*a, report=lambda step, losses: steps.append(step)))
     resumed = getattr(pipeline, load)(dataset(), given(), CPU)[0]
     assert last > 1 and steps == [*range(last + 1, len(steps) + last + 1)] and len(steps) <= 1
@@ -262,9 +262,9 @@ def file(runs):
 
 def rewritten(path, tensors=lambda t: t, card=lambda c: c):
     """A file beside `path` with changed tensors or card."""
-    old_tensors, old_card = store.load(path)
+    old_tensors, old_card = artifacts.load(path)
     other = path.with_name("other.safetensors")
-    store.save(other, tensors(old_tensors), card(old_card))
+    artifacts.save(other, tensors(old_tensors), card(old_card))
     return other
 
 

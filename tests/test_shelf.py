@@ -13,7 +13,7 @@ from conftest import cut, kept
 from torch import nn
 
 from pgdlib import data
-from pgdlib.lab import minari_files, params, pipeline, store, study
+from pgdlib.lab import artifacts, minari_files, params, pipeline, study
 from pgdlib.lab.explorer import shelf, widgets
 from pgdlib.simulators import pen as adroit
 
@@ -205,7 +205,7 @@ def test_a_damaged_point_is_made_again_when_told_to(swept, runs, monkeypatch, la
     drawn = counted(monkeypatch, swept)
     mine.compute("human", "explicit", None, ignore)
     assert drawn == [lam] and mine.choose("human", "explicit") == ("", "")
-    assert store.load(path)[1]["lam"] == lam and sum(name.endswith(".damaged") for name in kept(runs)) == 1
+    assert artifacts.load(path)[1]["lam"] == lam and sum(name.endswith(".damaged") for name in kept(runs)) == 1
 
 
 def test_a_cancelled_computation_keeps_what_is_done(lab, monkeypatch):
@@ -290,7 +290,7 @@ def test_who_looks_does_not_wait_for_what_is_being_made(swept, runs, monkeypatch
     making, go_on, mine = threading.Event(), threading.Event(), a_shelf(swept)
 
     def make(p, progress, say):
-        with store.lock(runs / "expert"):
+        with artifacts.lock(runs / "expert"):
             making.set()
             assert go_on.wait(10)
             raise ValueError("it fails")

@@ -16,7 +16,7 @@ from torch import nn
 
 from pgdlib import calibrate, data, dynamics, edm, guidance, measures, sampler
 from pgdlib.guidance import RULES
-from pgdlib.lab import budget, collect, params, pipeline, store, study
+from pgdlib.lab import artifacts, budget, collect, params, pipeline, study
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 from pgdlib.synthetic import WARMED
@@ -390,7 +390,7 @@ def test_other_weights_and_other_data_make_other_points(lab, dataset, runs):
 
 def test_other_code_makes_other_points(lab, runs, monkeypatch):
     lab().sweep("explicit", [1])
-    monkeypatch.setattr(store, "code_version", lambda *rooms: "0" * 12)
+    monkeypatch.setattr(artifacts, "code_version", lambda *rooms: "0" * 12)
     assert lab().status("explicit", [1]) == ([], [0.0, 1.0], {"code"})
 
 
@@ -421,7 +421,7 @@ def test_status_with_damaged_and_foreign_files(lab, runs):
     cut(file)
     have, missing, differs = lab().status("explicit", [1])
     assert (have, missing) == ([], [0.0, 1.0]) and differs == {"file, damaged"}
-    store.save(file, {"x": torch.zeros(1)}, {"kind": "something else"})
+    artifacts.save(file, {"x": torch.zeros(1)}, {"kind": "something else"})
     have, missing, differs = lab().status("explicit", [1])
     assert (have, missing) == ([], [0.0, 1.0]) and differs == {"file, damaged"}
 
@@ -781,7 +781,7 @@ def test_a_study_is_opened_with_what_is_asked_for(runs, stand_in, capsys):
     assert torch.equal(again.policy.log_std, pipeline.load_guide("shipped")[0].log_std)
     assert not any(p.requires_grad for p in (*again.policy.parameters(), *again.denoiser.parameters()))
     own = pipeline.load_denoiser(again.dataset, settings(), torch.device("cpu"))[0]
-    assert store.digest(own.state_dict()) == store.digest(again.denoiser.state_dict())
+    assert artifacts.digest(own.state_dict()) == artifacts.digest(again.denoiser.state_dict())
 
 
 def test_a_study_that_may_make_nothing_starts_nothing(runs, stand_in):

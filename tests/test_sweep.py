@@ -20,7 +20,7 @@ from conftest import assert_labelled, drawn, kept, line, texts
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from scipy import stats
 
-from pgdlib.lab import pipeline, store
+from pgdlib.lab import artifacts, pipeline
 from pgdlib.lab.figures import plots_sweep
 from pgdlib.lab.sweep import (
     sweep,
@@ -136,20 +136,20 @@ def test_a_key_names_all_that_decides_the_result_and_nothing_else(tmp_path, runs
     others += [key([("note", str(guide))])]
     guide.write_text("two")
     others += [key([("note", str(guide))])]
-    versions = store.versions()
+    versions = artifacts.versions()
     with monkeypatch.context() as patch:
-        patch.setattr(store, "versions", lambda: {**versions, "git": "another commit"})
+        patch.setattr(artifacts, "versions", lambda: {**versions, "git": "another commit"})
         assert key() == first
-        patch.setattr(store, "versions", lambda: {**versions, "torch": "0.1"})
+        patch.setattr(artifacts, "versions", lambda: {**versions, "torch": "0.1"})
         others += [key()]
         patch.undo()
-        patch.setattr(store, "code_version", lambda *rooms: " ".join(rooms))
+        patch.setattr(artifacts, "code_version", lambda *rooms: " ".join(rooms))
         others += [key()]
     assert len({first, *others}) == len(others) + 1
 
 
 def test_the_code_of_a_notebook_is_what_it_imports_and_what_that_imports(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PACKAGE", tmp_path)
+    monkeypatch.setattr(artifacts, "PACKAGE", tmp_path)
     sources = {
         "a": "from pgdlib import b, nowhere",
         "b": "def f():\n    import pgdlib.c",
@@ -272,7 +272,7 @@ def test_the_settings_of_a_maker_are_those_that_its_function_reads(function, kin
 
 def test_what_the_library_keeps_is_common_or_the_points_own():
     code = "\n".join(p.read_text() for p in (ROOT / "pgdlib").glob("*.py") if not p.name.startswith("sweep"))
-    folders = set(re.findall(r'store\.root\(\) / "(\w+)"', code))
+    folders = set(re.findall(r'artifacts\.root\(\) / "(\w+)"', code))
     assert folders - set(sweep_task.COMMON) == {"figures", "results", "films"}
     assert set(sweep_task.COMMON) <= folders
 
@@ -439,7 +439,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(runs, tmp_path, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(artifacts.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         sweep_results.write(pd.DataFrame({"a": [2]}), path)
     assert pd.read_parquet(path)["a"].tolist() == [1] and kept(tmp_path) == ["x.parquet"]

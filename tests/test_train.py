@@ -12,7 +12,7 @@ from conftest import kept
 from test_edm import HOW, in_float64, small_denoiser
 
 from pgdlib import edm
-from pgdlib.lab import pipeline, store, train
+from pgdlib.lab import artifacts, pipeline, train
 
 HERE = Path(__file__).parent
 WORKER = """
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from test_edm import HOW, in_float64
 from pgdlib import edm
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -34,7 +34,7 @@ def report(step, losses):
 try:
     ema, losses = edm.train(*in_float64(), HOW, checkpoint, report=report)
     if dist.get_rank() == 0:
-        store.save(result, {**ema.state_dict(), "losses": losses}, {})
+        artifacts.save(result, {**ema.state_dict(), "losses": losses}, {})
 except KeyboardInterrupt:
     pass
 dist.destroy_process_group()
@@ -56,7 +56,7 @@ def test_two_processes_give_the_weights_of_one_also_after_an_interruption(tmp_pa
     assert edm.steps_done(checkpoint) == 7 and not result.exists()
     ran = torchrun(2, script, checkpoint, result, 0)
     assert ran.returncode == 0, ran.stderr
-    found, _ = store.load(result)
+    found, _ = artifacts.load(result)
     torch.testing.assert_close(found.pop("losses"), losses, rtol=1e-5, atol=0)
     untrained, moved = small_denoiser().double().state_dict(), 0
     for name, value in ema.state_dict().items():

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pgdlib import data, edm, worldmodel
 from pgdlib.agents import stack as agents
-from pgdlib.lab import params, pipeline, store, study
+from pgdlib.lab import artifacts, params, pipeline, study
 from pgdlib.policies import GaussianPolicy
 
 
@@ -49,7 +49,7 @@ def used(raw, horizon, transform):
     assert (cut, dropped) == (sum(len(a["obs"]) < len(e["obs"]) for a, e in zip(ended, episodes)),
                               sum(len(e["obs"]) - len(a["obs"]) for a, e in zip(ended, episodes)))  # fmt: skip
     assert_equal(plain_episodes(repaired), ended)
-    dataset = pipeline.Dataset(repaired, raw, False, store.digest(raw.tensors())[:12], cut, dropped)
+    dataset = pipeline.Dataset(repaired, raw, False, artifacts.digest(raw.tensors())[:12], cut, dropped)
     copies = {e["obs"].tobytes() + e["actions"].tobytes() + e["rewards"].tobytes() + e["terminals"].tobytes() for e in ended}
     try:
         train, val = pipeline.train_val(dataset)

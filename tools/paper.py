@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from pgdlib.lab import params, store
+from pgdlib.lab import artifacts, params
 from pgdlib.simulators import pen as adroit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +27,7 @@ LAST = ["04_guidance"]  # alone, with all cores: it gathers the verdicts of the 
 
 def start(name, scale, threads):
     """A running papermill, which writes into runs/notebooks/; its progress goes into a log beside the notebook."""
-    folder = store.root() / "notebooks"
+    folder = artifacts.root() / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     scales = [] if scale == "quick" else ["-p", "scale", scale]  # the default needs no injected cell
     paths = ROOT / "notebooks" / f"{name}.ipynb", folder / f"{name}.ipynb"
@@ -70,7 +70,7 @@ def run(names, scale, lanes, threads):
 
 def last_line(name):
     """What papermill's bar shows at present."""
-    lines = re.split(r"[\r\n]+", (store.root() / "notebooks" / f"{name}.log").read_text().strip())
+    lines = re.split(r"[\r\n]+", (artifacts.root() / "notebooks" / f"{name}.log").read_text().strip())
     return lines[-1]
 
 
@@ -90,10 +90,10 @@ def main(argv=None):
     for names, most in (([n for n in ORDER if n in chosen], lanes), ([n for n in LAST if n in chosen], 1)):
         at_once = max(1, min(most, len(names)))
         if failed := run(names, given.scale, at_once, max(1, cores // at_once)):
-            log = store.root() / "notebooks" / f"{failed}.log"
+            log = artifacts.root() / "notebooks" / f"{failed}.log"
             print(f"{log.read_text()[-3000:]}\n== {failed} FAILED, see {log.with_suffix('.ipynb')}", file=sys.stderr)
             return 1
-    figures = store.root() / "figures" / given.scale
+    figures = artifacts.root() / "figures" / given.scale
     print(f"== all notebooks took {time.monotonic() - begun:.0f} s; figures are in {os.path.relpath(figures)}/")
     return 0
 

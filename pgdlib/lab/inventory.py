@@ -1,4 +1,4 @@
-"""What the folder of runs holds: `python -m pgdlib.lab.store list`, `verify` and `prune`.
+"""What the folder of runs holds: `python -m pgdlib.lab.artifacts list`, `verify` and `prune`.
 
 An artifact is a .safetensors file that carries the name under which it lies, with a key in it; a stand-in's folder in minari/;
 what was set aside; and what a dead process left unfinished. All else, such as figures, notebooks, your own files and whatever a
@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgdlib.lab import locks, store
+from pgdlib.lab import artifacts, locks
 
 KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{12}(?![0-9a-f])")
 UNITS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
@@ -40,13 +40,13 @@ class Item:
     @property
     def name(self):
         """Its path in the root."""
-        return str(self.path.relative_to(store.root()))
+        return str(self.path.relative_to(artifacts.root()))
 
 
 def items():
     """All artifacts in the root, by name. Reads no more of them than their headers."""
     found = []
-    for folder, folders, files in os.walk(store.root()):  # follows no symlink
+    for folder, folders, files in os.walk(artifacts.root()):  # follows no symlink
         folder = Path(folder)
         for name in sorted(folders):
             kind = _folder_kind(folder / name)
@@ -66,12 +66,12 @@ def _folder_kind(path):
         return "unfinished"
     if path.name.endswith(".damaged") and not path.is_symlink() and KEY.search(_inside(path)):
         return "damaged"
-    is_data = path.parent == store.root() / "minari" and KEY.search(path.name) and not path.is_symlink()
+    is_data = path.parent == artifacts.root() / "minari" and KEY.search(path.name) and not path.is_symlink()
     return "minari" if is_data and any(path.glob("standin/pen/*/sha256")) else None
 
 
 def _file_kind(path):
-    name, folder = _inside(path), path.relative_to(store.root()).parts[0]
+    name, folder = _inside(path), path.relative_to(artifacts.root()).parts[0]
     if path.name.endswith(".damaged") and ".safetensors." in path.name:
         return "damaged"
     if path.suffix != ".safetensors" or not KEY.search(name):
@@ -87,7 +87,7 @@ def _file_kind(path):
 
 
 def _inside(path):
-    return str(path.relative_to(store.root()))
+    return str(path.relative_to(artifacts.root()))
 
 
 def _header(path):
@@ -104,7 +104,7 @@ def _item(path, kind):
     stats = [f.lstat() for f in parts]
     made = max(s.st_mtime for s in stats)
     return Item(
-        path, kind, sum(s.st_size for f, s in zip(parts, stats) if not f.is_dir()), made, max(made, store.last_use(path))
+        path, kind, sum(s.st_size for f, s in zip(parts, stats) if not f.is_dir()), made, max(made, artifacts.last_use(path))
     )
 
 
@@ -118,8 +118,8 @@ def damage(item):
         (place,) = item.path.glob("standin/pen/*")
         return None if minari_files.is_whole(place) else f"{place} is damaged: its checksum does not hold"
     try:
-        name = store.read(item.path)[2]
-    except (store.CorruptArtifact, OSError) as e:
+        name = artifacts.read(item.path)[2]
+    except (artifacts.CorruptArtifact, OSError) as e:
         return str(e)
     return None if name in (None, item.name) else f"{item.path} is another artifact: it was saved as {name}"
 
@@ -160,7 +160,7 @@ def delete(item):
             locks.forget(item.path)
     except (BlockingIOError, FileNotFoundError):
         return False
-    if item.path.parent.parent.parent == store.root() and not any(item.path.parent.iterdir()):
+    if item.path.parent.parent.parent == artifacts.root() and not any(item.path.parent.iterdir()):
         item.path.parent.rmdir()  # a sweep's, or that of a drawing's chunks
     return True
 
@@ -172,7 +172,7 @@ def main(arguments=None):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m pgdlib.lab.store", description=f"Artifacts in {store.root()}.")
+    parser = argparse.ArgumentParser(prog="python -m pgdlib.lab.artifacts", description=f"Artifacts in {artifacts.root()}.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, words in (("list", "a table of all artifacts"), ("prune", "delete artifacts; only shows which, without --yes")):
         command = commands.add_parser(name, help=words, description=words)
@@ -208,7 +208,7 @@ def _table(found):
     for i in found:
         locked = "yes" if locks.is_held(i.path) else ""
         print(f"{i.kind:<12} {i.size / 1e6:>9.1f} {_age(now - i.made):>6} {_age(now - i.used):>6} {locked:<6} {i.name}")
-    print(f"{len(found)} artifacts, {sum(i.size for i in found) / 1e9:.3g} GB, in {store.root()}")
+    print(f"{len(found)} artifacts, {sum(i.size for i in found) / 1e9:.3g} GB, in {artifacts.root()}")
 
 
 def _age(seconds):
@@ -229,7 +229,7 @@ def _verify(given):
         if given.set_aside:
             with locks.lock(item.path):
                 if damage(item):  # still: it may have been made again
-                    print(f"  set aside as {store.set_aside(item.path, reason).name}")
+                    print(f"  set aside as {artifacts.set_aside(item.path, reason).name}")
     print(f"{len(found)} artifacts, {len(reasons)} damaged")
     return 1 if reasons else 0
 

@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 DATA, MODEL, GUIDED, THEIRS, MUTED = (sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4, 7))
 
@@ -20,11 +20,11 @@ def use_style():
 
 def save(fig, name, scale, table=None):
     """Write `fig`, and the `table` it was drawn from, to runs/figures/<scale>/<name>.png and .csv; the figure."""
-    folder = store.root() / "figures" / scale
+    folder = artifacts.root() / "figures" / scale
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, write in ((".png", fig.savefig), (".csv", None if table is None else pd.DataFrame(table).to_csv)):
         if write is not None:
-            with store.replacing(folder / f"{name}{suffix}") as partial:
+            with artifacts.replacing(folder / f"{name}{suffix}") as partial:
                 write(partial, **({"format": "png"} if suffix == ".png" else {"index": False}))
     return fig
 

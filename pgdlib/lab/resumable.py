@@ -3,7 +3,7 @@
 import warnings
 from pathlib import Path
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 _failed = set()  # paths that could not be written the last time
 
@@ -16,16 +16,16 @@ def restore(path, state, card, say=print):
     """
     path = Path(path)
     try:
-        tensors, found = store.load(path, own=True)
+        tensors, found = artifacts.load(path, own=True)
         step = found.get("step") if isinstance(found, dict) else None
         if found != {**card, "step": step}:
-            raise store.CorruptArtifact(f"{path} is of another training: {found}")
+            raise artifacts.CorruptArtifact(f"{path} is of another training: {found}")
         if _shapes(tensors) != _shapes(state):
-            raise store.CorruptArtifact(f"{path} is of another training: its tensors have other names, shapes or types")
+            raise artifacts.CorruptArtifact(f"{path} is of another training: its tensors have other names, shapes or types")
     except FileNotFoundError:
         return 0
-    except store.CorruptArtifact as e:
-        say(f"{e}. Set aside as {store.set_aside(path, e).name}; training begins anew.")
+    except artifacts.CorruptArtifact as e:
+        say(f"{e}. Set aside as {artifacts.set_aside(path, e).name}; training begins anew.")
         return 0
     for name, tensor in state.items():
         tensor.copy_(tensors[name])
@@ -35,8 +35,8 @@ def restore(path, state, card, say=print):
 def save(path, state, card):
     """Write a checkpoint; whether it worked. If the disk does not let it, the last one stays and a warning is given, once."""
     try:
-        store.save(path, state, card)
-    except store.NotSaved as e:
+        artifacts.save(path, state, card)
+    except artifacts.NotSaved as e:
         if path not in _failed:
             text = f"{e}. The training goes on, but until a checkpoint can be written it can only go on from the last one."
             warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -11,20 +11,22 @@ from test_pgd import FILES, Killed, Noted, Stop, assert_same, learner, run, stop
 from test_worldmodel import how, small
 
 from pgdlib import edm, pgd, worldmodel
-from pgdlib.lab import checkpoints, pipeline, store
+from pgdlib.lab import artifacts, pipeline, resumable
 
 
 @pytest.fixture
 def disk(monkeypatch):
     """A disk that is full while `disk["full"]`."""
-    state, save = {"full": False}, store.save
+    state, save = {"full": False}, artifacts.save
 
     def limited(path, tensors, card):
         if state["full"]:
-            raise store.NotSaved(errno.ENOSPC, f"{path} cannot be written: No space left on device (9 MB needed, 1 MB free)")
+            raise artifacts.NotSaved(
+                errno.ENOSPC, f"{path} cannot be written: No space left on device (9 MB needed, 1 MB free)"
+            )
         save(path, tensors, card)
 
-    monkeypatch.setattr(store, "save", limited)
+    monkeypatch.setattr(artifacts, "save", limited)
     return state
 
 
@@ -46,7 +48,7 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(train, disk, tmp_
     def report(step, losses):
         disk["full"] = step in (3, 4, 5, 8, 9, 10)
         if step == 10:
-            assert store.load(path)[1]["step"] == 7
+            assert artifacts.load(path)[1]["step"] == 7
             raise Stop
 
     with pytest.warns(RuntimeWarning) as warned, pytest.raises(Stop):
@@ -83,7 +85,7 @@ def test_data_that_were_drawn_are_kept_while_a_new_checkpoint_cannot_be_written(
 
     with pytest.warns(RuntimeWarning), pytest.raises(Stop):
         run(learner("iql"), Killed(("b", 1)), checkpoint=path, save_every=1e9, report=report)
-    assert store.load(path)[1]["step"] == 0 and all((tmp_path / name).exists() for name in FILES)
+    assert artifacts.load(path)[1]["step"] == 0 and all((tmp_path / name).exists() for name in FILES)
     disk["full"], agent = False, learner("iql")
     found = run(agent, sources, checkpoint=path, save_every=1e9)
     assert_same((*found, agent), expected)
@@ -97,12 +99,12 @@ def of_another_run(path):
 
 
 def of_another_stack(path):
-    store.save(path, *learner("bc").state())
+    artifacts.save(path, *learner("bc").state())
 
 
 def without_marks(path):
-    tensors, card = store.load(path)
-    store.save(path, tensors, {**card, "marks": []})
+    tensors, card = artifacts.load(path)
+    artifacts.save(path, tensors, {**card, "marks": []})
 
 
 @pytest.mark.parametrize("spoil", [cut, of_another_run, of_another_stack, without_marks, lambda p: p.write_text("x")])
@@ -127,12 +129,12 @@ def test_what_is_set_aside_changed_nothing(tmp_path):
         {"a": torch.ones(2), "b": torch.ones(3, 2)},
         {"a": torch.ones(2), "b": torch.ones(6)},
     ):
-        store.save(path, tensors, {"name": "x", "step": 3})
+        artifacts.save(path, tensors, {"name": "x", "step": 3})
         state = {"a": torch.zeros(2), "b": torch.zeros(2, 3)}
-        assert checkpoints.restore(path, state, {"name": "x"}) == 0 and not path.exists()
+        assert resumable.restore(path, state, {"name": "x"}) == 0 and not path.exists()
         assert not any(t.any() for t in state.values())
-    store.save(path, {"a": torch.ones(2), "b": torch.ones(2, 3)}, {"name": "x", "step": 3})
-    assert checkpoints.restore(path, state, {"name": "x"}) == 3 and all(t.all() for t in state.values())
+    artifacts.save(path, {"a": torch.ones(2), "b": torch.ones(2, 3)}, {"name": "x", "step": 3})
+    assert resumable.restore(path, state, {"name": "x"}) == 3 and all(t.all() for t in state.values())
 
 
 def test_a_full_disk_at_the_end_costs_no_training(disk, runs, monkeypatch):
@@ -143,7 +145,7 @@ def test_a_full_disk_at_the_end_costs_no_training(disk, runs, monkeypatch):
         disk["full"] = step == 4
 
     train, steps = edm.train, []
-    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning), pytest.raises(store.NotSaved, match="9 MB needed"):
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning), pytest.raises(artifacts.NotSaved, match="9 MB needed"):
         patch.setattr(edm, "train", lambda *a, **k: train(*a, save_every=0.0, report=report))
         pipeline.load_denoiser(dataset(), settings(), CPU)
     disk["full"] = False

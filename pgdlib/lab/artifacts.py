@@ -1,6 +1,6 @@
 """Where artifacts live: one safetensors file each with its JSON card inside, atomic, verified on load, keyed by content.
 
-As a command, `python -m pgdlib.lab.store`, it is `inventory`.
+As a command, `python -m pgdlib.lab.artifacts`, it is `inventory`.
 """
 
 import ast
