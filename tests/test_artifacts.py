@@ -2,8 +2,9 @@
 
 import multiprocessing
 import os
-import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def path(tmp_path):
 
 
 def names(folder):
-    """What a folder holds, but for lock files."""
-    return sorted(f.name for f in folder.iterdir() if not f.name.endswith(".lock"))
+    """What a folder holds, but for lock files and notes of use."""
+    return sorted(f.name for f in folder.iterdir() if f.suffix not in (".lock", ".used"))
 
 
 def assert_same(tensors, expected):
@@ -119,23 +120,6 @@ def test_an_interrupted_save_leaves_the_old_file_or_none(path, monkeypatch):
             artifacts.save(path, {"new": torch.ones(3)}, {})
         assert names(path.parent) == (["toy.safetensors"] if old else [])
     assert_same(artifacts.load(path)[0], TENSORS)
-
-
-def test_replacing_shows_the_file_only_when_it_is_whole(path):
-    path.parent.mkdir()
-    with artifacts.replacing(path) as partial:
-        partial.write_text("new")
-        assert not path.exists() and partial.name == path.name and partial.is_relative_to(path.parent)
-    assert path.read_text() == "new"
-    with open(path) as reader:  # who reads the old file goes on reading it, whole
-        with artifacts.replacing(path) as partial:
-            partial.write_text("even newer")
-        assert reader.read() == "new"
-    path.write_text("new")
-    with pytest.raises(ZeroDivisionError), artifacts.replacing(path) as partial:
-        partial.write_text("newer")
-        1 / 0  # noqa: B018
-    assert path.read_text() == "new" and names(path.parent) == ["toy.safetensors"]
 
 
 def maker(log, value=1.0, until=lambda: True):
@@ -289,23 +273,86 @@ def test_a_digest_is_the_same_after_a_roundtrip(path):
     assert artifacts.digest(tensors, card) == artifacts.digest(TENSORS, CARD)
 
 
-def test_code_version_changes_with_the_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "PACKAGE", tmp_path)
-    (tmp_path / "a.py").write_text("x = 1")
-    (tmp_path / "b.py").write_text("y = 1")
+SOURCES = {
+    "__init__": "version = 1",
+    "top": "from toy import middle\nfrom toy.inner import leaf\nimport toy.alone as other\nx = 1",
+    "middle": "def late():\n    from toy.low import f\n    return f",
+    "low": "import numpy\n\ndef f(a):\n    return a + 1\n\nclass C:\n    async def g(self):\n        return 2",
+    "alone": "x = 1",
+    "unused": "x = 1",
+    "inner/__init__": "from toy.inner.hidden import x",
+    "inner/leaf": "x = 1",
+    "inner/hidden": "x = 1",
+}
 
-    def versions():
-        artifacts.code_version.cache_clear()
-        return [artifacts.code_version(*rooms) for rooms in (("a",), ("b",), ("a", "b"))]
 
-    before = versions()
-    assert len(set(before)) == 3 and versions() == before
-    (tmp_path / "b.py").write_text("y = 2")
-    changed = [x != y for x, y in zip(before, versions(), strict=True)]
-    artifacts.code_version.cache_clear()
-    assert changed == [False, True, True]
-    with pytest.raises(FileNotFoundError):
-        artifacts.code_version("c")
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """A function that changes files of a package and gives the version of its module "top"."""
+    package = tmp_path / "toy"
+    monkeypatch.setattr(artifacts, "PACKAGE", package)
+    artifacts._parsed.cache_clear()
+
+    def version(**changes):
+        for name, text in {**SOURCES, **changes}.items():
+            path = package / f"{name.replace('inner_', 'inner/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        artifacts._parsed.cache_clear()
+        return artifacts.code_version("top")
+
+    yield version
+    artifacts._parsed.cache_clear()
+
+
+def test_the_code_of_a_module_is_all_that_it_imports(code):
+    before, low = code(), SOURCES["low"]
+    assert artifacts.closure("top") == ["alone", "inner", "inner.hidden", "inner.leaf", "low", "middle", "top"]
+    changes = [
+        dict(low=low.replace("a + 1", "a + 2")),  # two imports away
+        dict(low=low.replace("return 2", "return 3")),
+        dict(low=low.replace("def f", "def h")),
+        dict(inner_hidden="x = 2"),
+        dict(alone="x = 2"),
+        dict(middle="x = 1"),
+    ]
+    assert len({before, *(code(**change) for change in changes)}) == len(changes) + 1
+    assert code() == before == code(unused="x = 2", __init__="version = 2")
+
+
+def test_comments_docstrings_and_layout_are_no_code(code):
+    low = '"""What."""\nimport numpy  # why\ndef f(a):\n    """Adds."""\n\n    return (a+1)\n\n\nclass C:\n    """Is."""\n'
+    before = code()
+    assert code(low=low + '    async def g(self):\n        """Gives."""\n        # two\n        return 2\n') == before
+    assert code(low=low + '    async def g(self):\n        x = """Gives."""\n        return 2\n') != before
+
+
+def test_modules_that_do_not_exist_have_no_code(code):
+    code()
+    for name in ("nowhere", "inner.nowhere", "inner.leaf.x"):
+        with pytest.raises(FileNotFoundError, match=name):
+            artifacts.code_version(name)
+
+
+@pytest.mark.parametrize("name", ["edm", "worldmodel", "lab.study", "lab.benchmark"])
+def test_a_key_covers_all_modules_that_python_loads(name):
+    program = f"import sys, pgdlib.{name}; print(*(m[7:] for m in sys.modules if m.startswith('pgdlib.')))"
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(ran.stdout.split())
+    assert name in loaded and loaded <= set(artifacts.closure(name))
+
+
+def test_versions_without_git_and_in_the_repository_of_another(monkeypatch, tmp_path):
+    assert artifacts.versions()["git"] != "unknown" or not (artifacts.PACKAGE.parent / ".git").exists()
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "of another"]):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *command], cwd=tmp_path, check=True)
+    package = tmp_path / "vendored" / "pgdlib"
+    package.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "PACKAGE", package)
+        assert artifacts.versions()["git"] == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert artifacts.versions()["git"] == "unknown"
 
 
 def test_root(tmp_path, monkeypatch):
@@ -337,7 +384,6 @@ def test_a_copy_of_another_artifact_is_set_aside_and_made_again(path, tmp_path):
 def test_a_name_is_the_path_in_the_root_which_may_be_moved(runs, tmp_path, monkeypatch):
     path = runs / "sweeps" / "a" / "0.5.safetensors"
     artifacts.artifact(path, maker(tmp_path / "log"))
-    assert artifacts.read(path)[2] == "sweeps/a/0.5.safetensors"
     (runs / "sweeps" / "b").mkdir()
     (runs / "sweeps" / "b" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(artifacts.CorruptArtifact, match=r"saved as sweeps/a/0\.5\.safetensors"):
@@ -374,79 +420,12 @@ def test_a_use_is_noted_and_does_not_make_a_file_younger(path, tmp_path):
     artifacts.artifact(path, maker(tmp_path / "log"))
     for file in path.parent.iterdir():
         os.utime(file, (1000, 2000))
-    assert artifacts.last_use(path) == 2000
     path.read_bytes()
     artifacts.load(path)  # by a user who names the file
-    assert artifacts.last_use(path) == 2000
+    assert artifacts.noted(path).stat().st_mtime == 2000
     before = time.time()
     artifacts.artifact(path, None)
-    assert path.stat().st_mtime == 2000 and artifacts.last_use(path) >= before - 1
-    assert artifacts.last_use(path.with_name("other")) == 0
-
-
-def test_file_and_folder_are_on_the_disk_before_save_ends(path, monkeypatch):
-    synced, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd))
-    monkeypatch.setattr(os, "replace", lambda a, b: synced.append("renamed") or replace(a, b))
-    artifacts.save(path, TENSORS, CARD)
-    new, partial, renamed, folder = synced
-    assert (new, partial.name, renamed, folder) == (path.parent.parent, path.name, "renamed", path.parent)
-
-
-@pytest.mark.parametrize(
-    "number, text",
-    [(28, "No space left"), (122, "quota"), (27, "too large"), (30, "Read-only"), (13, "Permission"), (5, "I.*O")],
-)
-def test_an_error_of_the_disk_says_what_is_needed_and_free(path, monkeypatch, number, text):
-    artifacts.save(path, TENSORS, CARD)
-
-    def fail(tensors, partial, metadata):
-        Path(partial).write_bytes(b"half of it")
-        Path(partial).with_name(".tmpAbCdEf").write_bytes(b"as safetensors leaves it")
-        raise safetensors.SafetensorError(f"Error while serializing: I/O error: words (os error {number})")
-
-    with monkeypatch.context() as patch, pytest.raises(artifacts.NotSaved, match=f"(?i){text}") as error:
-        patch.setattr(safetensors.torch, "save_file", fail)
-        artifacts.save(path, {"big": torch.zeros(500_000)}, {})
-    assert error.value.errno == number and str(path) in str(error.value)
-    assert ("2.0 MB needed" in str(error.value) and "MB free" in str(error.value)) == (number in (28, 122, 27))
-    assert names(path.parent) == ["toy.safetensors"]
-    assert_same(artifacts.load(path)[0], TENSORS)
-
-
-def test_no_memory_for_the_writing_is_said(path, monkeypatch):
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
-        with monkeypatch.context() as patch, pytest.raises(artifacts.NotSaved, match="Cannot allocate memory"):
-            patch.setattr(safetensors.torch, "save_file", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
-            artifacts.save(path, TENSORS, CARD)
-        assert names(path.parent) == []
-
-
-def test_other_errors_stay_what_they_are(path):
-    with pytest.raises(ZeroDivisionError), artifacts.replacing(path):
-        1 / 0  # noqa: B018
-    with pytest.raises(FileNotFoundError, match="elsewhere"), artifacts.replacing(path):
-        (path.parent / "elsewhere").read_text()
-
-
-def limited(path, size):
-    """In a process of its own: files may have no more than `size` bytes."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    try:
-        artifacts.save(path, {"big": torch.zeros(100_000)}, {})
-    except artifacts.NotSaved as e:
-        path.with_name("said").write_text(str(e))
-
-
-def test_a_disk_that_is_full_in_the_middle_leaves_the_old_file(path):
-    artifacts.save(path, TENSORS, CARD)
-    p = fork.Process(target=limited, args=(path, 10_000))
-    p.start()
-    p.join(20)
-    assert p.exitcode == 0 and "File too large (0.4 MB needed" in path.with_name("said").read_text()
-    assert names(path.parent) == ["said", "toy.safetensors"]
-    assert_same(artifacts.load(path)[0], TENSORS)
+    assert path.stat().st_mtime == 2000 and artifacts.noted(path).stat().st_mtime >= before - 1
 
 
 def die_while_saving(path):

@@ -127,7 +127,7 @@ class Run:
 
     def files(self, pattern="*"):
         """What lies in the folder of artifacts, but for lock files."""
-        return [f for f in self.artifacts.rglob(pattern) if f.is_file() and not f.name.endswith(".lock")]
+        return [f for f in self.artifacts.rglob(pattern) if f.is_file() and f.suffix not in (".lock", ".used")]
 
 
 def papermill(folder, notebook, output, artifacts, parameters):
