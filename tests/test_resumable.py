@@ -1,17 +1,202 @@
-"""A disk that cannot take a checkpoint, and files that are none: no training ends by them, and none comes to another result."""
+"""One matrix for all trainings: killed, cancelled, without room, or with a bad checkpoint, each ends with the same bits.
+
+A line in `LOOPS` adds a training: a function that makes a fresh loop, of which two train alike.
+"""
 
 import errno
+import multiprocessing
+import os
+import signal
+import time
 import warnings
 
 import pytest
 import torch
-from conftest import cut, toy
-from test_edm import small_denoiser, training_windows
-from test_pgd import FILES, Killed, Noted, Stop, assert_same, learner, run, stopping, whole
-from test_worldmodel import how, small
+from conftest import cut, kept
+from torch import nn
 
-from pgdlib import edm, pgd, worldmodel
-from pgdlib.lab import artifacts, pipeline, resumable
+from pgdlib.lab import artifacts, resumable
+
+fork = multiprocessing.get_context("fork")
+
+
+class Walk:
+    """A random walk of which step n is drawn from a generator of its own."""
+
+    def __init__(self, steps=12, scale=1.0):
+        self.step, self.steps, self.card = 0, steps, dict(name="walk", steps=steps, scale=scale, numbers=(1, 2))
+        self.x = torch.zeros(3)
+
+    def state(self):
+        return {"x": self.x}
+
+    def __iter__(self):
+        while self.step < self.steps:
+            self.x += self.card["scale"] * torch.randn(3, generator=torch.Generator().manual_seed(self.step))
+            self.step += 1
+            yield self.step
+
+
+class Regression:
+    """A network, Adam with its moments, and a record of losses: parameters that require gradients are in the state."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.step, self.steps, self.card = 0, 12, dict(name="regression")
+        self.net, self.losses = nn.Linear(3, 1), torch.zeros(12)
+        self.adam = torch.optim.Adam(self.net.parameters(), 0.1)
+        for p in self.net.parameters():
+            self.adam.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
+    def state(self):
+        moments = {f"{i}.{k}": v for i, s in enumerate(self.adam.state.values()) for k, v in s.items()}
+        return {"losses": self.losses, **dict(self.net.named_parameters()), **moments}
+
+    def __iter__(self):
+        while self.step < self.steps:
+            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(self.step))
+            loss = (self.net(x).squeeze() - x.sum(1)).square().mean()
+            self.adam.zero_grad()
+            loss.backward()
+            self.adam.step()
+            self.losses[self.step] = loss.detach()
+            self.step += 1
+            yield self.step
+
+
+LOOPS = dict(walk=Walk, regression=Regression)
+
+
+class Stop(Exception):
+    """Raised in reports."""
+
+
+def stopping(at, error=Stop):
+    """A report that raises at this step."""
+
+    def report(step):
+        if step == at:
+            raise error
+
+    return report
+
+
+@pytest.fixture(params=LOOPS)
+def make(request):
+    return LOOPS[request.param]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "loop.safetensors"
+
+
+def result(loop, *arguments, **named):
+    """The digest of all that a loop has made when it ends."""
+    resumable.run(loop, *arguments, **named)
+    assert loop.step == loop.steps
+    return artifacts.digest(loop.state())
+
+
+def assert_goes_on(make, path, after, expected, **named):
+    """A fresh loop begins after a step, and ends as one that was never stopped."""
+    steps = []
+    assert result(make(), path, steps.append, **named) == expected
+    assert steps == [*range(after + 1, make().steps + 1)]
+
+
+def test_without_a_path_nothing_is_kept(make, tmp_path):
+    assert_goes_on(make, None, 0, result(make()))
+    assert kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("save_every", [-1.0, 1e9], ids=["always saved", "never saved"])
+def test_a_finished_training_keeps_its_checkpoint(make, path, save_every):
+    expected = result(make())
+    assert result(make(), path, save_every=save_every) == expected
+    assert_goes_on(make, path, make().steps if save_every < 0 else 0, expected)
+
+
+@pytest.mark.parametrize("at", [1, 5, 11])
+def test_killed_it_goes_on_from_the_last_checkpoint(make, path, at):
+    def kill(step):
+        if step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    expected = result(make())
+    process = fork.Process(target=lambda: resumable.run(make(), path, kill, -1.0))
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert_goes_on(make, path, at - 1, expected)
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, SystemExit])
+def test_cancelled_it_has_lost_nothing(make, path, error):
+    expected = result(make())
+    for at in (2, 7):
+        with pytest.raises(error):
+            resumable.run(make(), path, stopping(at, error))
+    assert_goes_on(make, path, 7, expected)
+
+
+def test_it_is_saved_every_so_many_seconds(make, path, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(resumable, "save", lambda path, state, card: saved.append(card["step"]))
+    resumable.run(make(), path, lambda step: now.__setitem__(0, now[0] + 30))
+    assert saved == [4, 8, 12]
+
+
+def of_another(path):
+    resumable.run(Walk(scale=0.5), path, save_every=-1.0)
+
+
+def of_other_tensors(path):
+    tensors, card = artifacts.load(path)
+    artifacts.save(path, {k: t.double() for k, t in tensors.items()}, card)
+
+
+def of_fewer_tensors(path):
+    tensors, card = artifacts.load(path)
+    artifacts.save(path, dict(list(tensors.items())[1:]), card)
+
+
+def of_no_step(path):
+    tensors, card = artifacts.load(path)
+    artifacts.save(path, tensors, {**card, "step": None})
+
+
+def of_another_name(path):
+    path.rename(path.with_name("other"))
+    artifacts.save(path.with_name("x"), *artifacts.load(path.with_name("other")))
+    path.with_name("x").rename(path)
+    path.with_name("other").unlink()
+
+
+SPOILT = [cut, of_another, of_other_tensors, of_fewer_tensors, of_no_step, of_another_name, lambda p: p.write_text("x")]
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_a_bad_checkpoint_is_set_aside_and_training_begins_anew(make, path, spoil):
+    expected, said = result(make()), []
+    with pytest.raises(Stop):
+        resumable.run(make(), path, stopping(5))
+    if spoil is of_another:
+        path.unlink()
+    spoil(path)
+    bad = path.read_bytes()
+    assert_goes_on(make, path, 0, expected, say=said.append)
+    (aside,) = path.parent.glob("*.damaged")
+    assert aside.read_bytes() == bad and aside.name in said[0] and "training begins anew" in said[0]
+
+
+def test_what_is_set_aside_changed_nothing(path):
+    for tensors in ({"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(3, 2)}):
+        artifacts.save(path, tensors, {"name": "x", "step": 3})
+        state = {"a": torch.zeros(2), "b": torch.zeros(2, 3)}
+        assert resumable.restore(path, state, {"name": "x"}) == 0 and not path.exists()
+        assert not any(t.any() for t in state.values())
 
 
 @pytest.fixture
@@ -19,136 +204,27 @@ def disk(monkeypatch):
     """A disk that is full while `disk["full"]`."""
     state, save = {"full": False}, artifacts.save
 
-    def limited(path, tensors, card):
+    def limited(path, *given):
         if state["full"]:
-            raise artifacts.NotSaved(
-                errno.ENOSPC, f"{path} cannot be written: No space left on device (9 MB needed, 1 MB free)"
-            )
-        save(path, tensors, card)
+            raise artifacts.NotSaved(errno.ENOSPC, f"{path} cannot be written: No space left on device")
+        save(path, *given)
 
     monkeypatch.setattr(artifacts, "save", limited)
     return state
 
 
-def train_denoiser(path, report):
-    return edm.train(small_denoiser(), training_windows(), edm.Training(12, 4, 1e-3), path, 0.0, report)[0]
-
-
-def train_world_model(path, report):
-    model = small()
-    worldmodel.train(model, toy([30, 30]), toy([30, 30]), how(12), path, 0.0, report)
-    return model
-
-
-@pytest.mark.parametrize("train", [train_denoiser, train_world_model])
-def test_training_goes_on_where_a_checkpoint_cannot_be_written(train, disk, tmp_path):
-    """With one warning for each time that the disk is full; killed then, it goes on from the last one that was written."""
-    expected, path = train(None, lambda step, losses: None), tmp_path / "c.safetensors"
-
-    def report(step, losses):
-        disk["full"] = step in (3, 4, 5, 8, 9, 10)
-        if step == 10:
-            assert artifacts.load(path)[1]["step"] == 7
-            raise Stop
-
-    with pytest.warns(RuntimeWarning) as warned, pytest.raises(Stop):
-        train(path, report)
-    assert len(warned) == 2 and all("No space left" in str(w.message) and str(path) in str(w.message) for w in warned)
-    steps = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        disk["full"] = False
-        again = train(path, lambda step, losses: steps.append(step))
-    assert steps == [8, 9, 10, 11, 12]
-    for (name, a), b in zip(expected.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_agents_go_on_where_neither_checkpoint_nor_data_can_be_written(disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(pgd, "LONG", -1.0)
-    expected, path, agent = whole("iql"), tmp_path / "it.safetensors", learner("iql")
-    disk["full"] = True
-    with pytest.warns(RuntimeWarning, match="No space left"):
-        found = run(agent, Noted(), checkpoint=path, save_every=-1.0)
-    assert_same((*found, agent), expected)
-    assert [f for f in tmp_path.iterdir() if not f.name.endswith(".lock")] == []
-
-
-def test_data_that_were_drawn_are_kept_while_a_new_checkpoint_cannot_be_written(disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(pgd, "LONG", -1.0)
-    expected, path, sources = whole("iql"), tmp_path / "it.safetensors", Killed()
+def test_it_goes_on_where_a_checkpoint_cannot_be_written(make, path, disk):
+    """With one warning for each time that the disk is full; stopped then, it goes on from the last one that was written."""
+    expected = result(make())
 
     def report(step):
-        disk["full"] = step == 5  # as a round ends
-        if step == 6:
-            raise Stop
+        disk["full"] = step in (3, 4, 5, 8, 9, 10)
+        stopping(10)(step)
 
-    with pytest.warns(RuntimeWarning), pytest.raises(Stop):
-        run(learner("iql"), Killed(("b", 1)), checkpoint=path, save_every=1e9, report=report)
-    assert artifacts.load(path)[1]["step"] == 0 and all((tmp_path / name).exists() for name in FILES)
-    disk["full"], agent = False, learner("iql")
-    found = run(agent, sources, checkpoint=path, save_every=1e9)
-    assert_same((*found, agent), expected)
-    assert ("b", 0) not in sources.drawn
-
-
-def of_another_run(path):
-    other = learner("iql")
-    other.learning_rate = 0.5
-    run(other, Noted(), checkpoint=path, save_every=-1.0)
-
-
-def of_another_stack(path):
-    artifacts.save(path, *learner("bc").state())
-
-
-def without_marks(path):
-    tensors, card = artifacts.load(path)
-    artifacts.save(path, tensors, {**card, "marks": []})
-
-
-@pytest.mark.parametrize("spoil", [cut, of_another_run, of_another_stack, without_marks, lambda p: p.write_text("x")])
-def test_a_bad_checkpoint_of_agents_is_set_aside(spoil, tmp_path, capsys):
-    expected, path, steps, agent = whole("iql"), tmp_path / "it.safetensors", [], learner("iql")
-    with pytest.raises(Stop):
-        run(learner("iql"), Noted(), checkpoint=path, save_every=-1.0, report=stopping(7))
-    if spoil is of_another_run:
-        path.unlink()
-    spoil(path)
-    bad = path.read_bytes()
-    found = run(agent, Noted(), checkpoint=path, save_every=-1.0, report=steps.append)
-    assert_same((*found, agent), expected)
-    (aside,) = tmp_path.glob("*.damaged")
-    assert steps[0] == 1 and aside.read_bytes() == bad and aside.name in capsys.readouterr().out
-
-
-def test_what_is_set_aside_changed_nothing(tmp_path):
-    path = tmp_path / "c.safetensors"
-    for tensors in (
-        {"a": torch.ones(2)},
-        {"a": torch.ones(2), "b": torch.ones(3, 2)},
-        {"a": torch.ones(2), "b": torch.ones(6)},
-    ):
-        artifacts.save(path, tensors, {"name": "x", "step": 3})
-        state = {"a": torch.zeros(2), "b": torch.zeros(2, 3)}
-        assert resumable.restore(path, state, {"name": "x"}) == 0 and not path.exists()
-        assert not any(t.any() for t in state.values())
-    artifacts.save(path, {"a": torch.ones(2), "b": torch.ones(2, 3)}, {"name": "x", "step": 3})
-    assert resumable.restore(path, state, {"name": "x"}) == 3 and all(t.all() for t in state.values())
-
-
-def test_a_full_disk_at_the_end_costs_no_training(disk, runs, monkeypatch):
-    """The result cannot be kept: a clear error; the next run goes on from the checkpoint."""
-    from test_pipeline_models import CPU, dataset, settings
-
-    def report(step, losses):
-        disk["full"] = step == 4
-
-    train, steps = edm.train, []
-    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning), pytest.raises(artifacts.NotSaved, match="9 MB needed"):
-        patch.setattr(edm, "train", lambda *a, **k: train(*a, save_every=0.0, report=report))
-        pipeline.load_denoiser(dataset(), settings(), CPU)
+    with pytest.warns(RuntimeWarning) as warned, pytest.raises(Stop):
+        resumable.run(make(), path, report, -1.0)
+    assert len(warned) == 2 and all("No space left" in str(w.message) and str(path) in str(w.message) for w in warned)
     disk["full"] = False
-    monkeypatch.setattr(edm, "train", lambda *a, **k: train(*a, report=lambda step, losses: steps.append(step)))
-    pipeline.load_denoiser(dataset(), settings(), CPU)
-    assert steps == [4]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_goes_on(make, path, 7, expected, save_every=-1.0)

@@ -35,6 +35,7 @@ def key(**inputs):
     return hashlib.sha256(_canonical(inputs).encode()).hexdigest()[:12]
 
 
+@cache
 def code_version(*modules):
     """A digest of the code of the named modules, such as `code_version("edm")`, and of all that they import of this package.
 
