@@ -136,6 +136,8 @@ def delete(item):
     if item.kind == "unfinished":
         return locks.clear(item.path)
     try:
+        if _item(item.path) != item:
+            return False
         with locks.lock(item.path, wait=False):
             if _item(item.path) != item:
                 return False
