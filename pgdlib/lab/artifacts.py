@@ -111,9 +111,8 @@ def save(path, tensors, card):
     path = Path(path)
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
     with replacing(path, needed) as partial:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        name = place(path)
-        header = {"card": _canonical(card), "name": name, "sha256": digest(tensors, _sealed(card, name))}
+        tensors, name = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, place(path)
+        header = {"card": _canonical(card), "name": name, "sha256": digest(tensors, {"card": card, "name": name})}
         save_file(tensors, partial, metadata=header)
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
 
@@ -134,13 +133,13 @@ def load(path, own=False):
         with safe_open(path, "pt") as f:
             header = f.metadata() or {}
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-        card, name, expected = json.loads(header["card"]), header.get("name"), header["sha256"]
-        found = digest(tensors, _sealed(card, name))
+        card, name, expected = json.loads(header["card"]), header["name"], header["sha256"]
+        found = digest(tensors, {"card": card, "name": name})
     except (SafetensorError, KeyError, ValueError) as e:
         raise CorruptArtifact(f"{path} is damaged or no artifact of ours: {type(e).__name__}: {e}") from e
     if found != expected:
         raise CorruptArtifact(f"{path} is damaged: its checksum does not hold")
-    if own and name not in (None, place(path)):
+    if own and name != place(path):
         raise CorruptArtifact(f"{path} is another artifact: it was saved as {name}")
     return tensors, card
 
@@ -152,23 +151,25 @@ def artifact(path, make, report=print):
     set aside, not deleted.
     """
     path = Path(path)
-    found = None
-    with contextlib.suppress(FileNotFoundError, CorruptArtifact):
+    try:
         found = load(path, own=True)  # needs no lock, so no folder that can be written
-    if found is None:
+    except (FileNotFoundError, CorruptArtifact):
         with lock(path, report):
-            try:
-                found = load(path, own=True)
-            except FileNotFoundError:
-                pass
-            except CorruptArtifact as e:
-                report(f"{e}. Set aside as {set_aside(path, e).name}; making it again.")
-            if found is None:
-                tensors, card = make()
-                save(path, tensors, {**card, "versions": versions()})
-                found = load(path, own=True)
+            found = _found_or_made(path, make, report)
     note_use(path)
     return found
+
+
+def _found_or_made(path, make, report):
+    try:
+        return load(path, own=True)  # another process was faster
+    except FileNotFoundError:
+        pass
+    except CorruptArtifact as e:
+        report(f"{e}. Set aside as {set_aside(path, e).name}; making it again.")
+    tensors, card = make()
+    save(path, tensors, {**card, "versions": versions()})
+    return load(path, own=True)
 
 
 def note_use(path):
@@ -201,11 +202,6 @@ def place(path):
     """The name that an artifact at `path` carries: its path in `root`, so that the root may be moved; elsewhere its name."""
     path = Path(os.path.abspath(path))
     return path.relative_to(root()).as_posix() if path.is_relative_to(root()) else path.name
-
-
-def _sealed(card, name):
-    """What the checksum covers beside the tensors; the shipped guides carry no name."""
-    return card if name is None else {"card": card, "name": name}
 
 
 def _canonical(value):
