@@ -161,7 +161,8 @@ def explained(path, needed=None):
             raise
         text = f"{path} cannot be written: {os.strerror(number)}"
         if number in FULL:
-            text += f" ({_size(needed)} needed, {_size(_free(Path(path)))} free)"
+            there = next(f for f in Path(path).absolute().parents if f.exists())
+            text += f" ({_size(needed)} needed, {_size(shutil.disk_usage(there).free)} free)"
         raise NotSaved(number, text) from e
 
 
@@ -173,12 +174,6 @@ def _number(e):
         return errno.ENOMEM
     found = re.search(r"\(os error (\d+)\)", str(e)) if type(e).__name__ == "SafetensorError" else None
     return found and int(found[1])
-
-
-def _free(path):
-    with contextlib.suppress(OSError):
-        return shutil.disk_usage(next(f for f in path.absolute().parents if f.exists())).free
-    return None
 
 
 def _size(count):
@@ -195,18 +190,14 @@ def make_folder(folder):
 
 
 def sync(path):
-    """Wait until the file or folder `path` is on the disk, as far as its file system can."""
+    """Wait until the file or folder `path` is on the disk; of a folder, as far as its file system can."""
     is_folder = os.path.isdir(path)
-    try:
+    with contextlib.suppress(PermissionError if is_folder else ()):  # Windows opens no folder
         fd = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs only what may be written
-    except PermissionError:
-        if is_folder:
-            return  # one may write into a folder that one may not read, and Windows opens none
-        raise
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if not is_folder or e.errno not in {errno.EINVAL, *NO_SUCH_CALL}:
-            raise
-    finally:
-        os.close(fd)
+        try:
+            os.fsync(fd)
+        except OSError as e:
+            if not is_folder or e.errno not in {errno.EINVAL, *NO_SUCH_CALL}:
+                raise
+        finally:
+            os.close(fd)
