@@ -150,10 +150,10 @@ def artifact(path, make, report=print):
     Put every input of `make` into the name of `path`, by `key`. A damaged file, or one that was saved under another name, is
     set aside, not deleted.
     """
-    path = Path(path)
-    try:
+    path, found = Path(path), None
+    with contextlib.suppress(FileNotFoundError, CorruptArtifact):
         found = load(path, own=True)  # needs no lock, so no folder that can be written
-    except (FileNotFoundError, CorruptArtifact):
+    if found is None:
         with lock(path, report):
             found = _found_or_made(path, make, report)
     note_use(path)
