@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import wait_for
 
 from pgdlib.lab import artifacts
 
@@ -76,19 +75,11 @@ def test_flipped_bits_are_found(path):
             pytest.fail(f"bit {i % 8} of byte {i // 8}, {whole[i // 8 : i // 8 + 1]}: loaded as {tensors}, {card}")
 
 
-def test_every_truncation_is_found(path):
+def test_files_that_are_cut_or_of_others_are_refused(path):
     artifacts.save(path, TENSORS, CARD)
     whole = path.read_bytes()
-    for length in [0, 1, 8, 9, *range(20, len(whole), 37), len(whole) - 1]:
-        path.write_bytes(whole[:length])
-        corrupt(path)
-    path.write_bytes(whole + b"x")
-    corrupt(path)
-
-
-def test_files_of_others_are_refused(path):
-    path.parent.mkdir()
-    for text in (b"", b"not safetensors " * 100, bytes(1000)):
+    cuts = [whole[:length] for length in [1, 8, 9, *range(20, len(whole), 37), len(whole) - 1]]
+    for text in (*cuts, whole + b"x", b"", b"not safetensors " * 100, bytes(1000)):
         path.write_bytes(text)
         corrupt(path)
     for metadata in (None, {"format": "pt"}, {"card": "{}"}, {"card": "{", "sha256": "0"}, {"card": "NaN", "sha256": "0"}):
@@ -107,13 +98,12 @@ def test_a_card_that_is_not_plain_leaves_no_file(path):
         assert names(path.parent) == []
 
 
-def maker(log, value=1.0, until=lambda: True):
-    """A `make` for `artifact` that leaves a line in the file `log` each time it runs, and goes on `until`."""
+def maker(log, value=1.0):
+    """A `make` for `artifact` that leaves a line in the file `log` each time it runs."""
 
     def make():
         with open(log, "a") as f:
             f.write(f"{os.getpid()}\n")
-        wait_for(until)
         return {"x": torch.tensor([value])}, {"value": value}
 
     return make
@@ -152,34 +142,6 @@ def test_what_fails_to_be_made_leaves_nothing(path, tmp_path):
     artifacts.artifact(path, maker(tmp_path / "log"))  # the lock is free again
 
 
-def run(path, log, out, until=lambda: True):
-    """In a process of its own: the artifact's value, and what was reported, into the file `out`."""
-    said = []
-
-    def report(message):
-        said.append(message)
-        out.with_suffix(".waits").touch()
-
-    tensors, _ = artifacts.artifact(path, maker(log, until=until), report)
-    out.write_text(f"{float(tensors['x'])} {said}")
-
-
-def test_the_waiter_takes_over_from_a_killed_holder(path, tmp_path):
-    log, out = tmp_path / "log", tmp_path / "out"
-    holder = fork.Process(target=run, args=(path, log, tmp_path / "never", lambda: False))
-    holder.start()
-    wait_for(log.exists)
-    waiter = fork.Process(target=run, args=(path, log, out))
-    waiter.start()
-    wait_for(out.with_suffix(".waits").exists)
-    assert waiter.is_alive() and not out.exists()
-    os.kill(holder.pid, signal.SIGKILL)
-    waiter.join(20)
-    assert waiter.exitcode == 0 and out.read_text().startswith("1.0 ['waiting")
-    assert log.read_text().split() == [str(holder.pid), str(waiter.pid)]
-    holder.join()
-
-
 def test_keys_change_with_every_input():
     inputs = dict(steps=3, lr=0.1, name="a", flag=True, layers=[1, 2], nothing=None, nested={"x": 1})
     changes = dict(steps=4, lr=0.2, name="b", flag=False, layers=[2, 1], nothing=0, nested={"x": 2})
@@ -196,48 +158,31 @@ def test_keys_change_with_every_input():
 
 
 def test_a_digest_changes_with_every_value_name_type_and_shape_and_with_the_card():
-    digest = artifacts.digest(TENSORS)
-    assert len(digest) == 64 and int(digest, 16) >= 0
     others = [
         {**TENSORS, "more": torch.ones(1)},
         {k: v for k, v in TENSORS.items() if k != "empty"},
         {**TENSORS, "empty": torch.zeros(3, 0)},
         {**TENSORS, "scalar": torch.tensor([3.0])},
         {**TENSORS, "scalar": torch.tensor(3)},
-        {**TENSORS, "half": TENSORS["half"].half()},
         {**TENSORS, "half": TENSORS["half"].view(torch.int16)},  # the same bytes
         {**TENSORS, "mask": ~TENSORS["mask"]},
         {**TENSORS, "ids": TENSORS["ids"].flip(0)},
         {**TENSORS, "weights": TENSORS["weights"].reshape(3, 4)},
-        {**TENSORS, "weights": TENSORS["weights"].T.contiguous().reshape(4, 3)},
         {**TENSORS, "ids": TENSORS["mask"], "mask": TENSORS["ids"]},
+        {**TENSORS, "scalar": TENSORS["scalar"] + 1e-6},
     ]
-    for name in ("weights", "learnt", "scalar"):
-        changed = {k: v.detach().clone() for k, v in TENSORS.items()}
-        changed[name].view(-1)[0:1].add_(1e-6) if name != "weights" else changed[name][2, 1].add_(1e-6)
-        others.append(changed)
-    found = [
-        digest,
-        *map(artifacts.digest, others),
-        artifacts.digest(TENSORS, CARD),
-        artifacts.digest(TENSORS, {**CARD, "kind": "other"}),
-    ]
-    assert len(set(found)) == len(found)
+    digests = [artifacts.digest(TENSORS), *map(artifacts.digest, others), artifacts.digest(TENSORS, CARD)]
+    assert len({*digests, artifacts.digest(TENSORS, {**CARD, "kind": "other"})}) == len(digests) + 1
+    assert all(len(digest) == 64 and int(digest, 16) >= 0 for digest in digests)
 
 
-def test_a_digest_does_not_depend_on_how_tensors_lie_in_memory():
+def test_a_digest_does_not_depend_on_how_tensors_lie_in_memory_or_were_kept(path):
     alike = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in reversed(TENSORS.items())}
     assert not TENSORS["weights"].is_contiguous() and alike["weights"].is_contiguous()
     alike["ids"] = torch.tensor([2**40, 0, -1])[::2]  # part of another
-    alike["scalar"] = torch.tensor([1.0, 3.0])[1]
-    alike["learnt"].requires_grad_()
-    assert artifacts.digest(alike) == artifacts.digest(TENSORS) == artifacts.digest(TENSORS, None)
-
-
-def test_a_digest_is_the_same_after_a_roundtrip(path):
+    assert artifacts.digest(alike) == artifacts.digest(TENSORS)
     artifacts.save(path, TENSORS, CARD)
-    tensors, card = artifacts.load(path)
-    assert artifacts.digest(tensors, card) == artifacts.digest(TENSORS, CARD)
+    assert artifacts.digest(*artifacts.load(path)) == artifacts.digest(TENSORS, CARD)
 
 
 SOURCES = {

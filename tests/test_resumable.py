@@ -152,29 +152,22 @@ def of_another(path):
     resumable.run(Walk(scale=0.5), path, save_every=-1.0)
 
 
-def of_other_tensors(path):
-    tensors, card = artifacts.load(path)
-    artifacts.save(path, {k: t.double() for k, t in tensors.items()}, card)
+def rewritten(tensors=lambda t: t, card=lambda c: c, name="loop.safetensors"):
+    """A function that saves a checkpoint with other tensors, another card, or under another name."""
+
+    def spoil(path):
+        found = artifacts.load(path)
+        artifacts.save(path.with_name(name), tensors(found[0]), card(found[1]))
+        path.with_name(name).rename(path)
+
+    return spoil
 
 
-def of_fewer_tensors(path):
-    tensors, card = artifacts.load(path)
-    artifacts.save(path, dict(list(tensors.items())[1:]), card)
-
-
-def of_no_step(path):
-    tensors, card = artifacts.load(path)
-    artifacts.save(path, tensors, {**card, "step": None})
-
-
-def of_another_name(path):
-    path.rename(path.with_name("other"))
-    artifacts.save(path.with_name("x"), *artifacts.load(path.with_name("other")))
-    path.with_name("x").rename(path)
-    path.with_name("other").unlink()
-
-
-SPOILT = [cut, of_another, of_other_tensors, of_fewer_tensors, of_no_step, of_another_name, lambda p: p.write_text("x")]
+of_other_types = rewritten(tensors=lambda found: {k: t.double() for k, t in found.items()})
+of_fewer_tensors = rewritten(tensors=lambda found: dict(list(found.items())[1:]))
+of_no_step = rewritten(card=lambda card: {**card, "step": None})
+of_another_name = rewritten(name="other.safetensors")
+SPOILT = [cut, of_another, of_other_types, of_fewer_tensors, of_no_step, of_another_name, lambda p: p.write_text("x")]
 
 
 @pytest.mark.parametrize("spoil", SPOILT)
