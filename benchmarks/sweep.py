@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 CELLS = ["seed = 0\nseconds = 0.0", "import time\nend = time.process_time() + seconds\nwhile time.process_time() < end: pass"]
@@ -80,7 +80,7 @@ def sweep(notebook, runs, given, workers):
 
 
 def run(call, environment):
-    own = {"PYTHONPATH": str(store.PACKAGE.parent), "JUPYTER_PREFER_ENV_PATH": "1", **environment}
+    own = {"PYTHONPATH": str(artifacts.PACKAGE.parent), "JUPYTER_PREFER_ENV_PATH": "1", **environment}
     begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(call, env={**os.environ, **own}, check=True, capture_output=True, stdin=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -124,8 +124,8 @@ def sb3_zip(path, obs_dim=45, action_dim=24):
 
 
 def kept(folder):
-    """All files in a folder and below that a run made, but for lock files."""
-    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and not f.name.endswith(".lock"))
+    """All files in a folder and below that a run made, but for lock files and notes of use."""
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.suffix not in (".lock", ".used"))
 
 
 def cut(path):

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from pgdlib import data
-from pgdlib.lab import minari_files, store
+from pgdlib.lab import artifacts, minari_files
 
 ARRAYS = dict(observations=(45,), actions=(24,), rewards=(), terminations=())
 INFOS = {"infos/qpos": (30,), "infos/qvel": (30,), "infos/target": (4,)}
@@ -105,7 +105,7 @@ def read(whole, folder, faults, moved):
     try:
         with np.errstate(over="ignore"):  # 1e300 in float32
             found, _ = minari_files.from_minari(folder, "toy")
-    except store.CorruptArtifact as e:
+    except artifacts.CorruptArtifact as e:
         assert columns is None and str(folder) in str(e), e
         assert "episode" in str(e) or any(name.split("/")[-1] in str(e) for name in [*ARRAYS, *INFOS]), e
         return "refused"

@@ -31,7 +31,7 @@ from pgdlib.agents.stack import (
 )
 from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.guidance import RULES, Guide
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC}
 MEAN, STD = torch.linspace(-1, 1, 45), torch.linspace(0.5, 2, 45)
@@ -329,7 +329,7 @@ def test_resume_is_exact(kind, tmp_path):
 
     def save(step):
         if step in (70, 97):
-            store.save(tmp_path / path.format(step), *whole.state())
+            artifacts.save(tmp_path / path.format(step), *whole.state())
 
     whole = learner(kind)
     whole.diverged_at[1] = 5
@@ -338,7 +338,7 @@ def test_resume_is_exact(kind, tmp_path):
     for step in (70, 97):
         resumed = learner(kind, seeds=SEEDS)
         resumed.train(second, 5)  # to be forgotten
-        tensors, card = store.load(tmp_path / path.format(step))
+        tensors, card = artifacts.load(tmp_path / path.format(step))
         resumed.load_state(tensors, card)
         assert resumed.step == step
         resumed.train(first, 90)

@@ -7,7 +7,7 @@ import torch
 from conftest import SPEC, cut
 
 from pgdlib import data, edm
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.unet import UNet
 
 
@@ -109,13 +109,13 @@ def test_resume_gives_the_same_weights(tmp_path):
 
 
 def other_tensors(path):
-    tensors, card = store.load(path)
-    store.save(path, {**tensors, "losses": torch.zeros(4)}, card)
+    tensors, card = artifacts.load(path)
+    artifacts.save(path, {**tensors, "losses": torch.zeros(4)}, card)
 
 
 def renamed(path):
     other = path.with_name("other")
-    store.save(other, *store.load(path))
+    artifacts.save(other, *artifacts.load(path))
     other.replace(path)
 
 
@@ -129,7 +129,7 @@ SPOILS = {
         edm.Denoiser(45, 24, 8, 16, 2), training_windows(), edm.Training(3, 4, 1e-3), path, save_every=0.0
     ),
     "with other tensors": other_tensors,
-    "a list": lambda path: store.save(path, {}, [1]),
+    "a list": lambda path: artifacts.save(path, {}, [1]),
     "saved under another name": renamed,
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import kept
 
-from pgdlib.lab import pipeline, ppo, store
+from pgdlib.lab import artifacts, pipeline, ppo
 from pgdlib.simulators import pen as adroit
 
 FAULTS, MOST = 20, 4  # all, and in one training
@@ -61,7 +61,7 @@ def test_a_killed_training_ends_as_if_never_killed(taken, tmp_path, monkeypatch,
         """The digest of the one guide there, with its curve and evaluation, and of nothing else."""
         (file,) = (f for f in kept(folder) if ".partial" not in f)
         assert file.startswith("guides/")
-        return store.digest(*store.load(folder / file))
+        return artifacts.digest(*artifacts.load(folder / file))
 
     began, whole = time.monotonic(), start(tmp_path / "whole")
     whole.join()

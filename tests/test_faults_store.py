@@ -14,22 +14,22 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import kept, toy
-from test_pgd import EVERY, MARKS, ROWS, Noted, learner, score
-from test_pipeline_models import CPU, dataset, model_settings, settings
-from test_study import Ideal, a_policy
-from test_study import settings as study_settings
+from conftest import Ideal, kept, toy
 
-from pgdlib import edm, pgd, worldmodel
-from pgdlib.lab import collect, pipeline, store, study
-from pgdlib.simulators import pen as adroit
+from pgdlib import pgd, worldmodel
+from pgdlib.agents.iql import IQL
+from pgdlib.agents.stack import Learner
+from pgdlib.lab import artifacts, load, resumable, standins, study, table1
+from pgdlib.policies import GaussianPolicy
+from pgdlib.simulators import pen
 
 pytestmark = pytest.mark.faults
 fork = multiprocessing.get_context("fork")
-MOMENTS = 20  # kills of each stage
+MOMENTS, CPU = 20, torch.device("cpu")  # kills of each stage
 
 
 @pytest.fixture
@@ -43,40 +43,63 @@ def tally(request, told):
 # The stages. Each makes all that it needs in runs/, or goes on with it, and returns a digest of its result.
 
 
+SETTINGS = SimpleNamespace(
+    **dict(scale="ci", seed=0, transform="raw", horizon=8, features=8, blocks=1, kernel_size=3, batch_size=4, train_steps=20),
+    **dict(learning_rate=2e-4, epochs=None, passes=None, model_steps=15, model_passes=None),
+    **dict(samples=160, solver="heun", steps=16, churn=2.0, warmup=2, units="natural"),
+)
+
+
+def dataset():
+    trajectories = toy([40, 30, 50, 20, 40, 20, 30, 40, 50, 40])
+    return load.Dataset(trajectories, trajectories, False, "toy-1", 0, 0)
+
+
 def denoiser():
-    model, losses = pipeline.load_denoiser(dataset(), settings(train_steps=20), CPU)
-    return store.digest({**model.state_dict(), "losses": losses})
+    model, losses = load.load_denoiser(dataset(), SETTINGS, CPU)
+    return artifacts.digest({**model.state_dict(), "losses": losses})
 
 
 def world_model():
-    model, losses, _ = pipeline.load_world_model(dataset(), model_settings(model_steps=15), CPU)
-    return store.digest({**model.state_dict(), "losses": losses})
+    model, losses, _ = load.load_world_model(dataset(), SETTINGS, CPU)
+    return artifacts.digest({**model.state_dict(), "losses": losses})
 
 
 def agents():
-    path = store.root() / "agents" / "iql-0123456789ab.safetensors"
-    checkpoint = store.root() / "checkpoints" / path.name
+    path, real = artifacts.root() / "agents" / "iql-0123456789ab.safetensors", toy([60])
+    checkpoint, seeds = artifacts.root() / "checkpoints" / path.name, [0, 7]
+    rows = [pgd.Row("real", "real"), pgd.Row("guided", "diffusion", "explicit", 1.0)]
+
+    def sources(row, policy, number):
+        if row.source == "real":
+            return [real.transitions()] * policy.runs, None
+        facts = SimpleNamespace(**{name: torch.full((policy.runs,), float(number)) for name in pgd.FACTS})
+        return [toy([30], seed=10 * number + seed).transitions() for seed in seeds], facts
 
     def make():
-        agent = learner("iql")
-        curve, facts = pgd.run(agent, ROWS, Noted(), EVERY, MARKS, score, checkpoint)
-        return {**agent.agent.state_dict(), "curve": curve, "facts": facts}, {}
+        torch.manual_seed(0)
+        agent = IQL(real.spec, seeds * 2, torch.zeros(45), torch.ones(45), (16, 16))
+        learner = Learner(agent, seeds * 2, 24, 16)
+        score = lambda policy: policy.std.mean(1)  # noqa: E731
+        loop = table1.Training(learner, rows, sources, 6, [0, 12, 24], score, checkpoint, dict(name="iql"))
+        resumable.run(loop, checkpoint)
+        return {k: v.detach() for k, v in loop.state().items()}, {}
 
-    tensors, _ = store.artifact(path, make)
-    store.discard(checkpoint)
-    return store.digest(tensors)
+    tensors, _ = artifacts.artifact(path, make)
+    artifacts.discard(checkpoint)
+    shutil.rmtree(checkpoint.with_suffix(""), ignore_errors=True)
+    return artifacts.digest(tensors)
 
 
 def drawing():
-    trajectories = toy([40] * 12)
-    given = pipeline.Dataset(trajectories, trajectories, False, "toy-1", 0, 0)
-    lab = study.Study(given, Ideal(given), a_policy(), study_settings(samples=160, steps=16, horizon=10))
-    point = lab.point("explicit", 0.5)
-    return store.digest({"x": point.x, **{k: torch.from_numpy(v) for k, v in point.measures.items()}})
+    torch.manual_seed(0)
+    policy = GaussianPolicy(45, 24, hidden=[8]).requires_grad_(False)
+    point = study.Study(dataset(), Ideal(), policy, SETTINGS).point("explicit", 0.5)
+    return artifacts.digest({"x": point.x, **{k: torch.from_numpy(v) for k, v in point.measures.items()}})
 
 
 def collection():
-    return pipeline.load_data("expert", "local", 300, say=lambda text: None).key
+    return load.load_data("expert", "local", 300, say=lambda text: None).key
 
 
 STAGES = dict(denoiser=denoiser, world_model=world_model, agents=agents, drawing=drawing, collection=collection)
@@ -84,16 +107,14 @@ STAGES = dict(denoiser=denoiser, world_model=world_model, agents=agents, drawing
 
 @pytest.fixture
 def small(runs, tmp_path, monkeypatch):
-    """Checkpoints at every step, parts of every size, and no bars."""
+    """Checkpoints at every step, and parts of every size."""
     monkeypatch.chdir(tmp_path)
-    for module, name in ((edm, "train"), (worldmodel, "train"), (pgd, "run")):
-        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), save_every=-1.0))
+    monkeypatch.setattr(resumable, "run", functools.partial(resumable.run, save_every=-1.0))
     monkeypatch.setattr(worldmodel.Ensemble.__init__, "__defaults__", (3, 2, (16,) * 4))
-    monkeypatch.setattr(pgd, "LONG", -1.0)
+    monkeypatch.setattr(table1, "LONG", -1.0)
     monkeypatch.setattr(study.Study, "most", lambda lab, n: 32)
-    monkeypatch.setattr(collect, "CHUNK", 4)
-    monkeypatch.setattr(adroit, "D4RL_HORIZON", 10)
-    monkeypatch.setattr(pipeline, "tqdm", functools.partial(pipeline.tqdm, disable=True))
+    monkeypatch.setattr(standins, "CHUNK", 4)
+    monkeypatch.setattr(pen, "D4RL_HORIZON", 10)
     return runs
 
 
@@ -102,7 +123,7 @@ def work(stage, out, seconds=120, saves=None):
 
     It is killed after so many `seconds`, or when it has saved so many artifacts; `out` is a file for the digest.
     """
-    saved, save = out.with_suffix(".saves"), store.save
+    saved, save = out.with_suffix(".saves"), artifacts.save
 
     def counted(*given):
         save(*given)
@@ -112,7 +133,7 @@ def work(stage, out, seconds=120, saves=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def run():
-        store.save = counted
+        artifacts.save = counted
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
         os.dup2(devnull, 2)
@@ -120,7 +141,7 @@ def work(stage, out, seconds=120, saves=None):
             text = STAGES[stage]()
         except Exception as e:
             text = f"{type(e).__name__}: {e}"
-        with store.replacing(out) as partial:
+        with artifacts.replacing(out) as partial:
             partial.write_text(text)
 
     out.unlink(missing_ok=True)
@@ -145,8 +166,8 @@ def files(folder, *suffixes):
 
 def is_whole(path):
     try:
-        store.load(path)
-    except store.CorruptArtifact:
+        artifacts.load(path)
+    except artifacts.CorruptArtifact:
         return False
     return True
 
@@ -200,8 +221,8 @@ def shorten(path, rng):
 def swap(path, rng):
     """For another artifact, whole, of another key: here a checkpoint or a result that something else has left."""
     other = path.with_name(f"other-{path.name}")
-    tensors, card = store.load(path)
-    store.save(other, {k: v + 1 if v.is_floating_point() else v for k, v in tensors.items()}, card)
+    tensors, card = artifacts.load(path)
+    artifacts.save(other, {k: v + 1 if v.is_floating_point() else v for k, v in tensors.items()}, card)
     os.replace(other, path)
 
 
@@ -233,7 +254,7 @@ def spoil(path, fault, rng, tally, again, expected):
     assert bad != before
     tally["injected"] += 1
     check(tally, again(), expected)
-    copies = [f for f in store.root().rglob("*") if f.is_file() and f.stat().st_size == len(bad)]
+    copies = [f for f in artifacts.root().rglob("*") if f.is_file() and f.stat().st_size == len(bad)]
     if ".row" not in path.name and "parts" not in path.parts and not path.parent.name.startswith("point-"):
         assert any(f.read_bytes() == bad for f in copies)  # set aside; the others are deleted when they are needed no more
     assert not path.exists() or path.read_bytes() != bad
@@ -264,7 +285,7 @@ def test_a_full_disk_ends_a_stage_with_a_clear_error_or_not_at_all(stage, small,
     errors = 0
     for share in (0.05, 0.2, 0.4, 0.6, 0.8, 0.95):
         disk(max(8, round(share * used)))
-        root = store.root()
+        root = artifacts.root()
         found = work(stage, out)
         tally["injected"] += 1
         assert found is not None
@@ -283,7 +304,7 @@ def test_a_full_disk_ends_a_stage_with_a_clear_error_or_not_at_all(stage, small,
 @pytest.mark.parametrize("processes", [2, 8])
 def test_many_processes_on_one_store_make_everything_once(processes, small, tmp_path, tally):
     log = tmp_path / "log"
-    expected = json.dumps({f"{i}": store.digest({"x": torch.full((1000,), float(i))}) for i in range(6)})
+    expected = json.dumps({f"{i}": artifacts.digest({"x": torch.full((1000,), float(i))}) for i in range(6)})
 
     def client(number, out):
         rng, found = random.Random(number), {}
@@ -295,8 +316,8 @@ def test_many_processes_on_one_store_make_everything_once(processes, small, tmp_
                 time.sleep(0.05)
                 return {"x": torch.full((1000,), float(i))}, {}
 
-            tensors, _ = store.artifact(store.root() / "sweeps" / f"{i}.safetensors", make, report=lambda message: None)
-            found[str(i)] = store.digest(tensors)
+            tensors, _ = artifacts.artifact(artifacts.root() / "sweeps" / f"{i}.safetensors", make, report=lambda message: None)
+            found[str(i)] = artifacts.digest(tensors)
         out.write_text(json.dumps(found, sort_keys=True))
 
     rng = random.Random(processes)
@@ -320,7 +341,7 @@ def test_many_processes_on_one_store_make_everything_once(processes, small, tmp_
         made = Counter(log.read_text().split())
         assert set(made) == set(map(str, range(6))) and (killing or set(made.values()) == {1})
         assert sum(made.values()) <= 6 + len(killed)
-        store.artifact(store.root() / "sweeps" / "0.safetensors", None)
+        artifacts.artifact(artifacts.root() / "sweeps" / "0.safetensors", None)
         assert [f for f in kept(small) if not f.endswith(".safetensors")] == []
 
 

@@ -21,7 +21,7 @@ from pgdlib.agents import stack
 from pgdlib.agents.bc import BC
 from pgdlib.agents.iql import IQL
 from pgdlib.agents.td3_bc import TD3BC
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen
 
@@ -58,7 +58,7 @@ def make():
     """Name -> tensors of everything that is golden."""
     torch.set_num_threads(1)
     model, losses = denoiser()
-    tensors, card = store.load(store.PACKAGE / "assets" / "ppo_pen.safetensors")
+    tensors, card = artifacts.load(artifacts.PACKAGE / "assets" / "ppo_pen.safetensors")
     guide = GaussianPolicy(**card["config"]).requires_grad_(False)
     guide.load_state_dict(tensors)
     noise = fast.stream("cpu", "drawing", 2)
@@ -100,7 +100,7 @@ def make():
 def summed_up(tensors):
     """A digest of all bits, and a few moments."""
     flat = torch.cat([t.detach().double().flatten() for t in tensors]).nan_to_num()
-    digest = store.digest({str(i): t for i, t in enumerate(tensors)})[:16]
+    digest = artifacts.digest({str(i): t for i, t in enumerate(tensors)})[:16]
     return dict(digest=digest, moments=[float(v) for v in (flat.mean(), flat.std(), flat.abs().mean())])
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import cut, kept, still, wait_for
 from test_locks import started, unfinished
 
-from pgdlib.lab import inventory, locks, minari_files, store
+from pgdlib.lab import artifacts, inventory, locks, minari_files
 
 DAY, KEY = 86_400, "0123456789ab"
 NOW = time.time()
@@ -18,10 +18,10 @@ NOW = time.time()
 
 def artifact(name, days, size=100_000, used=None):
     """An artifact in runs/, `size` bytes of numbers, made and last used so many days ago."""
-    path = store.root() / name
-    store.artifact(path, lambda: ({"x": torch.zeros(size // 4)}, {}))
+    path = artifacts.root() / name
+    artifacts.artifact(path, lambda: ({"x": torch.zeros(size // 4)}, {}))
     os.utime(path, (NOW - days * DAY,) * 2)
-    os.utime(locks.side(path), (NOW - (days if used is None else used) * DAY,) * 2)
+    os.utime(artifacts.noted(path), (NOW - (days if used is None else used) * DAY,) * 2)
     return path
 
 
@@ -71,7 +71,7 @@ def test_a_stray_file_is_neither_listed_nor_deleted(shop, tmp_path):
     (shop / "figures/quick/04.png").touch()
     (shop / "sweeps/mine/0.5.csv").touch()
     (shop / f"sweeps/slug/{KEY}.txt").touch()
-    store.save(shop / "guides/mine.safetensors", {}, {"kind": "guide"})
+    artifacts.save(shop / "guides/mine.safetensors", {}, {"kind": "guide"})
     copied = (shop / sorted(NAMES)[0]).read_bytes()
     (shop / f"mine/iql-ci-{KEY}.safetensors").write_bytes(copied)
     (shop / f"mine/other-{KEY}.safetensors").write_bytes(b"not safetensors")
@@ -93,13 +93,13 @@ def test_what_is_in_the_place_of_an_artifact_is_named_and_not_deleted(shop, caps
     c.write_bytes(d.read_bytes())
     whole = e.read_bytes()
     e.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    kinds = ["agents", "unreadable", "misplaced", "sweeps", "sweeps"]
+    kinds = ["agents", "suspect", "suspect", "sweeps", "sweeps"]
     assert [i.kind for i in inventory.items()] == kinds
     assert inventory.main(["verify"]) == 1
     out = capsys.readouterr().out
     assert all(str(path) in out for path in (a, b, c, e)) and str(d) + " is" not in out and "5 artifacts, 4 damaged" in out
     assert "saved as sweeps/slug" in out and "checksum does not hold" in out
-    assert inventory.main(["prune", "--older-than", "0m", "--kind", "misplaced", "--yes"]) == 0 and c.exists()
+    assert inventory.main(["prune", "--older-than", "0m", "--kind", "suspect", "--yes"]) == 0 and c.exists()
     assert inventory.main(["verify", "--set-aside"]) == 1
     assert [p.exists() for p in (a, b, c, d, e)] == [False, False, False, True, False]
     assert [i.kind for i in inventory.items()].count("damaged") == 4
@@ -148,14 +148,14 @@ def test_nothing_is_deleted_without_yes_or_without_a_rule(shop, capsys):
 
 def test_what_is_locked_or_has_been_used_meanwhile_stays(shop, capsys):
     a, _, c, d, _ = found = inventory.items()
-    store.artifact(c.path, None)
+    artifacts.artifact(c.path, None)
     with locks.lock(a.path):
         assert not inventory.delete(a) and not inventory.delete(c) and inventory.delete(d)
         assert inventory.main(["prune", "--keep-under", "0KB", "--yes"]) == 1
         assert f"in use, kept: {a.name}" in capsys.readouterr().out
     assert names(inventory.items()) == [a.name] and not inventory.delete(found[1])
     assert inventory.delete(inventory.items()[0])
-    assert [f for f in shop.rglob("*") if f.is_file()] == []  # no lock file either
+    assert [f for f in shop.rglob("*") if f.is_file()] == []  # neither locks nor notes of use
 
 
 def test_a_run_keeps_its_checkpoints_for_a_day(runs):
@@ -202,17 +202,38 @@ def test_a_stand_in_is_one_artifact(runs):
     assert inventory.main(["prune", "--older-than", "0m", "--yes"]) == 0 and kept(runs) == []
 
 
+@pytest.mark.parametrize("command", [["list"], ["verify"], ["prune", "--keep-under", "1GB", "--yes"]])
+def test_a_folder_that_is_not_there_or_no_folder_is_an_error(runs, command, capsys):
+    for make in (lambda: None, runs.touch):
+        make()
+        assert inventory.main(command) == 2 and str(runs) in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_one_that_vanishes_is_none(shop, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def failing(folder):
+        if str(folder).endswith("agents"):
+            raise error
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    error = PermissionError(13, "Permission denied")
+    assert inventory.main(["verify"]) == 2 and "Permission denied" in capsys.readouterr().err
+    error = FileNotFoundError(2, "gone")
+    assert inventory.main(["verify"]) == 0 and "4 artifacts" in capsys.readouterr().out
+
+
 def test_the_command_begins_without_torch(shop):
     program = """
 import runpy, sys
-sys.argv = ["store", "list"]
+sys.argv = ["inventory", "list"]
 try:
-    runpy.run_module("pgdlib.lab.store", None, "__main__")
+    runpy.run_module("pgdlib.lab.inventory", None, "__main__")
 except SystemExit as e:
     assert not e.code
 assert not {"torch", "numpy", "safetensors"} & set(sys.modules)
 """
     command = [sys.executable, "-W", "ignore", "-c", program]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=store.PACKAGE.parent, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert "5 artifacts" in ran.stdout
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=artifacts.PACKAGE.parent, check=False)
+    assert ran.returncode == 0 and "5 artifacts" in ran.stdout, ran.stderr

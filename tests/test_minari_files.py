@@ -18,7 +18,7 @@ import torch
 from conftest import cut, kept, replay, white
 from minari.data_collector import EpisodeBuffer
 
-from pgdlib.lab import minari_files, pipeline, store
+from pgdlib.lab import artifacts, minari_files, pipeline
 from pgdlib.simulators import pen as adroit
 
 
@@ -86,7 +86,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, episodes, monkeypatch):
 
 
 def damaged(folder):
-    with pytest.raises(store.CorruptArtifact) as error:
+    with pytest.raises(artifacts.CorruptArtifact) as error:
         minari_files.from_minari(folder, "toy")
     assert str(folder) in str(error.value)
 
@@ -170,7 +170,7 @@ def test_a_damaged_d4rl_file_is_named_and_not_replaced_by_a_stand_in(d4rl):
     file = d4rl / "D4RL/pen/human-v2/data/main_data.hdf5"
     file.write_bytes(file.read_bytes()[:5000])
     for source in ("auto", "d4rl"):
-        with pytest.raises(store.CorruptArtifact, match="human-v2"):
+        with pytest.raises(artifacts.CorruptArtifact, match="human-v2"):
             pipeline.load_data("human", source, 4_000)
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import sb3_zip
 
-from pgdlib.lab import claims, pipeline, store
+from pgdlib.lab import artifacts, claims, pipeline
 from tools import promote
 
 pytestmark = pytest.mark.notebook
@@ -127,7 +127,7 @@ class Run:
 
     def files(self, pattern="*"):
         """What lies in the folder of artifacts, but for lock files."""
-        return [f for f in self.artifacts.rglob(pattern) if f.is_file() and not f.name.endswith(".lock")]
+        return [f for f in self.artifacts.rglob(pattern) if f.is_file() and f.suffix not in (".lock", ".used")]
 
 
 def papermill(folder, notebook, output, artifacts, parameters):
@@ -222,7 +222,7 @@ def test_01_tells_of_the_dataset_it_was_given(run):
 
 @named("02")
 def test_02_trains_and_draws_as_asked(run):
-    assert 7 in [store.load(file)[1]["how"]["steps"] for file in run.files("denoisers/human-standin-*")]
+    assert 7 in [artifacts.load(file)[1]["how"]["steps"] for file in run.files("denoisers/human-standin-*")]
     assert "7 training steps" in run.text and "6 trajectories" in run.text
     assert len(run.table("02_training_standin-human")) == 10
     lines = {"generated", "still (generated)", "still (real data)", "floor (real data)"}
@@ -297,7 +297,7 @@ def test_06_compares_both_models(run):
     assert horizon.index.tolist() == list(range(1, 11))  # 12 steps, from the second to the last
     assert horizon["simulator.mean"][1] < 0.01 < horizon["still (simulator's rollouts).mean"][1]
     assert verdicts(run, "human")["C6"]["verdict"] in claims.VERDICTS
-    assert 40 in [store.load(file)[1]["how"]["steps"] for file in run.files("worldmodels/human-standin-*")]
+    assert 40 in [artifacts.load(file)[1]["how"]["steps"] for file in run.files("worldmodels/human-standin-*")]
 
 
 @named("05")

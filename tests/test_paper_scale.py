@@ -8,7 +8,7 @@ import torch
 from conftest import kept
 
 from benchmarks import paper_scale
-from pgdlib.lab import store, study
+from pgdlib.lab import artifacts, study
 
 FLAGS = "--scale ci --dataset human --source local --samples 40 --features 8 --train-steps 9 --steps 3 --warmup 1 --lams [1.0]"
 FLAGS += " --seeds 2 --test-episodes 2"
@@ -50,7 +50,7 @@ def test_slices_give_what_one_run_gives(small):
     files = [f for f in kept(whole) if f.split("/")[0] in ("sweeps", "denoisers", "agents")]
     assert files == [f for f in kept(parts) if f.split("/")[0] in ("sweeps", "denoisers", "agents")] and len(files) > 5
     for name in files:
-        (a, _), (b, _) = (store.load(folder / name) for folder in (whole, parts))
+        (a, _), (b, _) = (artifacts.load(folder / name) for folder in (whole, parts))
         assert a.keys() == b.keys() and all(torch.equal(v.nan_to_num(), b[k].nan_to_num()) for k, v in a.items()), name
     assert not [f for f in kept(parts) if f.startswith("checkpoints")]
     cards = [json.loads((folder / "out/card.json").read_text()) for folder in (whole, parts)]

@@ -13,7 +13,7 @@ from pgdlib.agents.iql import IQL
 from pgdlib.agents.stack import BC, OBS, REWARD, TERMINAL, WIDTH, Learner, StackedPolicy, generators, of_trajectories
 from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.edm import seeded
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.pgd import FACTS, Row, Sources, evaluate
 from pgdlib.simulators import pen as adroit
 
@@ -169,7 +169,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bits(kind, tmp_path):
         path = tmp_path / f"{at}.safetensors"
         with pytest.raises(Stop):
             run(learner(kind), Noted(), checkpoint=path, save_every=-1.0, report=stopping(at))
-        assert store.load(path)[1]["step"] == at
+        assert artifacts.load(path)[1]["step"] == at
         agent, sources, steps, scored = learner(kind), Noted(), [], []
 
         def counted(policy, agent=agent, scored=scored):
@@ -224,7 +224,7 @@ def test_killed_again_and_again_and_anywhere(tmp_path):
 def test_checkpoints_are_written_when_it_is_time(tmp_path, monkeypatch):
     saved, now = [], [0.0]
     monkeypatch.setattr(pgd, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(store, "save", lambda path, tensors, card: saved.append(card["step"]))
+    monkeypatch.setattr(artifacts, "save", lambda path, tensors, card: saved.append(card["step"]))
 
     def tick(step):
         now[0] += 1.0
@@ -280,7 +280,7 @@ def test_killed_between_two_rows_it_draws_only_what_is_missing(at, tmp_path, lon
     files = FILES[:1] if name == "c" else []
     assert names(tmp_path) == sorted(files + ["it.safetensors"] * (at != ("b", 0)))
     if at != ("b", 0):
-        assert store.load(path)[1]["step"] == EVERY * number
+        assert artifacts.load(path)[1]["step"] == EVERY * number
     agent, sources, steps = learner("iql"), Killed(), []
     found = run(agent, sources, checkpoint=path, save_every=1e9, report=steps.append)
     assert_same((*found, agent), expected)
@@ -341,7 +341,7 @@ def test_files_that_a_killed_run_did_not_come_to_remove_do_no_harm(at, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(pgd.Path, "unlink", deadly)
         run(agent, Noted(), checkpoint=path, save_every=1e9)
-    assert names(tmp_path) == [*FILES, path.name] and store.load(path)[1]["step"] == at
+    assert names(tmp_path) == [*FILES, path.name] and artifacts.load(path)[1]["step"] == at
     sources = Killed()
     curve, facts = run(still(), sources, checkpoint=path, save_every=1e9)
     assert torch.equal(curve, expected[0]) and torch.equal(facts[..., 2:], expected[1][..., 2:])
@@ -387,8 +387,8 @@ def test_only_rows_whose_drawing_took_long_are_kept(tmp_path, monkeypatch):
 
 
 def altered(path, **changes):
-    tensors, card = store.load(path)
-    store.save(path, {**tensors, "data": tensors["data"] + 1}, {**card, **changes})
+    tensors, card = artifacts.load(path)
+    artifacts.save(path, {**tensors, "data": tensors["data"] + 1}, {**card, **changes})
 
 
 SPOILS = {

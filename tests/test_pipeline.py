@@ -10,7 +10,7 @@ import torch
 from conftest import cut, kept, sb3_zip
 
 from pgdlib import edm
-from pgdlib.lab import collect, minari_files, pipeline, ppo, store
+from pgdlib.lab import artifacts, collect, minari_files, pipeline, ppo
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 
@@ -71,7 +71,7 @@ def flip(path):
 
 
 def with_card(card):
-    return lambda path: store.save(path, small_policy().state_dict(), card)
+    return lambda path: artifacts.save(path, small_policy().state_dict(), card)
 
 
 # file name -> (how it is made, what the message says)

@@ -8,7 +8,7 @@ import torch
 from conftest import cut, kept
 from stable_baselines3.common.vec_env import VecCheckNan, VecNormalize
 
-from pgdlib.lab import pipeline, ppo, store
+from pgdlib.lab import artifacts, pipeline, ppo
 from pgdlib.simulators import pen as adroit
 
 N = 6
@@ -315,8 +315,8 @@ def test_a_stopped_training_goes_on_to_the_same_result(whole, tmp_path, monkeypa
     for steps in (2 * ROLLOUT, 2 * ROLLOUT, 3 * ROLLOUT, 3 * ROLLOUT):
         with pytest.raises(Stop):
             ppo.train(report=stop_at(steps), **how)
-        assert len(taken) == steps / 8 and store.load(how["checkpoint"])[1]["steps"] == steps
-        digests.append(store.digest(*store.load(how["checkpoint"])))
+        assert len(taken) == steps / 8 and artifacts.load(how["checkpoint"])[1]["steps"] == steps
+        digests.append(artifacts.digest(*artifacts.load(how["checkpoint"])))
     assert digests[0] == digests[1] != digests[2] == digests[3]  # read and written anew
     reported = []
     model, curve = ppo.train(report=lambda *point: reported.append(point), **how)
@@ -334,7 +334,7 @@ def test_a_stopped_training_goes_on_to_the_same_result(whole, tmp_path, monkeypa
 def test_checkpoints_change_nothing_and_are_two_minutes_apart_at_most(whole, tmp_path, monkeypatch):
     """On a clock where a rollout takes 32 s; with the seconds that are the default."""
     now, saved = [0.0], [(0.0, 0)]
-    save, step_wait = store.save, ppo.PenVecEnv.step_wait
+    save, step_wait = artifacts.save, ppo.PenVecEnv.step_wait
 
     def step(self):
         now[0] += 2
@@ -346,7 +346,7 @@ def test_checkpoints_change_nothing_and_are_two_minutes_apart_at_most(whole, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: now[0])
-        patch.setattr(store, "save", spy)
+        patch.setattr(artifacts, "save", spy)
         patch.setattr(ppo.PenVecEnv, "step_wait", step)
         model, curve = ppo.train(checkpoint=str(tmp_path / "checkpoint.safetensors"), **STOPPED)
     assert saved == [(0.0, 0), (64.0, 2 * ROLLOUT), (128.0, 4 * ROLLOUT)] and now[0] - saved[-1][0] <= 120
@@ -388,7 +388,7 @@ def test_a_checkpoint_of_another_training_is_set_aside(shorter, tmp_path):
         (aside,) = [name for name in kept(tmp_path) if name in said[-1]]
         assert (tmp_path / aside).read_bytes() == before and not path.exists()
         path.write_bytes(before)
-    store.save(tmp_path / "denoiser.safetensors", {}, {"step": 3})
+    artifacts.save(tmp_path / "denoiser.safetensors", {}, {"step": 3})
     with pytest.raises(Stop):
         ppo.train(report=stop_at(0), checkpoint=tmp_path / "denoiser.safetensors", say=said.append, **TINY)
     assert "of another training: steps=None, not 512, n_envs=None" in said[-1]
@@ -416,7 +416,7 @@ def test_a_guide_that_was_stopped_is_finished(shorter, runs, monkeypatch):
     with pytest.raises(Stop):
         guide(stop=ROLLOUT, save_every=0)
     (checkpoint,) = kept(runs)
-    assert checkpoint.startswith("checkpoints/ppo-") and store.load(runs / checkpoint)[1]["steps"] == ROLLOUT
+    assert checkpoint.startswith("checkpoints/ppo-") and artifacts.load(runs / checkpoint)[1]["steps"] == ROLLOUT
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(pipeline, "_evaluation", stopped)
         guide()

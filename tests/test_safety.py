@@ -24,7 +24,7 @@ from conftest import kept, replay, white
 from inputs import PATHS, ROOT, no_writes, tried
 
 from pgdlib import edm
-from pgdlib.lab import benchmark, minari_files, pipeline, store
+from pgdlib.lab import artifacts, benchmark, minari_files, pipeline
 from pgdlib.simulators import pen as adroit
 
 UNPICKLE = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}  # modules
@@ -133,12 +133,12 @@ def test_a_pickle_in_place_of_a_dataset_or_an_artifact_is_not_executed(bombs, tm
             folder = minari_files.write_minari(tmp_path / f"{number}", f"standin/pen/{file[5:7]}-v0", episodes, "a toy")
             (folder / "sha256").unlink()
             (folder / file).write_bytes(content)
-            with pytest.raises(store.CorruptArtifact):
+            with pytest.raises(artifacts.CorruptArtifact):
                 minari_files.from_minari(folder, "toy")
         artifact = tmp_path / "one.safetensors"
         artifact.write_bytes(content)
         assert edm.steps_done(artifact) == 0
-        tensors, _ = store.artifact(artifact, lambda: ({"made": torch.ones(1)}, {}))
+        tensors, _ = artifacts.artifact(artifact, lambda: ({"made": torch.ones(1)}, {}))
         assert tensors["made"] == 1 and not trace.exists()
 
 

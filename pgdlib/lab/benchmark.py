@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pgdlib import data, pgd, sampler
 from pgdlib.agents.stack import WIDTH, Learner
-from pgdlib.lab import budget, pipeline, store
+from pgdlib.lab import artifacts, budget, pipeline
 from pgdlib.simulators import pen as adroit
 
 SETTINGS = ("hidden", "polyak", "resample_every", "windows", "real_fraction")  # beside agent_*, draw_*, ...
@@ -25,7 +25,7 @@ def read_denoiser(path, dataset, device):
     Raises ValueError that names the parameter `denoiser` for a file that is missing, damaged, or of other data.
     """
     try:
-        tensors, card = store.load(path)
+        tensors, card = artifacts.load(path)
         tensors.pop("losses")
         denoiser = pipeline.restored(tensors, card)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:  # a foreign file breaks these in many ways
@@ -79,9 +79,13 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tq
     """
     settings = {k: v for k, v in vars(p).items() if k.startswith(("agent_", "draw_", "curve_", "test_")) or k in SETTINGS}
     inputs = dict(inputs, kind=kind, rows=[(r.source, r.rule, r.lam) for r in rows], seeds=list(seeds), settings=settings)
-    path = store.root() / "agents" / f"{kind}-{p.scale}-{store.key(**inputs, code=store.code_version(*ROOMS))}.safetensors"
+    path = (
+        artifacts.root()
+        / "agents"
+        / f"{kind}-{p.scale}-{artifacts.key(**inputs, code=artifacts.code_version(*ROOMS))}.safetensors"
+    )
     curve_seeds, test_seeds = ([10 * seed + i for seed in seeds] * len(rows) for i in (1, 2))
-    stack, checkpoint = list(seeds) * len(rows), store.root() / "checkpoints" / path.name
+    stack, checkpoint = list(seeds) * len(rows), artifacts.root() / "checkpoints" / path.name
     marks = [round(p.agent_steps * i / p.curve_points) for i in range(p.curve_points + 1)]
 
     def make():
@@ -105,8 +109,8 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tq
         card = dict(kind=kind, stack=stack, rows=[vars(r) for r in rows], settings=settings)
         return {**{f"policy.{k}": v for k, v in policy.state_dict().items()}, **tensors}, card
 
-    tensors, _ = store.artifact(path, make)
-    store.discard(checkpoint)  # not before the result is kept
+    tensors, _ = artifacts.artifact(path, make)
+    artifacts.discard(checkpoint)  # not before the result is kept
     policy = make_agent(stack).policy.requires_grad_(False)
     policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")})
     arrays = {k: v.numpy() for k, v in tensors.items() if not k.startswith("policy.")}
@@ -170,9 +174,9 @@ def _seconds(call):
 
 def save_table(table, name, scale):
     """Write the per-seed table to runs/results/<scale>/<name>.csv; the path."""
-    path = store.root() / "results" / scale / f"{name}.csv"
+    path = artifacts.root() / "results" / scale / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with store.replacing(path) as partial:
+    with artifacts.replacing(path) as partial:
         table.to_csv(partial, index=False)
     return path
 

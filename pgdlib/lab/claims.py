@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.seedstats import PAPER_GAINS, paired_interval
 from pgdlib.measures import bootstrap, interval, ratio_of_means
 
@@ -176,11 +176,11 @@ def states_shift(shifted, unguided_to_policy, guided_to_policy):
 
 def record(claims, dataset, slug, scale):
     """Add `claims` to runs/results/<scale>/claims_<slug>.json; those of the same id are replaced. Returns the path."""
-    path = store.root() / "results" / scale / f"claims_{slug}.json"
+    path = artifacts.root() / "results" / scale / f"claims_{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with store.lock(path):
+    with artifacts.lock(path):
         kept = {**load(path), **{c.id: {**asdict(c), "claim": c.text, "dataset": dataset, "scale": scale} for c in claims}}
-        with store.replacing(path) as partial:
+        with artifacts.replacing(path) as partial:
             rows = {k: _jsonable(kept[k]) for k in sorted(kept)}
             Path(partial).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
@@ -202,7 +202,7 @@ def merged(first, *others):
 
 def of_scale(scale, slug):
     """All verdicts of a scale, `merged`: those of the dataset `slug` first."""
-    paths = sorted((store.root() / "results" / scale).glob("claims_*.json"), key=lambda path: path.stem != f"claims_{slug}")
+    paths = sorted((artifacts.root() / "results" / scale).glob("claims_*.json"), key=lambda path: path.stem != f"claims_{slug}")
     return merged({}, *map(load, paths))
 
 

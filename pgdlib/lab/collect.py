@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgdlib.lab import minari_files, store
+from pgdlib.lab import artifacts, minari_files
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 
@@ -122,7 +122,7 @@ def write(dataset, folder, policy, steps, report=lambda done: None, seed=0):
 def _rollouts(policy, episodes, seed, stream, report, parts):
     rng, generator = np.random.default_rng([seed, stream]), torch.Generator().manual_seed(seed)
     act = policy.act(generator)
-    key = store.key(policy=store.digest(policy.state_dict()), episodes=episodes, seed=seed, stream=stream, chunk=CHUNK)
+    key = artifacts.key(policy=artifacts.digest(policy.state_dict()), episodes=episodes, seed=seed, stream=stream, chunk=CHUNK)
     for first in range(0, episodes, CHUNK):
         n = min(CHUNK, episodes - first)
 
@@ -143,7 +143,7 @@ def _part(path, roll, rng, generator):
         tensors = {k: torch.from_numpy(v) for k, v in asdict(roll()).items()}
         return {**tensors, "generator": generator.get_state()}, {"rng": rng.bit_generator.state}
 
-    tensors, card = store.artifact(path, make, report=lambda message: None)
+    tensors, card = artifacts.artifact(path, make, report=lambda message: None)
     generator.set_state(tensors.pop("generator"))
     rng.bit_generator.state = card["rng"]
     return adroit.Episodes(**{k: v.numpy() for k, v in tensors.items()})

@@ -1,57 +1,89 @@
-"""Locks between processes, and folders for unfinished files: both outlive the death of their holder, on any host.
+"""Locks between processes and hosts, and writing that is whole or not at all and says in words why it failed.
 
-Both rest on flock, which the system frees when its holder dies and which NFS carries from host to host. Where a file system
-has none (some mounts of Lustre and NFS), a lock is a lease that its holder renews.
+Locks are filelock's: flock, which the system frees when its holder dies and which NFS carries from host to host; where a file
+system has none (some mounts of Lustre and NFS), a lease that its holder renews.
 """
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
+import secrets
 import shutil
+import time
 from pathlib import Path
 
-from pgdlib.lab import disk, leases
+from filelock import FileLock, SoftFileLease, Timeout
+
+LEASE, RENEW, POLL, DAY = 180.0, 20.0, 0.1, 86_400.0  # s: a lease counts as left, is renewed, is looked at; surely left
+NO_SUCH_CALL = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what file systems say of what they cannot do
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM}
+SHUT = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+class NotSaved(OSError):
+    """A file could not be written. What was there before is whole, and nothing half-written is left."""
 
 
 @contextlib.contextmanager
 def lock(path, report=print, wait=True):
-    """Hold `path` for this process alone; others wait, and one of them takes over when the holder dies.
+    """Hold `path` for this process alone; others wait, which `report` is told, and one takes over when the holder dies.
 
     With `wait=False` raises BlockingIOError if another holds it. Who holds a lease and was asleep for minutes on another host
     may have lost it: then both work, and since files are only ever replaced as a whole, that costs time and nothing else.
     """
     path = Path(path)
-    disk.make_folder(path.parent)
-    said = False
+    make_folder(path.parent)
+    with explained(path):
+        try:
+            held = _acquired(FileLock(side(path), fallback_to_soft=False), path, report, wait)
+        except OSError as e:
+            if e.errno not in NO_SUCH_CALL:
+                raise
+            lease = SoftFileLease(side(path).with_suffix(".lease"), lease_duration=LEASE, heartbeat_interval=RENEW)
+            held = _acquired(lease, path, report, wait)
+    try:
+        yield
+    finally:
+        held.release()
 
-    def busy():
-        nonlocal said
+
+def _acquired(held, path, report, wait):
+    said, seen = False, {}
+    while not _got(held):
+        if isinstance(held, SoftFileLease) and _is_left(held, seen):
+            held.force_break()
+            if _got(held):
+                break
         if not wait:
             raise BlockingIOError(errno.EWOULDBLOCK, f"another process holds {path}")
         if not said:
             report(f"waiting for another process that is making {path.name}")
         said = True
+        time.sleep(POLL)
+    return held
 
-    while True:
-        with disk.explained(path):
-            f = open(side(path), "a")  # noqa: SIM115 (closed below)
-        with f:
-            got = _flock(f)
-            if got is False:
-                busy()
-                fcntl.flock(f, fcntl.LOCK_EX)
-            if got is None:
-                with leases.lease(path, busy):
-                    yield
-                return
-            if _is_at(f, side(path)):  # else its last holder has removed it
-                try:
-                    yield
-                finally:
-                    fcntl.flock(f, fcntl.LOCK_UN)  # processes that were forked meanwhile have the file open, too
-                return
+
+def _got(held):
+    with contextlib.suppress(Timeout):
+        held.acquire(timeout=0)
+    return held.is_locked
+
+
+def _is_left(lease, seen):
+    """Whether its holder has not renewed a lease for a day, or for as long as we see it: `seen` remembers since when.
+
+    filelock takes over by itself, but only where the file system can exchange two names, so not on NFS, and only from holders
+    that have written who they are, so not from one whose host crashed before that.
+    """
+    try:
+        found = os.stat(lease.lock_file)
+    except FileNotFoundError:
+        return False
+    now, state = time.monotonic(), (found.st_ino, found.st_ctime_ns)  # our own clock: hosts disagree on the time
+    if seen.get("state") != state:
+        seen.update(state=state, since=now)
+    return now - seen["since"] > LEASE or time.time() - found.st_mtime > DAY
 
 
 def side(path):
@@ -61,98 +93,111 @@ def side(path):
 
 def is_held(path):
     """Whether a process holds `path`."""
-    try:
-        with open(side(path), "r+") as f:
-            got = _flock(f)
-    except OSError:
-        return False  # there is no lock file, or it is not ours
-    return leases.newest(path, {})[1] if got is None else not got
-
-
-def forget(path):
-    """Remove the lock file of `path`; only its holder may do so."""
-    side(path).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not ours to lock
+        if side(path).exists():
+            try:
+                with lock(path, wait=False):
+                    pass
+            except BlockingIOError:
+                return True
+    return False
 
 
 @contextlib.contextmanager
-def scratch(path):
-    """An empty folder beside `path`, for what is to take its place; removed at the end, or by `sweep` if the process dies."""
-    disk.make_folder(path.parent)
-    sweep(path)
-    f = None
-    while f is None:  # `sweep` of another process may be faster: then a new one
-        folder = path.with_name(f".{path.name[:150]}.{leases.me()}.partial")
-        with disk.explained(folder):
-            folder.mkdir()
-        f = _claimed(folder)
-    try:
-        yield folder
-    finally:
-        _remove(folder, f)
+def replacing(path, needed=None):
+    """A temporary file or folder that takes the place of `path`, synced to disk, if the block ends well, and vanishes if not.
+
+    It has the name of `path` in a folder of its own beside it. `needed` are its bytes, to be told if the disk is full.
+    """
+    path = Path(path)
+    with explained(path, needed):
+        sweep(path)
+        folder = path.with_name(f".{path.name[:150]}.{secrets.token_hex(4)}.partial")
+        with lock(folder, report=lambda message: None):  # it tells others that we live
+            try:
+                folder.mkdir()
+                partial = folder / path.name
+                yield partial
+                for f in (*partial.rglob("*"), partial):
+                    sync(f)
+                os.replace(partial, path)
+                sync(path.parent)
+            finally:
+                _remove(folder)
 
 
 def sweep(path):
-    """Remove what dead processes have left of `scratch(path)`."""
+    """Remove what dead processes have left of `replacing(path)`."""
+    ours = re.compile(rf"\.?(\.{re.escape(path.name[:150])}\.[0-9a-f]{{8}}\.partial)(\.lock)?")
     with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(path.parent):
-            if re.fullmatch(rf"\.{re.escape(path.name[:150])}\.{leases.OWNER}\.partial", name):
-                clear(path.parent / name)
+        for found in filter(None, map(ours.fullmatch, os.listdir(path.parent))):
+            clear(path.with_name(found[1]))
 
 
-def clear(folder, dry=False):
-    """Remove `folder` if it is one of `scratch` and its process is dead (`dry`: only find out); whether it is so."""
-    found = re.search(rf"\.({leases.OWNER})\.partial$", folder.name)
-    if found is None or folder.is_symlink() or not folder.is_dir():
-        return False
+def clear(folder):
+    """Remove `folder`, one of `replacing`, if its process is dead; whether it was so."""
     try:
-        f = _claimed(folder, found[1])
-    except OSError:
-        return False  # not ours to remove
-    if f is None:
+        with lock(folder, wait=False):
+            _remove(folder)
+    except OSError:  # its process lives, or it is not ours to remove
         return False
-    if dry:
-        f.close()
-    else:
-        _remove(folder, f)
     return True
 
 
-def _claimed(folder, owner=None):
-    """The locked file "lock" of `folder`, open; None if another process has it. `owner`: another one that made the folder."""
+def _remove(folder):
+    shutil.rmtree(folder, ignore_errors=True)  # never what a symlink leads to
+    with contextlib.suppress(OSError):  # Windows removes nothing that is open
+        side(folder).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def explained(path, needed=None):
+    """Turn what a full disk, a read-only folder or a lack of memory raises into `NotSaved`; `needed` are bytes."""
     try:
-        f = open(folder / "lock", "a")  # noqa: SIM115 (the caller closes it)
-    except FileNotFoundError:
-        return None
-    got = _flock(f)
-    if got is None and owner is not None:
-        got = leases.is_dead(owner)
-    if got is False or not _is_at(f, folder / "lock"):
-        f.close()
-        return None
-    return f
+        yield
+    except Exception as e:
+        number = _number(e)
+        if number not in FULL | SHUT or (isinstance(e, NotSaved) and needed is None):
+            raise
+        text = f"{path} cannot be written: {os.strerror(number)}"
+        if number in FULL:
+            there = next(f for f in Path(path).absolute().parents if f.exists())
+            text += f" ({_size(needed)} needed, {_size(shutil.disk_usage(there).free)} free)"
+        raise NotSaved(number, text) from e
 
 
-def _remove(folder, f):
-    shutil.rmtree(folder, ignore_errors=True)
-    f.close()
-    shutil.rmtree(folder, ignore_errors=True)  # NFS keeps a removed file until it is closed
+def _number(e):
+    """The system's number of the error `e`, also where torch or safetensors hide it in a text; None if it has none."""
+    if isinstance(e, OSError):
+        return e.errno
+    if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and re.search("out of memory|allocate memory", str(e))):
+        return errno.ENOMEM
+    found = re.search(r"\(os error (\d+)\)", str(e)) if type(e).__name__ == "SafetensorError" else None
+    return found and int(found[1])
 
 
-def _flock(f):
-    """Whether the open file could be locked; None where the file system has no locks."""
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as e:
-        if e.errno in disk.NO_SUCH_CALL:
-            return None
-        raise
-    return True
+def _size(count):
+    return "an unknown number of bytes" if count is None else f"{count / 1e6:,.1f} MB"
 
 
-def _is_at(f, path):
-    """Whether the open file is the one that is at `path` now."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(f.fileno()), os.stat(path))
-    return False
+def make_folder(folder):
+    """Make `folder` and its parents, and see to it that the disk knows of them."""
+    new = [f for f in (folder, *folder.parents) if not f.exists()]
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for f in new:
+            sync(f.parent)
+
+
+def sync(path):
+    """Wait until the file or folder `path` is on the disk; of a folder, as far as its file system can."""
+    is_folder = os.path.isdir(path)
+    with contextlib.suppress(PermissionError if is_folder else ()):  # Windows opens no folder
+        fd = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs only what may be written
+        try:
+            os.fsync(fd)
+        except OSError as e:
+            if not is_folder or e.errno not in {errno.EINVAL, *NO_SUCH_CALL}:
+                raise
+        finally:
+            os.close(fd)

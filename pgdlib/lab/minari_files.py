@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pgdlib.data import Trajectories
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.simulators.pen import ACTION_DIM, OBS_DIM
 
 INFO_DIMS = dict(qpos=30, qvel=30, target=4)  # the simulator's states, where a dataset holds them
@@ -30,7 +30,7 @@ def from_minari(folder, name):
         raise FileNotFoundError(f"no Minari dataset at {folder}")
     found = digest(folder)
     if not _matches(folder, found):
-        raise store.CorruptArtifact(f"the Minari dataset at {folder} is damaged: its checksum does not hold")
+        raise artifacts.CorruptArtifact(f"the Minari dataset at {folder} is damaged: its checksum does not hold")
     try:
         episodes = [_checked(e) for e in minari.MinariDataset(folder / "data").iterate_episodes()]
         if not episodes:
@@ -49,7 +49,7 @@ def from_minari(folder, name):
         lengths = torch.tensor([len(e.rewards) for e in episodes], dtype=torch.int64)
         return Trajectories.from_tensors({**tensors, "lengths": lengths}, name), found
     except Exception as e:  # a damaged file breaks HDF5 and Minari in a dozen ways
-        raise store.CorruptArtifact(f"the Minari dataset at {folder} cannot be used: {type(e).__name__}: {e}") from e
+        raise artifacts.CorruptArtifact(f"the Minari dataset at {folder} cannot be used: {type(e).__name__}: {e}") from e
 
 
 def _checked(e):
@@ -106,7 +106,7 @@ def find_d4rl(dataset, download=True):
     if not _reachable(ENDPOINT):
         raise FileNotFoundError(f"{here}, and {ENDPOINT} cannot be reached to download it. {advice}.")
     try:
-        with store.lock(folder):
+        with artifacts.lock(folder):
             if not is_downloaded(folder):  # another process has not just done it
                 _download(dataset, folder)
     except Exception as e:  # the hub's client raises errors of many unrelated types
@@ -127,7 +127,7 @@ def _download(dataset, folder):
     """Download D4RL pen-`dataset` beside `folder` and put it there when it is whole."""
     import minari
 
-    with store.replacing(folder) as partial:
+    with artifacts.replacing(folder) as partial:
         with _minari_writes_to(partial.parent / "root"):
             minari.download_dataset(D4RL_IDS[dataset])
         os.replace(partial.parent / "root" / D4RL_IDS[dataset], partial)
@@ -135,7 +135,7 @@ def _download(dataset, folder):
             raise OSError("parts of it are missing")
         from_minari(partial, dataset)
         if folder.exists():
-            store.set_aside(folder, "parts are missing")
+            artifacts.set_aside(folder, "parts are missing")
 
 
 @contextlib.contextmanager
@@ -191,7 +191,7 @@ def write_minari(folder, dataset_id, episodes, description):
                 )
             )
     box, place = gymnasium.spaces.Box, Path(folder) / dataset_id
-    with store.replacing(place, size) as partial:
+    with artifacts.replacing(place, size) as partial:
         with _minari_writes_to(partial.parent / "root"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Minari's, about authors and links that a local file does not have
             minari.create_dataset_from_buffers(

@@ -12,12 +12,12 @@ import torch
 from tqdm import tqdm
 
 from pgdlib import data, edm, measures, worldmodel
-from pgdlib.lab import budget, collect, minari_files, store
+from pgdlib.lab import artifacts, budget, collect, minari_files
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 
-SHIPPED_GUIDE = store.PACKAGE / "assets" / "ppo_pen.safetensors"
-DEMONSTRATOR = store.PACKAGE / "assets" / "ppo_pen_demonstrator.safetensors"  # another seed, a fifth of the steps
+SHIPPED_GUIDE = artifacts.PACKAGE / "assets" / "ppo_pen.safetensors"
+DEMONSTRATOR = artifacts.PACKAGE / "assets" / "ppo_pen_demonstrator.safetensors"  # another seed, a fifth of the steps
 
 
 def device_of(name):
@@ -39,10 +39,10 @@ def load_guide(guide="shipped"):
         policy = from_sb3_zip(path, adroit.OBS_DIM, adroit.ACTION_DIM)
         return policy.requires_grad_(False), dict(kind="guide", source=path.name)
     try:
-        tensors, card = store.load(path)
+        tensors, card = artifacts.load(path)
         policy = GaussianPolicy(**card["config"])
         policy.load_state_dict(tensors)
-    except (store.CorruptArtifact, KeyError, TypeError, RuntimeError) as e:
+    except (artifacts.CorruptArtifact, KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"guide={guide!r} cannot be used: {e}") from e
     found = policy.config["obs_dim"], policy.config["action_dim"]
     if found != (adroit.OBS_DIM, adroit.ACTION_DIM):
@@ -55,7 +55,9 @@ def load_guide(guide="shipped"):
 
 def save_guide(path, policy, card):
     """Write a `GaussianPolicy` with its card to `path`."""
-    store.save(path, policy.state_dict(), {**card, "kind": "guide", "config": policy.config, "versions": store.versions()})
+    artifacts.save(
+        path, policy.state_dict(), {**card, "kind": "guide", "config": policy.config, "versions": artifacts.versions()}
+    )
 
 
 def train_guide(steps, seed):
@@ -65,9 +67,9 @@ def train_guide(steps, seed):
     """
     from pgdlib.lab import ppo
 
-    key = store.key(steps=steps, seed=seed, code=store.code_version("lab.ppo"))
-    path = store.root() / "guides" / f"ppo-{key}.safetensors"
-    checkpoint = store.root() / "checkpoints" / path.name
+    key = artifacts.key(steps=steps, seed=seed, code=artifacts.code_version("lab.ppo"))
+    path = artifacts.root() / "guides" / f"ppo-{key}.safetensors"
+    checkpoint = artifacts.root() / "checkpoints" / path.name
 
     def make():
         with tqdm(total=steps, desc="training PPO", unit=" steps", mininterval=5) as bar:
@@ -83,8 +85,8 @@ def train_guide(steps, seed):
         card = dict(kind="guide", config=policy.config, parameters={**ppo.DEFAULTS, "steps": steps}, seed=seed, curve=curve)
         return policy.state_dict(), {**card, **_evaluation(policy)}
 
-    store.artifact(path, make)
-    store.discard(checkpoint)  # not before the guide is kept
+    artifacts.artifact(path, make)
+    artifacts.discard(checkpoint)  # not before the guide is kept
     return load_guide(path)
 
 
@@ -137,9 +139,9 @@ def load_data(dataset, source, steps, progress=tqdm, say=print):
     name = f"D4RL pen-{dataset}" if is_d4rl else f"stand-in pen-{dataset}"
     if folder is None:
         folder = _stand_in(dataset, steps, progress, say)
-    key = store.key(content=minari_files.digest(folder), code=store.code_version("data", "lab.minari_files"))
-    cache = store.root() / "data" / f"{dataset}-{'d4rl' if is_d4rl else 'standin'}-{key}.safetensors"
-    tensors, _ = store.artifact(
+    key = artifacts.key(content=minari_files.digest(folder), code=artifacts.code_version("data", "lab.minari_files"))
+    cache = artifacts.root() / "data" / f"{dataset}-{'d4rl' if is_d4rl else 'standin'}-{key}.safetensors"
+    tensors, _ = artifacts.artifact(
         cache, lambda: (minari_files.from_minari(folder, name)[0].tensors(), dict(kind="data", name=name))
     )
     raw = data.Trajectories.from_tensors(tensors, name)
@@ -151,19 +153,19 @@ def load_data(dataset, source, steps, progress=tqdm, say=print):
 def _stand_in(dataset, steps, progress, say):
     steps = 5_000 if dataset == "human" else steps
     policy, card = load_guide(SHIPPED_GUIDE if dataset == "expert" else DEMONSTRATOR)
-    inputs = dict(steps=steps, policy=card, code=store.code_version("lab.collect"))
-    folder = store.root() / "minari" / f"{dataset}-{store.key(**inputs)}"
+    inputs = dict(steps=steps, policy=card, code=artifacts.code_version("lab.collect"))
+    folder = artifacts.root() / "minari" / f"{dataset}-{artifacts.key(**inputs)}"
     place = folder / "standin" / "pen" / f"{dataset}-v0"
     if not minari_files.is_whole(place):
-        with store.lock(folder):
+        with artifacts.lock(folder):
             if place.exists() and not minari_files.is_whole(place):
                 reason = f"{place} is damaged: its checksum does not hold"
-                say(f"{reason}. Set aside as {store.set_aside(folder, reason).name}; collecting it again.")
+                say(f"{reason}. Set aside as {artifacts.set_aside(folder, reason).name}; collecting it again.")
             if not place.exists():
                 with progress(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
                     collect.write(dataset, folder, policy, steps, lambda done: bar.update(round(100 * done) - bar.n))
     shutil.rmtree(folder / "parts", ignore_errors=True)  # of a run that was killed at the very end
-    store.note_use(folder)
+    artifacts.note_use(folder)
     return place
 
 
@@ -193,9 +195,9 @@ def load_denoiser(dataset, p, device, progress=tqdm, say=print):
     steps = _at_most(p.passes, steps, p.batch_size, train_data)
     config = dict(horizon=p.horizon, features=p.features, blocks=p.blocks, transform=p.transform)
     how = edm.Training(steps, p.batch_size, p.learning_rate, p.seed)
-    code = store.code_version("edm")
-    name = f"{dataset.key}-{p.scale}-{store.key(data=dataset.key, config=config, how=vars(how), code=code)}"
-    checkpoint = store.root() / "checkpoints" / f"{name}.safetensors"
+    code = artifacts.code_version("edm")
+    name = f"{dataset.key}-{p.scale}-{artifacts.key(data=dataset.key, config=config, how=vars(how), code=code)}"
+    checkpoint = artifacts.root() / "checkpoints" / f"{name}.safetensors"
 
     def make():
         budget.announce_training(config, how, edm.steps_done(checkpoint), p.scale, device, say)
@@ -215,8 +217,8 @@ def load_denoiser(dataset, p, device, progress=tqdm, say=print):
         card = dict(kind="denoiser", config=config, how=vars(how), data=dataset.label, data_key=dataset.key, scale=p.scale)
         return {**ema.state_dict(), "losses": losses}, {**card, "seconds": time.monotonic() - started}
 
-    tensors, card = edm.artifact(store.root() / "denoisers" / f"{name}.safetensors", make)
-    store.discard(checkpoint)  # not before the weights are kept
+    tensors, card = edm.artifact(artifacts.root() / "denoisers" / f"{name}.safetensors", make)
+    artifacts.discard(checkpoint)  # not before the weights are kept
     losses = tensors.pop("losses")
     return restored(tensors, card).to(device), losses
 
@@ -236,9 +238,9 @@ def load_world_model(dataset, p, device):
     train_data, val_data = train_val(dataset)
     how = worldmodel.Training(p.model_steps, seed=p.seed)
     how.steps = _at_most(p.model_passes, how.steps, how.batch_size, train_data)
-    code = store.code_version("worldmodel")
-    name = f"{dataset.key}-{p.scale}-{store.key(data=dataset.key, how=how.card(), code=code)}"
-    checkpoint = store.root() / "checkpoints" / f"world-{name}.safetensors"
+    code = artifacts.code_version("worldmodel")
+    name = f"{dataset.key}-{p.scale}-{artifacts.key(data=dataset.key, how=how.card(), code=code)}"
+    checkpoint = artifacts.root() / "checkpoints" / f"world-{name}.safetensors"
 
     def make():
         with torch.random.fork_rng(devices=[]):
@@ -252,8 +254,8 @@ def load_world_model(dataset, p, device):
         card = dict(kind="world model", config=ensemble.config, how=how.card(), data=dataset.label, data_key=dataset.key)
         return {**ensemble.state_dict(), "losses": losses}, {**card, "seconds": time.monotonic() - started}
 
-    tensors, card = store.artifact(store.root() / "worldmodels" / f"{name}.safetensors", make)
-    store.discard(checkpoint)  # not before the weights are kept
+    tensors, card = artifacts.artifact(artifacts.root() / "worldmodels" / f"{name}.safetensors", make)
+    artifacts.discard(checkpoint)  # not before the weights are kept
     losses = tensors.pop("losses")
     ensemble = worldmodel.Ensemble(**card["config"])
     ensemble.load_state_dict(tensors)

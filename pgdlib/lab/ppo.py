@@ -10,7 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from pgdlib.lab import checkpoints, store
+from pgdlib.lab import artifacts, resumable
 from pgdlib.simulators import pen as adroit
 
 # Found on this task; the paper does not give its own.
@@ -172,20 +172,22 @@ def _save(path, how, model, curve):
     tensors.update({k: torch.from_numpy(v) for k, v in arrays.items()}, torch=torch.get_rng_state())
     kind, key, *rest = np.random.get_state()  # noqa: NPY002 (Stable-Baselines3 draws from it)
     random = dict(numpy=[kind, key.tolist(), *rest], targets=env.venv._rng.bit_generator.state)
-    checkpoints.save(path, tensors, dict(how=how, steps=model.num_timesteps, updates=model._n_updates, random=random))
+    resumable.save(path, tensors, dict(how=how, steps=model.num_timesteps, updates=model._n_updates, random=random))
 
 
 def _find(path, how, say):
     """The (tensors, card) that `_save` kept at `path`, or None. What is damaged or of other parameters is set aside."""
     try:
-        tensors, card = store.load(path, own=True)
+        tensors, card = artifacts.load(path, own=True)
         kept = card.get("how", {})
-        if other := [f"{k}={kept.get(k)!r}, not {v!r}" for k, v in how.items() if store.key(v=kept.get(k)) != store.key(v=v)]:
-            raise store.CorruptArtifact(f"{path} is of another training: {', '.join(other)}")
+        if other := [
+            f"{k}={kept.get(k)!r}, not {v!r}" for k, v in how.items() if artifacts.key(v=kept.get(k)) != artifacts.key(v=v)
+        ]:
+            raise artifacts.CorruptArtifact(f"{path} is of another training: {', '.join(other)}")
     except FileNotFoundError:
         return None
-    except store.CorruptArtifact as e:
-        say(f"{e}. Set aside as {store.set_aside(path, e).name}; training begins anew.")
+    except artifacts.CorruptArtifact as e:
+        say(f"{e}. Set aside as {artifacts.set_aside(path, e).name}; training begins anew.")
         return None
     say(f"training goes on from checkpoint {path.name}: {card['steps']:,} of {how['steps']:,} steps are done")
     return tensors, card

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from pgdlib import calibrate, data, dynamics, guidance, measures, sampler
-from pgdlib.lab import budget, pipeline, store
+from pgdlib.lab import artifacts, budget, pipeline
 from pgdlib.synthetic import WARMED
 
 # What is swept of each rule, in natural units; λ = 0 is always in it.
@@ -175,7 +175,7 @@ class Study:
             tensors = {"x": x, **{f"measures.{k}": torch.from_numpy(v) for k, v in values.items()}}
             return tensors, dict(kind="guided trajectories", lam=lam, counts=counts, inputs=self._inputs(rule))
 
-        tensors, card = store.artifact(path, make, report=lambda message: None)
+        tensors, card = artifacts.artifact(path, make, report=lambda message: None)
         shutil.rmtree(parts, ignore_errors=True)
         values = {name: tensors[f"measures.{name}"].numpy() for name in MEASURES}
         return Point(tensors["x"].to(self.device), values, card["counts"])
@@ -188,9 +188,9 @@ class Study:
         differs, others = set(), sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
         if not have and others:
             try:
-                other = store.load(others[-1])[1]["inputs"]
+                other = artifacts.load(others[-1])[1]["inputs"]
                 differs = {name for name in {**own, **other} if own.get(name) != other.get(name)}
-            except (store.CorruptArtifact, FileNotFoundError, KeyError):
+            except (artifacts.CorruptArtifact, FileNotFoundError, KeyError):
                 differs = {"file, damaged"}
         return have, [lam for lam in wanted if lam not in have], differs
 
@@ -200,11 +200,11 @@ class Study:
 
     @staticmethod
     def _kept(path, what):
-        return store.root() / "checkpoints" / f"{what}-{path.parent.name}-{path.stem}"
+        return artifacts.root() / "checkpoints" / f"{what}-{path.parent.name}-{path.stem}"
 
     def _path(self, rule, lam):
         name = f"{self.dataset.slug}-{self.p.scale}-{rule}-{self.p.units}"
-        return store.root() / "sweeps" / name / f"{store.key(**self._inputs(rule))}-{float(lam)!r}.safetensors"
+        return artifacts.root() / "sweeps" / name / f"{artifacts.key(**self._inputs(rule))}-{float(lam)!r}.safetensors"
 
     def _inputs(self, rule):
         """All that decides a point beside its λ."""
@@ -215,11 +215,11 @@ class Study:
     @cached_property
     def _digests(self):
         digests = {
-            "diffusion model": store.digest(self.denoiser.state_dict())[:12],
-            "guide": store.digest(self.policy.state_dict())[:12],
+            "diffusion model": artifacts.digest(self.denoiser.state_dict())[:12],
+            "guide": artifacts.digest(self.policy.state_dict())[:12],
             "data": self.dataset.key,
         }
-        return {**digests, "code": store.code_version(*ROOMS)}
+        return {**digests, "code": artifacts.code_version(*ROOMS)}
 
 
 def summary(points):

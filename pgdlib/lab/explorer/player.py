@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pgdlib import data, dynamics
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.explorer import film, plots_explorer, widgets
 from pgdlib.simulators import pen as adroit
 
@@ -128,7 +128,7 @@ class Player:
         _, rule, (lam, fresh), number = key
         name = f"{lam:.3g}{f'-fresh-{fresh}' if fresh else ''}"
         title = f"{lab.dataset.label}: λ = {lam:.3g}, no. {number}"
-        path = store.root() / "films" / f"{lab.dataset.slug}-{lab.p.scale}-{rule}-{name}-{number}.gif"
+        path = artifacts.root() / "films" / f"{lab.dataset.slug}-{lab.p.scale}-{rule}-{name}-{number}.gif"
 
         def render(report=lambda share: None, size=(320, 270)):
             total, errors = 2 * len(played.imagined), played.normalised(lab.variance)

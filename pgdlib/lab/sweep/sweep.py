@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.sweep import sweep_plan, sweep_pools, sweep_results, sweep_run, sweep_shared
 
 STOPPED = 128 + signal.SIGINT
@@ -40,8 +40,8 @@ def main(argv=None):
             notebook.keep()
             failed = sweep_run.Run(tasks, history, console, say).go(lambda: _pool(given, len(points)), given.retries)
         frame = sweep_results.gather(points)
-        own = f"{notebook.name}-{store.key(points=sorted(_keys(points)))}.parquet"
-        path = Path(given.out or store.root() / sweep_plan.FOLDER / own)
+        own = f"{notebook.name}-{artifacts.key(points=sorted(_keys(points)))}.parquet"
+        path = Path(given.out or artifacts.root() / sweep_plan.FOLDER / own)
         sweep_results.write(frame, path)
     except (sweep_plan.BadSweep, sweep_pools.Unfit) as reason:
         print(reason, file=sys.stderr)

@@ -18,7 +18,7 @@ import papermill
 import yaml
 from papermill.iorw import load_notebook_node
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 FOLDER = "points"  # in the folder of all runs
 
@@ -43,7 +43,7 @@ class Task:
 
     @property
     def folder(self):
-        return store.root() / FOLDER / self.source / self.key
+        return artifacts.root() / FOLDER / self.source / self.key
 
     @property
     def record(self):
@@ -55,7 +55,7 @@ class Task:
         """Write its folder's task.json, from which a process of its own runs it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "log.txt").unlink(missing_ok=True)
-        with store.replacing(self.folder / "task.json") as partial:
+        with artifacts.replacing(self.folder / "task.json") as partial:
             partial.write_text(json.dumps(vars(self), indent=1), encoding="utf-8")
 
 
@@ -80,9 +80,9 @@ class Notebook:
 
     def keep(self):
         """Write it, without outputs, to where its points run it from: the file may change while they do."""
-        folder = store.root() / FOLDER / self.name
+        folder = artifacts.root() / FOLDER / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        with store.replacing(folder / f"{self.identity['cells']}.ipynb") as partial:
+        with artifacts.replacing(folder / f"{self.identity['cells']}.ipynb") as partial:
             partial.write_text(json.dumps(self.node), encoding="utf-8")
 
     @cached_property
@@ -93,7 +93,7 @@ class Notebook:
     @cached_property
     def identity(self):
         """All that decides a result beside the parameters. Text cells do not."""
-        return {"cells": store.key(cells=self.sources), **identity(self.rooms)}
+        return {"cells": artifacts.key(cells=self.sources), **identity(self.rooms)}
 
     @cached_property
     def check(self):
@@ -107,14 +107,14 @@ class Notebook:
 
 def rooms(sources):
     """The modules of pgdlib that Python `sources` import, directly or not."""
-    return store.closure(*sorted(set().union(*map(store.imported, sources))))
+    return artifacts.closure(*sorted(set().union(*map(artifacts.imported, sources))))
 
 
 def identity(rooms):
     """What decides a result on this machine: the code of the `rooms`, what the package ships, and versions."""
-    assets = [(p.name, _digest(p)) for p in sorted((store.PACKAGE / "assets").iterdir())] if rooms else []
-    versions = {k: v for k, v in store.versions().items() if k != "git"}  # a commit need not touch what runs
-    return {"code": store.code_version(*rooms), "assets": store.key(assets=assets), "versions": versions}
+    assets = [(p.name, _digest(p)) for p in sorted((artifacts.PACKAGE / "assets").iterdir())] if rooms else []
+    versions = {k: v for k, v in artifacts.versions().items() if k != "git"}  # a commit need not touch what runs
+    return {"code": artifacts.code_version(*rooms), "assets": artifacts.key(assets=assets), "versions": versions}
 
 
 def parse(notebook, pairs, texts):
@@ -147,7 +147,7 @@ def points(notebook, given):
         chosen = dict(zip(given, values))
         settings = {**notebook.defaults, **chosen}
         files = {k: _digest(v) for k, v in settings.items() if isinstance(v, str) and isfile(v)}
-        key = store.key(parameters=settings, files=files, **notebook.identity)
+        key = artifacts.key(parameters=settings, files=files, **notebook.identity)
         name = " ".join(f"{k}={chosen[k]}" for k in swept) or notebook.name
         found[key] = Task(key, "point", name, settings, chosen, notebook.name, notebook.rooms, notebook.identity)
     return list(found.values())

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 PATIENCE = 10  # s that a task has to end its kernel when it is stopped
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -27,8 +27,8 @@ class Unfit(Exception):
 
 def environment(threads):
     """What a task's process gets beside the environment that is there; numbers of threads only where there are none yet."""
-    path = os.pathsep.join(filter(None, (str(store.PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    own = {"PGD_RUNS": str(store.root()), "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
+    path = os.pathsep.join(filter(None, (str(artifacts.PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    own = {"PGD_RUNS": str(artifacts.root()), "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
     return {name: os.environ.get(name, str(threads)) for name in THREADS} | own
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.seedstats import mean_se, paired_interval
 from pgdlib.lab.sweep import sweep_plan
 
@@ -56,7 +56,7 @@ def write(frame, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     mixed = [name for name in frame if pd.api.types.infer_dtype(frame[name], skipna=True).startswith("mixed")]
     frame = frame.assign(**{name: frame[name].map(str, na_action="ignore") for name in mixed})
-    with store.replacing(path) as partial:
+    with artifacts.replacing(path) as partial:
         frame.to_parquet(partial, index=False)
 
 
@@ -66,7 +66,7 @@ def read(path, needed, scale, parameter="sweep"):
     A table's name may go on after `needed`. Raises ValueError that names `parameter` if there is no such file.
     """
     if path == "newest":
-        found = sorted((store.root() / sweep_plan.FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime)
+        found = sorted((artifacts.root() / sweep_plan.FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime)
         heads = ((path, pd.read_parquet(path, columns=["run.table", "p.scale"])) for path in found)
         path = next((path for path, head in heads if (_of_table(head, needed) & (head["p.scale"] == scale)).any()), None)
         if path is None:

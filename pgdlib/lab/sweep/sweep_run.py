@@ -9,7 +9,7 @@ import time
 from rich.live import Live
 from rich.table import Table
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.sweep import sweep_plan, sweep_task
 
 TICK = 0.05  # s between two looks at what has ended
@@ -20,7 +20,7 @@ class History:
     """What earlier tasks took, and those of this run, to say what others will take."""
 
     def __init__(self, tasks):
-        folder = store.root() / sweep_plan.FOLDER
+        folder = artifacts.root() / sweep_plan.FOLDER
         paths = [path for source in {t.source for t in tasks} for path in (folder / source).glob("*/done.json")]
         self.records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.sweep import sweep_plan
 
 # What is made once for all points that agree in these settings: kind -> (what is made before it, settings).
@@ -55,7 +55,7 @@ def _maker(kind, checked):
     modules, own = _pipeline()
     needs = [_maker(before, checked).key for before in first]
     words = " ".join(f"{k}={settings[k]}" for k in ("dataset", "scale", "seed") if k in settings)
-    key = store.key(kind=kind, settings=settings, **own)
+    key = artifacts.key(kind=kind, settings=settings, **own)
     return sweep_plan.Task(key, kind, f"{kind}: {words}", settings, {}, "shared", modules, own, needs)
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import papermill
 from nbclient.exceptions import DeadKernelError
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.sweep import sweep_plan
 
 # What all points share, in the folder of all runs; everything else that a notebook writes is its point's own.
@@ -30,7 +30,7 @@ def main(folder, parent):
     threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
     folder = Path(folder)
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    with store.lock(folder / "done.json"):
+    with artifacts.lock(folder / "done.json"):
         if (folder / "done.json").exists() and task["kind"] == "point":
             return
         differs = [k for k, v in sweep_plan.identity(task["rooms"]).items() if v != task["identity"][k]]
@@ -41,8 +41,8 @@ def main(folder, parent):
         card = dict(begun=begun, seconds=time.monotonic() - clock, threads=int(os.environ.get("OMP_NUM_THREADS", 0)))
         if (folder / "done.json").exists():  # what was made before was found again, in no time
             return
-        with store.replacing(folder / "done.json") as partial:
-            partial.write_text(json.dumps({**task, **card, "versions": store.versions()}, indent=1), encoding="utf-8")
+        with artifacts.replacing(folder / "done.json") as partial:
+            partial.write_text(json.dumps({**task, **card, "versions": artifacts.versions()}, indent=1), encoding="utf-8")
 
 
 def _follow(parent):
@@ -55,7 +55,7 @@ def _follow(parent):
 
 
 def _point(task, folder):
-    root = store.root()
+    root = artifacts.root()
     for left in (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
         shutil.rmtree(left)  # of an attempt that was stopped
     for name in COMMON:

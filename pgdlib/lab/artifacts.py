@@ -1,7 +1,4 @@
-"""Where artifacts live: one safetensors file each with its JSON card inside, atomic, verified on load, keyed by content.
-
-As a command, `python -m pgdlib.lab.store`, it is `inventory`.
-"""
+"""Where artifacts live: one safetensors file each with its JSON card inside, atomic, verified on load, keyed by content."""
 
 import ast
 import contextlib
@@ -16,9 +13,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from pgdlib.lab import disk, locks
-from pgdlib.lab.disk import NotSaved  # noqa: F401 (what `save` raises)
-from pgdlib.lab.locks import lock
+from pgdlib.lab.locks import NotSaved, explained, lock, replacing, sweep  # noqa: F401 (`save` raises NotSaved)
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -46,17 +41,8 @@ def code_version(*modules):
 
     Comments, docstrings and layout do not count. Raises FileNotFoundError for a module that does not exist.
     """
-    h = hashlib.sha256()
-    for name in closure(*modules):
-        tree = ast.parse(source_of(name).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-                and ast.get_docstring(node, clean=False) is not None
-            ):
-                del node.body[0]
-        h.update(f"{name}\0{ast.dump(tree)}\0".encode())
-    return h.hexdigest()[:12]
+    code = "".join(f"{name}\0{_parsed(source_of(name))[0]}\0" for name in closure(*modules))
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 def closure(*modules):
@@ -65,37 +51,54 @@ def closure(*modules):
     while queue:
         if (name := queue.pop()) not in found:
             found.add(name)
-            queue += imported(source_of(name).read_text(encoding="utf-8"))
+            package = name.rpartition(".")[0]  # Python runs its __init__ first
+            queue += [*_parsed(source_of(name))[1], *filter(None, [package])]
     return sorted(found)
 
 
 def imported(source):
-    """The names of the modules of this package that Python `source` imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"{PACKAGE.name}."):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    """The names of the modules of this package that Python `source` (text or its tree) imports, anywhere in it."""
+    names, package = set(), f"{PACKAGE.name}."
+    for node in ast.walk(ast.parse(source) if isinstance(source, str) else source):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(package):
+            names |= {f"{node.module}.", *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names if alias.name.startswith(f"{PACKAGE.name}.")}
-    names = {name.partition(".")[2] for name in names} - {""}
-    return {name for name in names if source_of(name, missing=True).exists()}
+            names |= {alias.name for alias in node.names if alias.name.startswith(package)}
+    parts = {name.removeprefix(package).strip(".") for name in names} - {""}
+    return {name for name in parts if _path(name).exists()}
 
 
-def source_of(name, missing=False):
+def source_of(name):
     """The file of the module `name` of this package; of a package, its `__init__`."""
-    path = PACKAGE.joinpath(*name.split("."))
-    path = path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
-    if not (missing or path.exists()):
+    if not (path := _path(name)).exists():
         raise FileNotFoundError(f"no module {name} in {PACKAGE}")
     return path
 
 
+def _path(name):
+    path = PACKAGE.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
+
+
+@cache  # so that a key tells of the code as it was when this process first asked
+def _parsed(path):
+    """(code without comments and docstrings, names of the modules of this package that it imports) of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            del node.body[0]
+    return ast.unparse(tree), imported(tree)
+
+
 def versions():
-    """Versions of what decides a result, and the commit of this checkout if there is one."""
+    """Versions of what decides a result, and the commit of this checkout, "unknown" if it is none or git is missing."""
     packages = ("torch", "numpy", "mujoco", "gymnasium", "gymnasium-robotics", "minari")
-    found = {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PACKAGE, capture_output=True, text=True, check=False)
-    return {**found, "git": git.stdout.strip() or "unknown"}
+    commit = ""
+    if (PACKAGE.parent / ".git").exists():  # else this package lies in somebody else's repository, or in none
+        with contextlib.suppress(OSError):
+            command = ["git", "describe", "--always", "--dirty"]
+            commit = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False).stdout.strip()
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}, "git": commit or "unknown"}
 
 
 def save(path, tensors, card):
@@ -108,27 +111,10 @@ def save(path, tensors, card):
     path = Path(path)
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
     with replacing(path, needed) as partial:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        name = place(path)
-        header = {"card": _canonical(card), "name": name, "sha256": digest(tensors, _sealed(card, name))}
+        tensors, name = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, place(path)
+        header = {"card": _canonical(card), "name": name, "sha256": digest(tensors, {"card": card, "name": name})}
         save_file(tensors, partial, metadata=header)
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
-
-
-@contextlib.contextmanager
-def replacing(path, needed=None):
-    """A temporary file or folder that takes the place of `path`, synced to disk, if the block ends well, and vanishes if not.
-
-    It has the name of `path` in a folder of its own beside it. `needed` are its bytes, to be told if the disk is full.
-    """
-    path = Path(path)
-    with disk.explained(path, needed), locks.scratch(path) as folder:
-        partial = folder / path.name
-        yield partial
-        for f in (*partial.rglob("*"), partial):
-            disk.sync(f)
-        os.replace(partial, path)
-        disk.sync(path.parent)
 
 
 def load(path, own=False):
@@ -137,31 +123,25 @@ def load(path, own=False):
     With `own` also if it was saved under another name, so is a copy of something else. What a user names, such as a guide, may
     be such a copy.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no artifact at {path}")
-    tensors, card, name = read(path)
-    if own and name not in (None, place(path)):  # None: of a version that noted no names
-        raise CorruptArtifact(f"{path} is another artifact: it was saved as {name}")
-    return tensors, card
-
-
-def read(path):
-    """(tensors, card, the name under which it was saved or None) of the artifact at `path`, verified, as `load`."""
-    from safetensors import SafetensorError, safe_open
-
     open(path, "rb").close()  # says what the system has against it: that is no damage
     try:
         with safe_open(path, "pt") as f:
             header = f.metadata() or {}
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-        card, name, expected = json.loads(header["card"]), header.get("name"), header["sha256"]
-        found = digest(tensors, _sealed(card, name))
+        card, name, expected = json.loads(header["card"]), header["name"], header["sha256"]
+        found = digest(tensors, {"card": card, "name": name})
     except (SafetensorError, KeyError, ValueError) as e:
         raise CorruptArtifact(f"{path} is damaged or no artifact of ours: {type(e).__name__}: {e}") from e
     if found != expected:
         raise CorruptArtifact(f"{path} is damaged: its checksum does not hold")
-    return tensors, card, name
+    if own and name != place(path):
+        raise CorruptArtifact(f"{path} is another artifact: it was saved as {name}")
+    return tensors, card
 
 
 def artifact(path, make, report=print):
@@ -170,44 +150,44 @@ def artifact(path, make, report=print):
     Put every input of `make` into the name of `path`, by `key`. A damaged file, or one that was saved under another name, is
     set aside, not deleted.
     """
-    path = Path(path)
-    found = None
+    path, found = Path(path), None
     with contextlib.suppress(FileNotFoundError, CorruptArtifact):
         found = load(path, own=True)  # needs no lock, so no folder that can be written
     if found is None:
         with lock(path, report):
-            try:
-                found = load(path, own=True)
-            except FileNotFoundError:
-                pass
-            except CorruptArtifact as e:
-                report(f"{e}. Set aside as {set_aside(path, e).name}; making it again.")
-            if found is None:
-                tensors, card = make()
-                save(path, tensors, {**card, "versions": versions()})
-                found = load(path, own=True)
+            found = _found_or_made(path, make, report)
     note_use(path)
     return found
 
 
+def _found_or_made(path, make, report):
+    try:
+        return load(path, own=True)  # another process was faster
+    except FileNotFoundError:
+        pass
+    except CorruptArtifact as e:
+        report(f"{e}. Set aside as {set_aside(path, e).name}; making it again.")
+    tensors, card = make()
+    save(path, tensors, {**card, "versions": versions()})
+    return load(path, own=True)
+
+
 def note_use(path):
-    """Note that the artifact at `path` is used now: by its lock file's time, for times of access are not kept everywhere."""
+    """Note that `path` is used now, in an empty file beside it: the system's times of access tell of backups, too."""
     with contextlib.suppress(OSError):  # in a folder of another user, or a read-only one
-        locks.side(path).touch()
+        noted(path).touch()
 
 
-def last_use(path):
-    """When the use of `path` was last noted, a Unix time, s; 0 if never."""
-    with contextlib.suppress(FileNotFoundError):
-        return locks.side(path).stat().st_mtime
-    return 0.0
+def noted(path):
+    """The file beside `path` whose time is when `path` was last used."""
+    return path.with_name(f".{path.name}.used")
 
 
 def set_aside(path, reason):
     """Rename the file or folder `path`, with the `reason` in its new name, which no other file has; the new path."""
     words = re.sub("[^A-Za-z0-9]+", "-", str(reason).replace(str(path), "")).strip("-")[:100]
     aside = path.with_name(f"{path.name[:120]}.{secrets.token_hex(4)}.{words}.damaged")
-    with contextlib.suppress(FileNotFoundError), disk.explained(path):  # another process was faster
+    with contextlib.suppress(FileNotFoundError), explained(path):  # another process was faster
         os.replace(path, aside)
     return aside
 
@@ -215,18 +195,13 @@ def set_aside(path, reason):
 def discard(path):
     """Delete the file `path`, if it exists, and what dead processes left of writing it."""
     path.unlink(missing_ok=True)
-    locks.sweep(path)
+    sweep(path)
 
 
 def place(path):
     """The name that an artifact at `path` carries: its path in `root`, so that the root may be moved; elsewhere its name."""
     path = Path(os.path.abspath(path))
-    return str(path.relative_to(root())) if path.is_relative_to(root()) else path.name
-
-
-def _sealed(card, name):
-    """What the checksum covers beside the tensors."""
-    return card if name is None else {"card": card, "name": name}
+    return path.relative_to(root()).as_posix() if path.is_relative_to(root()) else path.name
 
 
 def _canonical(value):
@@ -242,9 +217,3 @@ def digest(tensors, card=None):
         h.update(f"{name} {t.dtype} {tuple(t.shape)};".encode())
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
-
-
-if __name__ == "__main__":
-    from pgdlib.lab import inventory  # which imports this file once more, under its own name
-
-    raise SystemExit(inventory.main())
