@@ -181,16 +181,12 @@ def _stand_in(dataset, steps, progress, say):
     inputs = dict(steps=steps, policy=card, code=artifacts.code_version("lab.standins"))
     folder = artifacts.root() / "minari" / f"{dataset}-{artifacts.key(**inputs)}"
     place = folder / "standin" / "pen" / f"{dataset}-v0"
-    with contextlib.suppress(FileNotFoundError, artifacts.CorruptArtifact):
-        minari_files.digest(place)
+    if minari_files.is_whole(place):
         return place  # which needs no lock, so no folder that can be written
     with locks.lock(folder):
-        try:
-            minari_files.digest(place)
-        except FileNotFoundError:
-            pass
-        except artifacts.CorruptArtifact as e:
-            say(f"{e}. Set aside as {artifacts.set_aside(folder, e).name}; collecting it again.")
+        if place.exists() and not minari_files.is_whole(place):
+            reason = f"{place} is damaged: its checksum does not hold"
+            say(f"{reason}. Set aside as {artifacts.set_aside(folder, reason).name}; collecting it again.")
         if not place.exists():
             with progress(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
                 standins.write(dataset, folder, policy, steps, lambda done: bar.update(round(100 * done) - bar.n))

@@ -1,5 +1,6 @@
 """Minari datasets: finding D4RL's, reading any, writing the stand-ins."""
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -93,6 +94,13 @@ def digest(folder):
     if written.exists() and written.read_text(errors="replace") != found:
         raise artifacts.CorruptArtifact(f"the Minari dataset at {folder} is damaged: its checksum does not hold")
     return found
+
+
+def is_whole(folder):
+    """Whether there is a Minari dataset in `folder` that is what `write_minari` wrote."""
+    with contextlib.suppress(FileNotFoundError, artifacts.CorruptArtifact):
+        return bool(digest(folder))
+    return False
 
 
 def is_d4rls(folder, dataset, lengths):
