@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import paper_results
 from pgdlib import guidance
-from pgdlib.lab import budget, params, pipeline, store, study, train
+from pgdlib.lab import budget, load, params, store, study, train
 from pgdlib.lab.figures import plots
 
 FIGURE_1 = [0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 3.0]  # and 0
@@ -108,16 +108,16 @@ class Slice:
 
 def run(part):
     """All stages, as far as the time of this `Slice` allows."""
-    p, device = part.p, pipeline.device_of(part.p.device)
+    p, device = part.p, load.device_of(part.p.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     part.card |= dict(scale=p.scale, device=name, date=datetime.now(UTC).date().isoformat(), versions=store.versions())
     part.card["complete"] = False
     with part.stage("data"):
-        policy, _ = pipeline.load_guide(p.guide)
-        dataset = pipeline.load_data(p.dataset, p.source, p.data_steps)
+        policy, _ = load.load_guide(p.guide)
+        dataset = load.load_data(p.dataset, p.source, p.data_steps)
         part.card |= dict(data=dataset.label, is_d4rl=dataset.is_d4rl, data_key=dataset.key)
     with part.stage("training"):
-        denoiser, losses = pipeline.load_denoiser(dataset, p, device, part.bar)
+        denoiser, losses = load.load_denoiser(dataset, p, device, part.bar)
     lab = study.Study(dataset, denoiser, policy.to(device), p, device)
     if not (part.out / "losses.csv").exists() or part.card["slices"] == 1:
         paper_results.show_training(part, lab, losses.numpy())

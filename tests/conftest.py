@@ -177,9 +177,9 @@ def real(request):
 @pytest.fixture(scope="session")
 def guide():
     """The shipped guide, whichever it is."""
-    from pgdlib.lab import pipeline
+    from pgdlib.lab import load
 
-    return pipeline.load_guide()[0]
+    return load.load_guide()[0]
 
 
 @pytest.fixture(scope="session", params=["sampled", "mean"])

@@ -11,7 +11,7 @@ from test_pgd import FILES, Killed, Noted, Stop, assert_same, learner, run, stop
 from test_worldmodel import how, small
 
 from pgdlib import edm, pgd, worldmodel
-from pgdlib.lab import checkpoints, pipeline, store
+from pgdlib.lab import checkpoints, load, store
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_what_is_set_aside_changed_nothing(tmp_path):
 
 def test_a_full_disk_at_the_end_costs_no_training(disk, runs, monkeypatch):
     """The result cannot be kept: a clear error; the next run goes on from the checkpoint."""
-    from test_pipeline_models import CPU, dataset, settings
+    from test_load_models import CPU, dataset, settings
 
     def report(step, losses):
         disk["full"] = step == 4
@@ -145,8 +145,8 @@ def test_a_full_disk_at_the_end_costs_no_training(disk, runs, monkeypatch):
     train, steps = edm.train, []
     with monkeypatch.context() as patch, pytest.warns(RuntimeWarning), pytest.raises(store.NotSaved, match="9 MB needed"):
         patch.setattr(edm, "train", lambda *a, **k: train(*a, save_every=0.0, report=report))
-        pipeline.load_denoiser(dataset(), settings(), CPU)
+        load.load_denoiser(dataset(), settings(), CPU)
     disk["full"] = False
     monkeypatch.setattr(edm, "train", lambda *a, **k: train(*a, report=lambda step, losses: steps.append(step)))
-    pipeline.load_denoiser(dataset(), settings(), CPU)
+    load.load_denoiser(dataset(), settings(), CPU)
     assert steps == [4]

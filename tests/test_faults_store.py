@@ -19,12 +19,12 @@ import pytest
 import torch
 from conftest import kept, toy
 from test_pgd import EVERY, MARKS, ROWS, Noted, learner, score
-from test_pipeline_models import CPU, dataset, model_settings, settings
+from test_load_models import CPU, dataset, model_settings, settings
 from test_study import Ideal, a_policy
 from test_study import settings as study_settings
 
 from pgdlib import edm, pgd, worldmodel
-from pgdlib.lab import collect, pipeline, store, study
+from pgdlib.lab import load, standins, store, study
 from pgdlib.simulators import pen as adroit
 
 pytestmark = pytest.mark.faults
@@ -44,12 +44,12 @@ def tally(request, told):
 
 
 def denoiser():
-    model, losses = pipeline.load_denoiser(dataset(), settings(train_steps=20), CPU)
+    model, losses = load.load_denoiser(dataset(), settings(train_steps=20), CPU)
     return store.digest({**model.state_dict(), "losses": losses})
 
 
 def world_model():
-    model, losses, _ = pipeline.load_world_model(dataset(), model_settings(model_steps=15), CPU)
+    model, losses, _ = load.load_world_model(dataset(), model_settings(model_steps=15), CPU)
     return store.digest({**model.state_dict(), "losses": losses})
 
 
@@ -69,14 +69,14 @@ def agents():
 
 def drawing():
     trajectories = toy([40] * 12)
-    given = pipeline.Dataset(trajectories, trajectories, False, "toy-1", 0, 0)
+    given = load.Dataset(trajectories, trajectories, False, "toy-1", 0, 0)
     lab = study.Study(given, Ideal(given), a_policy(), study_settings(samples=160, steps=16, horizon=10))
     point = lab.point("explicit", 0.5)
     return store.digest({"x": point.x, **{k: torch.from_numpy(v) for k, v in point.measures.items()}})
 
 
 def collection():
-    return pipeline.load_data("expert", "local", 300, say=lambda text: None).key
+    return load.load_data("expert", "local", 300, say=lambda text: None).key
 
 
 STAGES = dict(denoiser=denoiser, world_model=world_model, agents=agents, drawing=drawing, collection=collection)
@@ -91,9 +91,9 @@ def small(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(worldmodel.Ensemble.__init__, "__defaults__", (3, 2, (16,) * 4))
     monkeypatch.setattr(pgd, "LONG", -1.0)
     monkeypatch.setattr(study.Study, "most", lambda lab, n: 32)
-    monkeypatch.setattr(collect, "CHUNK", 4)
+    monkeypatch.setattr(standins, "CHUNK", 4)
     monkeypatch.setattr(adroit, "D4RL_HORIZON", 10)
-    monkeypatch.setattr(pipeline, "tqdm", functools.partial(pipeline.tqdm, disable=True))
+    monkeypatch.setattr(load, "tqdm", functools.partial(load.tqdm, disable=True))
     return runs
 
 

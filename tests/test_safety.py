@@ -24,7 +24,7 @@ from conftest import kept, replay, white
 from inputs import PATHS, ROOT, no_writes, tried
 
 from pgdlib import edm
-from pgdlib.lab import benchmark, minari_files, pipeline, store
+from pgdlib.lab import benchmark, load, minari_files, store
 from pgdlib.simulators import pen as adroit
 
 UNPICKLE = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}  # modules
@@ -102,8 +102,8 @@ def bombs(tmp_path):
     trace, raw, saved = tmp_path / "executed", tmp_path / "raw", tmp_path / "saved"
     raw.write_bytes(pickle.dumps(Bomb(trace)))
     torch.save({"w": torch.zeros(2), "bomb": Bomb(trace)}, saved)
-    for load in (lambda: pickle.loads(raw.read_bytes()), lambda: torch.load(saved, weights_only=False)):
-        load()
+    for attack in (lambda: pickle.loads(raw.read_bytes()), lambda: torch.load(saved, weights_only=False)):
+        attack()
         assert trace.exists()  # so it goes off where it is let in
         trace.unlink()
     inside = tmp_path / "inside"
@@ -119,7 +119,7 @@ def test_a_pickle_in_place_of_a_guide_or_a_denoiser_is_not_executed(bombs, tmp_p
         for name in ("bomb.zip", "bomb.safetensors", "bomb"):
             (tmp_path / name).write_bytes(content)
             with pytest.raises(ValueError, match=r"guide=.*bomb"):
-                pipeline.load_guide(str(tmp_path / name))
+                load.load_guide(str(tmp_path / name))
             with pytest.raises(ValueError, match=r"denoiser=.*bomb"):
                 benchmark.read_denoiser(str(tmp_path / name), None, "cpu")
             assert not trace.exists()
@@ -147,7 +147,7 @@ def test_a_path_in_a_parameter_is_read_and_never_written_to(runs, tmp_path, monk
 
     def refused(path):
         with no_writes():
-            for name, read in (("guide", pipeline.load_guide), ("denoiser", lambda p: benchmark.read_denoiser(p, None, "cpu"))):
+            for name, read in (("guide", load.load_guide), ("denoiser", lambda p: benchmark.read_denoiser(p, None, "cpu"))):
                 with pytest.raises(ValueError) as error:
                     read(path)
                 assert f"{name}={path!r}" in str(error.value)

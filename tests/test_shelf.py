@@ -13,7 +13,7 @@ from conftest import cut, kept
 from torch import nn
 
 from pgdlib import data
-from pgdlib.lab import minari_files, params, pipeline, store, study
+from pgdlib.lab import load, minari_files, params, store, study
 from pgdlib.lab.explorer import shelf, widgets
 from pgdlib.simulators import pen as adroit
 
@@ -45,13 +45,13 @@ class Recalling(nn.Module):
 @functools.cache
 def parts():
     """(dataset, denoiser, guide) of six real episodes of the guide."""
-    guide = pipeline.load_guide()[0]
+    guide = load.load_guide()[0]
     made = adroit.rollout(guide.act(torch.Generator().manual_seed(0)), 6, np.random.default_rng(0), 40, threads=1)
     columns = made.obs[:, :-1], made.actions.clip(-1, 1), made.rewards, np.zeros((6, 40)), made.obs[:, 1:]
     columns = (torch.tensor(x, dtype=torch.float32).flatten(0, 1) for x in columns)
     episodes = data.Trajectories(*columns, torch.full((6,), 40), "stand-in pen-human")
-    dataset = pipeline.Dataset(episodes, episodes, False, "toy-1", 0, 0)
-    train, _ = pipeline.train_val(dataset)
+    dataset = load.Dataset(episodes, episodes, False, "toy-1", 0, 0)
+    train, _ = load.train_val(dataset)
     normaliser = data.Normaliser().fit(train.packed())
     windows = data.Windows(train, normaliser, 8)
     return dataset, Recalling(windows[torch.arange(len(windows))][0], normaliser), guide

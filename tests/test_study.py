@@ -16,7 +16,7 @@ from torch import nn
 
 from pgdlib import calibrate, data, dynamics, edm, guidance, measures, sampler
 from pgdlib.guidance import RULES
-from pgdlib.lab import budget, collect, params, pipeline, store, study
+from pgdlib.lab import budget, load, params, standins, store, study
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 from pgdlib.synthetic import WARMED
@@ -46,7 +46,7 @@ def dataset(episodes):
     values = dict(obs=episodes.obs[:, :-1], actions=episodes.actions.clip(-1, 1), rewards=episodes.rewards)
     values |= dict(terminals=np.zeros((12, 40)), next_obs=episodes.obs[:, 1:])
     raw = data.Trajectories(**{k: flat(v) for k, v in values.items()}, lengths=torch.full((12,), 40), name="stand-in pen-toy")
-    return pipeline.Dataset(data.end_at_falls(raw)[0], raw, False, "toy-1", 0, 0)
+    return load.Dataset(data.end_at_falls(raw)[0], raw, False, "toy-1", 0, 0)
 
 
 class Ideal(nn.Module):
@@ -54,7 +54,7 @@ class Ideal(nn.Module):
 
     def __init__(self, dataset, transform="raw"):
         super().__init__()
-        self.normaliser = data.Normaliser(transform).fit(pipeline.train_val(dataset)[0].packed())
+        self.normaliser = data.Normaliser(transform).fit(load.train_val(dataset)[0].packed())
 
     def forward(self, x, sigma):
         return x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
@@ -210,7 +210,7 @@ def test_measures_are_those_of_the_metrics(lab, episodes, dataset, transform):
     steps = lab.normaliser.denormalise(x)
     obs, actions, alive = steps[..., :45], steps[..., 45:69], torch.ones(6, 10)
     alive[1, 6:] = 0
-    variance = pipeline.train_val(dataset)[0].obs.var(0).numpy()
+    variance = load.train_val(dataset)[0].obs.var(0).numpy()
     for name, keys in {"reconstructed": ("reconstructed", "normalised"), "appendix_b": ("appendix_b",), "still": ()}.items():
         error = dynamics.dynamics_error(obs.numpy(), actions.numpy(), variance, name, alive.numpy(), threads=1)
         for key in keys:
@@ -384,7 +384,7 @@ def test_other_weights_and_other_data_make_other_points(lab, dataset, runs):
     ):
         assert other.status("explicit", [1]) == ([], [0.0, 1.0], differs)
     other = lab()
-    other.dataset = pipeline.Dataset(dataset.data, dataset.raw, False, "toy-2", 0, 0)
+    other.dataset = load.Dataset(dataset.data, dataset.raw, False, "toy-2", 0, 0)
     assert other.status("explicit", [1]) == ([], [0.0, 1.0], {"data"})
 
 
@@ -737,7 +737,7 @@ def stand_in(monkeypatch, episodes, tmp_path):
     """The stand-in human is collected in no time."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(collect, "human", lambda *given: episodes)
+    monkeypatch.setattr(standins, "human", lambda *given: episodes)
 
 
 class NotNow(Exception):
@@ -778,9 +778,9 @@ def test_a_study_is_opened_with_what_is_asked_for(runs, stand_in, capsys):
     again = study.Study.open(settings(), refuse, said.append)  # all is there
     assert again.status("explicit", [0.5]) == ([0.5], [0.0], set())
     assert again.dataset.key == mine.dataset.key and again.p.samples == 6
-    assert torch.equal(again.policy.log_std, pipeline.load_guide("shipped")[0].log_std)
+    assert torch.equal(again.policy.log_std, load.load_guide("shipped")[0].log_std)
     assert not any(p.requires_grad for p in (*again.policy.parameters(), *again.denoiser.parameters()))
-    own = pipeline.load_denoiser(again.dataset, settings(), torch.device("cpu"))[0]
+    own = load.load_denoiser(again.dataset, settings(), torch.device("cpu"))[0]
     assert store.digest(own.state_dict()) == store.digest(again.denoiser.state_dict())
 
 
@@ -788,7 +788,7 @@ def test_a_study_that_may_make_nothing_starts_nothing(runs, stand_in):
     with pytest.raises(NotNow):
         study.Study.open(settings(), refuse, lambda text: None)
     assert kept(runs) == []
-    pipeline.load_data("human", "local", 4_000, recorder([]), lambda text: None)
+    load.load_data("human", "local", 4_000, recorder([]), lambda text: None)
     files = kept(runs)
     with pytest.raises(NotNow):
         study.Study.open(settings(), refuse, lambda text: None)

@@ -12,7 +12,7 @@ from conftest import kept
 from test_edm import HOW, in_float64, small_denoiser
 
 from pgdlib import edm
-from pgdlib.lab import pipeline, store, train
+from pgdlib.lab import load, store, train
 
 HERE = Path(__file__).parent
 WORKER = """
@@ -78,7 +78,7 @@ def test_the_command_trains_what_a_notebook_finds(runs, monkeypatch, tmp_path):
     p = train.parse(flags)
     monkeypatch.setattr(edm, "train", None)
     train.main(flags)
-    denoiser, losses = pipeline.load_denoiser(pipeline.load_data("human", "local", p.data_steps), p, torch.device("cpu"))
+    denoiser, losses = load.load_denoiser(load.load_data("human", "local", p.data_steps), p, torch.device("cpu"))
     assert kept(runs) == files and len(losses) == 6 and denoiser.config["features"] == 16
 
 

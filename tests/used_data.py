@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pgdlib import data, edm, worldmodel
 from pgdlib.agents import stack as agents
-from pgdlib.lab import params, pipeline, store, study
+from pgdlib.lab import load, params, store, study
 from pgdlib.policies import GaussianPolicy
 
 
@@ -49,10 +49,10 @@ def used(raw, horizon, transform):
     assert (cut, dropped) == (sum(len(a["obs"]) < len(e["obs"]) for a, e in zip(ended, episodes)),
                               sum(len(e["obs"]) - len(a["obs"]) for a, e in zip(ended, episodes)))  # fmt: skip
     assert_equal(plain_episodes(repaired), ended)
-    dataset = pipeline.Dataset(repaired, raw, False, store.digest(raw.tensors())[:12], cut, dropped)
+    dataset = load.Dataset(repaired, raw, False, store.digest(raw.tensors())[:12], cut, dropped)
     copies = {e["obs"].tobytes() + e["actions"].tobytes() + e["rewards"].tobytes() + e["terminals"].tobytes() for e in ended}
     try:
-        train, val = pipeline.train_val(dataset)
+        train, val = load.train_val(dataset)
     except ValueError as e:
         few = "1 unique episode" if len(copies) < 2 else "1 step to train on"
         assert f"'toy' holds {few}" in str(e) and (len(copies) < 2 or 1 in repaired.lengths.tolist()), e
@@ -76,7 +76,7 @@ def used(raw, horizon, transform):
     assert_equal_agents(agents.of_trajectories(train), train)
     p = settings(horizon, transform)
     try:
-        denoiser, losses = pipeline.load_denoiser(dataset, p, torch.device("cpu"), partial(tqdm, disable=True), refuse_to_say)
+        denoiser, losses = load.load_denoiser(dataset, p, torch.device("cpu"), partial(tqdm, disable=True), refuse_to_say)
     except ValueError as e:
         assert horizon > 2 * max(train.lengths.tolist()) and f"horizon={horizon} is not allowed for toy" in str(e), e
         return "refused"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pgdlib import data, pgd, sampler
 from pgdlib.agents.stack import WIDTH, Learner
-from pgdlib.lab import budget, pipeline, store
+from pgdlib.lab import budget, load, store
 from pgdlib.simulators import pen as adroit
 
 SETTINGS = ("hidden", "polyak", "resample_every", "windows", "real_fraction")  # beside agent_*, draw_*, ...
@@ -27,10 +27,10 @@ def read_denoiser(path, dataset, device):
     try:
         tensors, card = store.load(path)
         tensors.pop("losses")
-        denoiser = pipeline.restored(tensors, card)
+        denoiser = load.restored(tensors, card)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:  # a foreign file breaks these in many ways
         raise ValueError(f"denoiser={str(path)!r} cannot be used: {type(e).__name__}: {e}") from e
-    own = data.Normaliser(denoiser.normaliser.transform).fit(pipeline.train_val(dataset)[0].packed())
+    own = data.Normaliser(denoiser.normaliser.transform).fit(load.train_val(dataset)[0].packed())
     if card.get("data_key") != dataset.key:
         found = f"{card.get('data')} ({card.get('data_key')})"
         raise ValueError(f"denoiser={str(path)!r} is not allowed; it was trained on {found}, needed is {dataset.key}")

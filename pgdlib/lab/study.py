@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from pgdlib import calibrate, data, dynamics, guidance, measures, sampler
-from pgdlib.lab import budget, pipeline, store
+from pgdlib.lab import budget, load, store
 from pgdlib.synthetic import WARMED
 
 # What is swept of each rule, in natural units; λ = 0 is always in it.
@@ -45,7 +45,7 @@ class Study:
     def __init__(self, dataset, denoiser, policy, p, device="cpu"):
         self.dataset, self.denoiser, self.policy, self.p, self.device = dataset, denoiser, policy, p, torch.device(device)
         self.normaliser = denoiser.normaliser
-        self.train, self.val = pipeline.train_val(dataset)
+        self.train, self.val = load.train_val(dataset)
         variance = self.train.obs.var(0).numpy()
         self.variance = np.where(variance > 1e-12, variance, np.float32(1))  # 1 for a dimension that never changes
         self.on_policy = measures.on_policy_log_likelihood(policy)
@@ -54,10 +54,10 @@ class Study:
     @classmethod
     def open(cls, p, progress=tqdm, say=print):
         """The study of `p.dataset`; its data and its denoiser are loaded, or made, with the bar `progress`."""
-        device = pipeline.device_of(p.device)
-        policy, _ = pipeline.load_guide(p.guide)
-        dataset = pipeline.load_data(p.dataset, p.source, p.data_steps, progress, say)
-        denoiser, _ = pipeline.load_denoiser(dataset, p, device, progress, say)
+        device = load.device_of(p.device)
+        policy, _ = load.load_guide(p.guide)
+        dataset = load.load_data(p.dataset, p.source, p.data_steps, progress, say)
+        denoiser, _ = load.load_denoiser(dataset, p, device, progress, say)
         return cls(dataset, denoiser, policy.to(device), p, device)
 
     @cached_property

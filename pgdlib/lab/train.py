@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from pgdlib import edm
-from pgdlib.lab import params, pipeline
+from pgdlib.lab import load, params
 
 PARAMETERS = dict(
     dataset=params.one_of(*params.DATASETS),
@@ -56,7 +56,7 @@ def main(arguments=None):
 
 
 def _train(p, rank):
-    device, several = pipeline.device_of(p.device), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    device, several = load.device_of(p.device), int(os.environ.get("WORLD_SIZE", 1)) > 1
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
@@ -66,8 +66,8 @@ def _train(p, rank):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         progress, say = partial(tqdm, disable=rank > 0), print if rank == 0 else lambda text: None
-        dataset = pipeline.load_data(p.dataset, p.source, p.data_steps, progress, say)
-        _, losses = pipeline.load_denoiser(dataset, p, device, progress, say)
+        dataset = load.load_data(p.dataset, p.source, p.data_steps, progress, say)
+        _, losses = load.load_denoiser(dataset, p, device, progress, say)
         say(f"{len(losses):,} training steps, loss of the last tenth: {losses[-max(1, len(losses) // 10) :].mean():.4g}")
     finally:
         if several and edm.processes()[1] > 1:
