@@ -76,7 +76,6 @@ def test_every_input_makes_another_denoiser(runs, trainings):
         horizon=12,
         features=16,
         blocks=1,
-        kernel_size=5,
         train_steps=5,
         batch_size=5,
         learning_rate=2e-3,

@@ -176,12 +176,13 @@ def played(obs, actions):
 def test_the_clone_recovers_a_linear_gaussian_policy():
     rng = np.random.default_rng(0)
     centre, scale = rng.normal(size=45) * 3, np.logspace(-2, 2, 45)
-    z, weights, std = rng.normal(size=(12_000, 45)), np.zeros((45, 24)), np.linspace(0.1, 0.3, 24)
-    weights[[0, 20, 40]] = rng.normal(size=(3, 24)) * 0.15
-    actions = z @ weights + std * rng.normal(size=(12_000, 24))
+    z, weights, std = rng.normal(size=(12_000, 45)), np.zeros((45, 24)), np.linspace(0.27, 0.5, 24)
+    weights[[0, 20, 40]] = rng.normal(size=(3, 24)) * 0.3
+    actions = np.tanh(z @ weights) + std * rng.normal(size=(12_000, 24))
     clone = standins.clone_of(played(centre + scale * z, actions), seed=0, steps=700)
     fresh = rng.normal(size=(1000, 45))
-    error, signal = clone.act(centre + scale * fresh) - fresh @ weights, fresh @ weights
+    signal = np.tanh(fresh @ weights)
+    error = clone.act(centre + scale * fresh) - signal
     assert np.sqrt((error**2).mean()) < 0.25 * signal.std()
     assert (np.abs(error.mean(0)) < 0.03).all()
     np.testing.assert_allclose(clone.std[0], std, rtol=0.15)

@@ -206,7 +206,7 @@ def _at_most(passes, steps, batch_size, data):
 def load_denoiser(dataset, p, device, progress=tqdm, say=print, training=edm.Training):
     """(EMA denoiser, losses [steps]) trained on the training side of `dataset` with the settings `p`; made if missing.
 
-    `p` has horizon, features, blocks, kernel_size, train_steps, batch_size, learning_rate, epochs, passes, transform and seed.
+    `p` has horizon, features, blocks, train_steps, batch_size, learning_rate, epochs, passes, transform and seed.
     `progress` makes the bar, as tqdm does, `say` prints what a long training takes (`budget.announce_training`), `training` is
     its loop. Raises ValueError where no episode fills half a window, and where the device has too little memory.
     """
@@ -217,7 +217,7 @@ def load_denoiser(dataset, p, device, progress=tqdm, say=print, training=edm.Tra
     steps = p.train_steps or round(p.epochs * len(train_data.rewards) / (p.horizon * p.batch_size))
     recipe = edm.Recipe(_at_most(p.passes, steps, p.batch_size, train_data), p.batch_size, p.learning_rate, p.seed)
     config = dict(obs_dim=train_data.spec.obs_dim, action_dim=train_data.spec.action_dim, horizon=p.horizon)
-    config |= dict(features=p.features, blocks=p.blocks, kernel_size=p.kernel_size, transform=p.transform)
+    config |= dict(features=p.features, blocks=p.blocks, transform=p.transform)
 
     def begin(checkpoint):
         done = 0
