@@ -4,6 +4,7 @@ import shutil
 
 import h5py
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
 from pgdlib import data
@@ -123,5 +124,5 @@ def read(whole, folder, faults, moved):
     for part, tensor in ((slice(None, -1), found.obs), (slice(1, None), found.next_obs)):
         rows = np.concatenate([o[part] for o in columns["observations"]])
         np.testing.assert_array_equal(tensor, rows.astype(np.float32))
-    data.end_where(found, found.next_obs[:, pen.PEN_HEIGHT] < pen.FALL_HEIGHT)
+    data.end_where(found, torch.from_numpy(pen.outcome(found.next_obs.numpy())[2]))
     return "accepted"
