@@ -8,6 +8,7 @@ import torch
 from conftest import kept
 from stable_baselines3.common.vec_env import VecCheckNan, VecNormalize
 
+from benchmarks.baselines import make_env
 from pgdlib.lab import artifacts, load
 from pgdlib.lab import guide_ppo as ppo
 from pgdlib.simulators import pen as adroit
@@ -36,7 +37,7 @@ def test_spaces_shapes_and_types():
 def test_the_stream_equals_gyms_d4rl_environment():
     """Observation, reward, end, its reason, and the restart, step by step, over several episodes."""
     env, rng = ppo.PenVecEnv(N, seed=0), np.random.default_rng(0)
-    gyms = [adroit.make_env("d4rl") for _ in range(N)]
+    gyms = [make_env("d4rl") for _ in range(N)]
 
     def start(i):
         sim = gyms[i].unwrapped
