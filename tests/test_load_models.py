@@ -25,88 +25,105 @@ def assert_same(a, b):
         assert torch.equal(mine, theirs), name
 
 
-# The denoiser
-
-
 def settings(**changes):
-    own = dict(transform="raw", seed=0, scale="ci", train_steps=4, batch_size=4, features=8, horizon=8)
+    """Little enough to be trained in no time."""
+    own = dict(transform="raw", seed=0, scale="ci", train_steps=4, model_steps=4, batch_size=4, features=8, horizon=8)
     return SimpleNamespace(**{**scales.of_scale("ci"), **own, **changes})
 
 
-def counted(monkeypatch, module):
-    """The loops of `module` that were begun; they go on to work."""
-    loops, begin = [], module.Training
+model_settings = settings
+both = pytest.mark.parametrize("name", ["load_denoiser", "load_world_model"])
 
-    def noted(*given):
-        loops.append(begin(*given))
-        return loops[-1]
 
-    monkeypatch.setattr(module, "Training", noted)
-    if module is edm:  # which is a default there
-        monkeypatch.setattr(load.load_denoiser, "__defaults__", (*load.load_denoiser.__defaults__[:-1], noted))
-    return loops
+def makes(name, given=None, p=None):
+    """A function of nothing that makes or finds the model."""
+    return functools.partial(getattr(load, name), given or dataset(), p or settings(), CPU)
 
 
 @pytest.fixture
-def trainings(monkeypatch):
-    """The denoiser trainings that took place."""
-    return counted(monkeypatch, edm)
+def loops(monkeypatch):
+    """The trainings that were begun, of either kind."""
+    begun = []
+    for module, kind in ((edm, edm.Training), (worldmodel, worldmodel.Training)):
+
+        def noted(*given, kind=kind):
+            begun.append(kind(*given))
+            return begun[-1]
+
+        monkeypatch.setattr(module, "Training", noted)
+        if module is edm:  # which is a default there
+            monkeypatch.setattr(load.load_denoiser, "__defaults__", (*load.load_denoiser.__defaults__[:-1], noted))
+    return begun
 
 
-def test_a_denoiser_is_trained_once(runs, trainings):
+@both
+def test_a_model_is_trained_once(name, runs, loops):
+    """And the global random state does not enter."""
     torch.manual_seed(1)
-    first, losses = load.load_denoiser(dataset(), settings(), CPU)
+    first, losses, *seconds = makes(name)()
     torch.manual_seed(2)
-    again, losses_again = load.load_denoiser(dataset(), settings(), CPU)
-    assert len(trainings) == 1 and torch.equal(losses, losses_again) and losses.shape == (4,)
+    again, losses_again, *seconds_again = makes(name)()
+    assert len(loops) == 1 and torch.equal(losses, losses_again) and losses.shape == (4,) and losses.isfinite().all()
+    assert seconds == seconds_again and all(0 < t < 60 for t in seconds)
     assert_same(first, again)
     assert not again.training and not any(p.requires_grad for p in again.parameters())
-    (file,) = kept(runs)
-    assert file.startswith("denoisers/toy-1-ci-")
-    train, val = load.train_val(dataset())
-    torch.testing.assert_close(again.normaliser.mean[:69], train.packed().mean(0)[:69], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(again.normaliser.mean[:69], toy([1]).packed().mean(0)[:69]) and len(val.lengths) == 1
+    (file,) = kept(runs)  # no checkpoint is left
+    assert file.startswith(("denoisers" if name == "load_denoiser" else "worldmodels") + "/toy-1-ci-")
     (runs / file).unlink()
     torch.manual_seed(3)
-    assert_same(first, load.load_denoiser(dataset(), settings(), CPU)[0])  # the global random state does not enter
+    assert_same(first, makes(name)()[0])
 
 
-def test_every_input_makes_another_denoiser(runs, trainings):
-    changes = dict(
-        horizon=12,
-        features=16,
-        blocks=1,
-        train_steps=5,
-        batch_size=5,
-        learning_rate=2e-3,
-        transform="arctanh",
-        seed=1,
-    )
-    load.load_denoiser(dataset(), settings(), CPU)
+def test_models_see_the_training_side(runs, loops):
+    """Their statistics are those of the training episodes; the world model's elites err least on the others."""
+    denoiser, ensemble = makes("load_denoiser")()[0], makes("load_world_model")()[0]
+    train, val = load.train_val(dataset())
+    assert (len(train.lengths), len(val.lengths)) == (9, 1)
+    torch.testing.assert_close(denoiser.normaliser.mean[:69], train.packed().mean(0)[:69], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ensemble.mean[:45], train.obs.mean(0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(loops[1].inputs, loops[1].ensemble.pairs(train)[0])
+    errors = worldmodel.validation_error(ensemble, val).mean(1)
+    assert ensemble.elites.tolist() == errors.argsort()[:5].tolist() != [*range(5)]
+
+
+def test_every_input_makes_another_denoiser(runs, loops):
+    changes = dict(horizon=12, features=16, blocks=1, train_steps=5, batch_size=5, learning_rate=2e-3, seed=1)
+    changes["transform"] = "arctanh"
+    makes("load_denoiser")()
     for key, value in changes.items():
-        denoiser, _ = load.load_denoiser(dataset(), settings(**{key: value}), CPU)
+        denoiser, _ = makes("load_denoiser", p=settings(**{key: value}))()
         assert denoiser.config.get(key, value) == value
-    load.load_denoiser(dataset("toy-2", seed=1), settings(), CPU)
-    assert len(trainings) == len(kept(runs)) == len(changes) + 2
+    makes("load_denoiser", dataset("toy-2", seed=1))()
+    assert len(loops) == len(kept(runs)) == len(changes) + 2
+
+
+def test_every_input_makes_another_world_model(runs, loops):
+    first = makes("load_world_model")()
+    others = [makes("load_world_model", p=settings(**c))() for c in (dict(model_steps=5), dict(seed=1))]
+    others.append(makes("load_world_model", dataset("toy-2", seed=1))())
+    assert len(loops) == len(kept(runs)) == 4 and [len(losses) for _, losses, _ in others] == [5, 4, 4]
+    assert not any(torch.equal(first[0].weights[0], other.weights[0]) for other, *_ in others)
+    makes("load_world_model", p=settings(horizon=4, features=32, samples=3, train_steps=9))()
+    assert len(loops) == 4  # what is the denoiser's or the sampler's makes no other
 
 
 def test_epochs_give_the_steps_where_none_are_set(runs):
     train, _ = load.train_val(dataset())
-    _, losses = load.load_denoiser(dataset(), settings(train_steps=None, epochs=2), CPU)
+    _, losses = makes("load_denoiser", p=settings(train_steps=None, epochs=2))()
     assert len(losses) == round(2 * len(train.rewards) / (8 * 4))
 
 
-def test_a_damaged_denoiser_is_set_aside_and_trained_again(runs, trainings, capsys):
-    first, _ = load.load_denoiser(dataset(), settings(), CPU)
+@both
+def test_a_damaged_model_is_set_aside_and_trained_again(name, runs, loops, capsys):
+    first = makes(name)()[0]
     (file,) = kept(runs)
     (runs / file).write_bytes((runs / file).read_bytes()[:-5])
-    again, _ = load.load_denoiser(dataset(), settings(), CPU)
-    assert_same(first, again)
-    assert len(trainings) == 2 and file in capsys.readouterr().out and len(kept(runs)) == 2
+    assert_same(first, makes(name)()[0])
+    assert len(loops) == 2 and file in capsys.readouterr().out and len(kept(runs)) == 2
 
 
-def stopped_at(stop, what, *given, save_every=0.0):
-    """Call `what(*given)`, whose training is interrupted when it reports step `stop`."""
+def stopped_at(stop, make):
+    """Call `make()`, whose training is interrupted when it reports step `stop`."""
     run = resumable.run
 
     def noted(loop, path, report):
@@ -115,11 +132,11 @@ def stopped_at(stop, what, *given, save_every=0.0):
             if step == stop:
                 raise KeyboardInterrupt
 
-        run(loop, path, until, save_every)
+        run(loop, path, until)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(resumable, "run", noted)
-        what(*given)
+        make()
 
 
 def steps_of(monkeypatch):
@@ -130,138 +147,54 @@ def steps_of(monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize("name", ["load_denoiser", "load_world_model"])
-def test_an_interrupted_training_goes_on(name, runs, monkeypatch):
-    make = functools.partial(getattr(load, name), dataset(), settings(model_steps=4), CPU)
-    stopped_at(3, make)
-    (checkpoint,) = kept(runs)
-    assert checkpoint.startswith(f"checkpoints/{'denoisers' if name == 'load_denoiser' else 'worldmodels'}-toy-1-ci-")
-    steps = steps_of(monkeypatch)
-    resumed = make()[0]
-    assert steps == [4]  # what was raised by the report of a step did not lose it
-    (file,) = kept(runs)  # the checkpoint is gone
-    (runs / file).unlink()
-    assert_same(resumed, make()[0])
-
-
-def test_a_damaged_checkpoint_is_set_aside_and_training_begins_anew(runs, capsys):
-    stopped_at(3, load.load_denoiser, dataset(), settings(), CPU)
-    cut(runs / kept(runs)[0])
-    first, _ = load.load_denoiser(dataset(), settings(), CPU)
-    aside, file = kept(runs)
-    assert aside.startswith("checkpoints/") and aside.endswith(".damaged") and aside.split("/")[1] in capsys.readouterr().out
-    (runs / file).unlink()
-    assert_same(first, load.load_denoiser(dataset(), settings(), CPU)[0])
-
-
-def test_a_long_training_says_what_is_left(runs, monkeypatch):
-    said = []
-    monkeypatch.setattr(budget, "announce_training", lambda config, recipe, done, *given: said.append((recipe.steps, done)))
-    stopped_at(3, load.load_denoiser, dataset(), settings(), CPU)
-    load.load_denoiser(dataset(), settings(), CPU)
-    assert said == [(4, 0), (4, 3)]
-
-
-def test_another_loop_may_train(runs):
-    """As one that shares its batches with other processes; what it came to is the same artifact."""
-
-    class Other(edm.Training):
-        pass
-
-    loops = []
-    load.load_denoiser(dataset(), settings(), CPU, training=lambda *given: loops.append(Other(*given)) or loops[0])
-    load.load_denoiser(dataset(), settings(), CPU)
-    assert loops[0].step == 4 and len(kept(runs)) == 1
-
-
-# The world model
-
-
-def model_settings(**changes):
-    """Little enough to be trained in no time."""
-    return SimpleNamespace(**{**scales.of_scale("ci"), **dict(scale="ci", seed=0, model_steps=3), **changes})
-
-
-@pytest.fixture
-def model_trainings(monkeypatch):
-    """The world model trainings that took place."""
-    return counted(monkeypatch, worldmodel)
-
-
-def test_a_world_model_is_trained_once(runs, model_trainings):
-    torch.manual_seed(1)
-    first, losses, seconds = load.load_world_model(dataset(), model_settings(), CPU)
-    torch.manual_seed(2)
-    again, losses_again, seconds_again = load.load_world_model(dataset(), model_settings(), CPU)
-    assert len(model_trainings) == 1 and torch.equal(losses, losses_again) and losses.shape == (3,)
-    assert losses.isfinite().all() and 0 < seconds == seconds_again < 60
-    assert_same(first, again)
-    assert not any(p.requires_grad for p in again.parameters())
-    (file,) = kept(runs)  # no checkpoint is left
-    assert file.startswith("worldmodels/toy-1-ci-")
-    (runs / file).unlink()
-    torch.manual_seed(3)
-    assert_same(first, load.load_world_model(dataset(), model_settings(), CPU)[0])  # the global random state does not enter
-
-
-def test_a_world_model_sees_the_training_side_and_is_chosen_on_the_other(runs, model_trainings):
-    """Its statistics are those of the training episodes; its elites err least on the validation episodes."""
-    ensemble, _, _ = load.load_world_model(dataset(), model_settings(), CPU)
-    train, val = load.train_val(dataset())
-    (loop,) = model_trainings
-    assert torch.equal(loop.inputs, loop.ensemble.pairs(train)[0]) and loop.step == loop.steps == 3
-    assert len(train.lengths) == 9 and len(val.lengths) == 1
-    torch.testing.assert_close(ensemble.mean[:45], train.obs.mean(0), rtol=1e-4, atol=1e-5)
-    errors = worldmodel.validation_error(ensemble, val).mean(1)
-    assert ensemble.elites.tolist() == errors.argsort()[:5].tolist() != [*range(5)]
-
-
-def test_every_input_makes_another_world_model(runs, model_trainings):
-    first, _, _ = load.load_world_model(dataset(), model_settings(), CPU)
-    others = [load.load_world_model(dataset(), model_settings(**c), CPU) for c in (dict(model_steps=4), dict(seed=1))]
-    others.append(load.load_world_model(dataset("toy-2", seed=1), model_settings(), CPU))
-    assert len(model_trainings) == len(kept(runs)) == 4
-    assert [len(losses) for _, losses, _ in others] == [4, 3, 3]
-    assert not any(torch.equal(first.weights[0], other.weights[0]) for other, _, _ in others)
-    load.load_world_model(dataset(), model_settings(horizon=4, features=32, samples=3, train_steps=9), CPU)
-    assert len(model_trainings) == 4  # what is the denoiser's or the sampler's makes no other
-
-
-def test_a_damaged_world_model_is_set_aside_and_trained_again(runs, model_trainings, capsys):
-    first, _, _ = load.load_world_model(dataset(), model_settings(), CPU)
-    (file,) = kept(runs)
-    (runs / file).write_bytes((runs / file).read_bytes()[:-5])
-    assert_same(first, load.load_world_model(dataset(), model_settings(), CPU)[0])
-    assert len(model_trainings) == 2 and file in capsys.readouterr().out and len(kept(runs)) == 2
-
-
-@pytest.mark.parametrize("name", ["load_denoiser", "load_world_model"])
-def test_killed_while_it_is_saved_nothing_is_trained_again(name, runs, monkeypatch):
-    make, save = functools.partial(getattr(load, name), dataset(), settings(model_steps=4), CPU), artifacts.save
+@both
+@pytest.mark.parametrize("when", ["in its third step", "while it is saved"])
+def test_an_interrupted_training_goes_on(name, when, runs, monkeypatch):
+    """To the same weights; no step that was kept is taken again, and no checkpoint is left."""
+    make, save = makes(name), artifacts.save
 
     def killed(path, tensors, card):
         if path.parent.name != "checkpoints":
             raise KeyboardInterrupt
         save(path, tensors, card)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(resumable, "run", functools.partial(resumable.run, save_every=-1.0))
-        patch.setattr(artifacts, "save", killed)
-        make()
+    if when == "in its third step":
+        stopped_at(3, make)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(resumable, "run", functools.partial(resumable.run, save_every=-1.0))
+            patch.setattr(artifacts, "save", killed)
+            make()
     (checkpoint,) = kept(runs)
-    assert checkpoint.startswith("checkpoints/") and artifacts.load(runs / checkpoint)[1]["step"] == 4
+    assert checkpoint.startswith(f"checkpoints/{'denoisers' if name == 'load_denoiser' else 'worldmodels'}-toy-1-ci-")
     steps = steps_of(monkeypatch)
     resumed = make()[0]
-    assert steps == []
-    (file,) = kept(runs)  # the checkpoint is gone
+    assert steps == ([4] if when == "in its third step" else [])
+    (file,) = kept(runs)
     (runs / file).unlink()
     assert_same(resumed, make()[0])
 
 
+def test_a_long_training_says_what_is_left(runs, monkeypatch):
+    said = []
+    monkeypatch.setattr(budget, "announce_training", lambda config, recipe, done, *given: said.append((recipe.steps, done)))
+    stopped_at(3, makes("load_denoiser"))
+    makes("load_denoiser")()
+    assert said == [(4, 0), (4, 3)]
+
+
+def test_another_loop_may_train(runs, loops):
+    """As one that shares its batches with other processes; what it came to is the same artifact."""
+    mine = []
+    makes("load_denoiser")(training=lambda *given: mine.append(edm.Training(*given)) or mine[0])
+    makes("load_denoiser")()
+    assert mine == loops and mine[0].step == 4 and len(kept(runs)) == 1
+
+
 def test_a_world_model_lies_on_the_device_that_was_asked_for(runs):
     """`meta` stands for any other device: a tensor there has no values, only its place."""
-    load.load_world_model(dataset(), model_settings(), CPU)
-    elsewhere, losses, _ = load.load_world_model(dataset(), model_settings(), torch.device("meta"))
+    makes("load_world_model")()
+    elsewhere, losses, _ = load.load_world_model(dataset(), settings(), torch.device("meta"))
     assert {t.device.type for t in elsewhere.state_dict().values()} == {"meta"} and losses.device == CPU
 
 
@@ -289,14 +222,14 @@ def refused(path, match, data=None):
     assert str(path) in str(error.value)
 
 
-def test_a_denoiser_is_read_from_its_file(file, trainings):
+def test_a_denoiser_is_read_from_its_file(file, loops):
     expected, path = file
     for given in (path, str(path)):
         read = table1.read_denoiser(given, dataset(), CPU)
         assert_same(read, expected)
         assert read.config == expected.config and not read.training and not any(p.requires_grad for p in read.parameters())
     x = torch.randn(2, 8, 71, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(read(x, 1.0), expected(x, 1.0)) and trainings == []
+    assert torch.equal(read(x, 1.0), expected(x, 1.0)) and loops == []
     elsewhere = table1.read_denoiser(path, dataset(), torch.device("meta"))
     assert {t.device.type for t in elsewhere.state_dict().values()} == {"meta"}
 
@@ -326,7 +259,7 @@ def test_files_that_hold_no_denoiser_are_refused(file, tmp_path):
 
 
 def test_a_world_model_is_no_denoiser(runs):
-    load.load_world_model(dataset(), model_settings(), CPU)
+    makes("load_world_model")()
     refused(runs / kept(runs)[0], "TypeError")
 
 
