@@ -4,10 +4,12 @@ import shutil
 
 import h5py
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
 from pgdlib import data
 from pgdlib.lab import artifacts, minari_files
+from pgdlib.simulators import pen
 
 ARRAYS = dict(observations=(45,), actions=(24,), rewards=(), terminations=())
 INFOS = {"infos/qpos": (30,), "infos/qvel": (30,), "infos/target": (4,)}
@@ -74,28 +76,28 @@ def replace(file, path, array):
 
 def expected(folder):
     """The arrays that the file holds, as numpy; None if they are no dataset of Adroit Pen."""
-    columns = {name: [] for name in [*ARRAYS, *INFOS]}
+    columns, odd = {name: [] for name in [*ARRAYS, *INFOS]}, set()
     with h5py.File(folder / "data/main_data.hdf5") as file:
-        used = [*ARRAYS, *(name for name in INFOS if name in file["episode_0"])]
         for episode in (file[f"episode_{i}"] for i in range(3)):
-            if not all(name in episode for name in used):
+            if not all(name in episode for name in ARRAYS):
                 return None
             steps = episode["rewards"].shape[:1]
-            present = [name for name in [*ARRAYS, *INFOS] if name in episode]
-            for name in present:
+            for name in (*ARRAYS, *INFOS):
+                if name not in episode:
+                    odd.add(name)
+                    continue
                 array = episode[name][()]
                 more = {"observations": (1,)}.get(name, (0, 1) if name in INFOS else (0,))  # rows beyond one for each step
-                of_step = {**ARRAYS, **INFOS}[name]
-                shapes = [(steps[0] + m, *of_step) for m in more if steps]
-                if array.dtype.kind not in "biuf" or array.shape not in shapes or steps[0] < 1:
-                    return None
-                if name in used:
-                    read = array[: steps[0]] if name in INFOS else array  # the state after the last step is not
-                    if not (np.abs(read.astype(np.float64)) <= MOST).all():
+                shapes = [(steps[0] + m, *{**ARRAYS, **INFOS}[name]) for m in more if steps]
+                good = array.dtype.kind in "biuf" and array.shape in shapes and steps[0] >= 1
+                read = array[: steps[0]] if good and name in INFOS else array  # the state after the last step is not
+                if not (good and (np.abs(read.astype(np.float64)) <= MOST).all()):
+                    if name in ARRAYS:
                         return None
-                    columns[name].append(array)
+                    odd.add(name)
+                columns[name].append(array)
     terminal = np.concatenate(columns["terminations"])
-    return columns if np.isin(terminal, [0, 1]).all() else None
+    return {k: v for k, v in columns.items() if k not in odd} if np.isin(terminal, [0, 1]).all() else None
 
 
 def read(whole, folder, faults, moved):
@@ -104,19 +106,23 @@ def read(whole, folder, faults, moved):
     columns = expected(folder)
     try:
         with np.errstate(over="ignore"):  # 1e300 in float32
-            found, _ = minari_files.from_minari(folder, "toy")
+            found = minari_files.from_minari(folder, "toy")
     except artifacts.CorruptArtifact as e:
         assert columns is None and str(folder) in str(e), e
-        assert "episode" in str(e) or any(name.split("/")[-1] in str(e) for name in [*ARRAYS, *INFOS]), e
+        assert "episode" in str(e) or any(name.split("/")[-1] in str(e) for name in ARRAYS), e
         return "refused"
     assert columns is not None, "a file that holds no dataset is accepted"
     assert found.lengths.tolist() == [len(a) for a in columns["actions"]]
+    n = found.lengths.tolist()
+    states = {name: np.concatenate([a[:k] for a, k in zip(columns[name], n)]) for name in INFOS if name in columns}
+    assert {f"infos/{k}" for k in found.info} == states.keys()
     same = dict(actions=found.actions, rewards=found.rewards, terminations=found.terminals)
     for name, tensor in same.items():
         np.testing.assert_array_equal(tensor, np.concatenate(columns[name]).astype(np.float32))
+    for name, tensor in found.info.items():
+        np.testing.assert_array_equal(tensor, states[f"infos/{name}"].astype(np.float32))
     for part, tensor in ((slice(None, -1), found.obs), (slice(1, None), found.next_obs)):
         rows = np.concatenate([o[part] for o in columns["observations"]])
         np.testing.assert_array_equal(tensor, rows.astype(np.float32))
-    assert {f"infos/{k}" for k in found.info} == {name for name in INFOS if columns[name]}
-    data.end_at_falls(found)
+    data.end_where(found, torch.from_numpy(pen.outcome(found.next_obs.numpy())[2]))
     return "accepted"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -17,8 +18,9 @@ import pytest
 import torch
 from conftest import cut, kept, replay, white
 from minari.data_collector import EpisodeBuffer
+from minari.dataset._storages.hdf5_storage import HDF5Storage
 
-from pgdlib.lab import artifacts, minari_files, pipeline
+from pgdlib.lab import artifacts, load, minari_files
 from pgdlib.simulators import pen as adroit
 
 
@@ -37,7 +39,7 @@ def folder(tmp_path, episodes):
 def test_minari_roundtrip(folder, episodes, tmp_path):
     assert folder == tmp_path / "minari/standin/pen/toy-v0"
     assert [p.name for p in (tmp_path / "minari").iterdir()] == ["standin"]  # nothing half-written beside it
-    read, _ = minari_files.from_minari(folder, "toy")
+    read = minari_files.from_minari(folder, "toy")
     assert read.lengths.tolist() == [20] * 5 and read.name == "toy"
     expected = {
         "obs": [e.obs[:, :-1] for e in episodes],
@@ -65,13 +67,11 @@ def test_minari_itself_reads_what_we_write(folder, monkeypatch):
 
 def test_the_digest_follows_the_content(folder, episodes, tmp_path):
     again = minari_files.write_minari(tmp_path / "again", "standin/pen/toy-v0", episodes[:1], "a toy")
-    digests = [minari_files.from_minari(f, "toy")[1] for f in (folder, folder, again)]
+    digests = [minari_files.digest(f) for f in (folder, folder, again)]
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, episodes, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", "as it was")
-
     def interrupted():
         yield episodes[0]
         raise KeyboardInterrupt
@@ -79,14 +79,13 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, episodes, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         minari_files.write_minari(tmp_path, "standin/pen/toy-v0", interrupted(), "a toy")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(minari.MinariDataset, "__init__", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(HDF5Storage, "update_episodes", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
         minari_files.write_minari(tmp_path, "standin/pen/toy-v0", episodes, "a toy")
     assert kept(tmp_path) == []
-    assert minari_files.os.environ["MINARI_DATASETS_PATH"] == "as it was"
 
 
-def damaged(folder):
-    with pytest.raises(artifacts.CorruptArtifact) as error:
+def damaged(folder, reason=None):
+    with pytest.raises(artifacts.CorruptArtifact, match=reason) as error:
         minari_files.from_minari(folder, "toy")
     assert str(folder) in str(error.value)
 
@@ -112,7 +111,7 @@ def test_damaged_files_are_named(folder):
         minari_files.from_minari(folder.parent / "nowhere", "toy")
 
 
-def write_d4rl(root, dataset):
+def write_d4rl(root, dataset, infos=True, **form):
     """A Minari dataset in the form of D4RL's v2 files: 3 episodes, the pen of the second falls at its fifth of 12 steps."""
     rng = np.random.default_rng(0)
     buffers = []
@@ -128,7 +127,7 @@ def write_d4rl(root, dataset):
                 rewards=list(rng.normal(size=n)),
                 terminations=[False] * n,
                 truncations=[False] * (n - 1) + [True],
-                infos={"success": np.zeros(n + 1, dtype=bool)},
+                infos={"success": np.zeros(n + 1, dtype=bool)} if infos else {},
             )
         )
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning):
@@ -138,6 +137,7 @@ def write_d4rl(root, dataset):
             buffers,
             observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (45,), np.float64),
             action_space=gymnasium.spaces.Box(-1, 1, (24,), np.float32),
+            **form,
         )
     return [np.array(b.observations) for b in buffers]
 
@@ -149,20 +149,92 @@ def d4rl(tmp_path, monkeypatch, runs):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
+    monkeypatch.setattr(minari_files, "D4RL", {name: (id_, 3, 30) for name, (id_, *_) in minari_files.D4RL.items()})
     return tmp_path / "datasets"
 
 
 @pytest.mark.parametrize("source", ["auto", "d4rl"])
 def test_d4rl_on_disk_is_found_and_cut_at_falls(d4rl, source):
     obs = write_d4rl(d4rl, "human")
-    found = pipeline.load_data("human", source, 4_000)
+    found = load.load_data("human", source, 4_000)
     assert found.is_d4rl and found.label == found.raw.name == "D4RL pen-human" and found.slug == "d4rl-human"
     assert found.raw.lengths.tolist() == [10, 12, 8] and found.data.lengths.tolist() == [10, 5, 8]
     assert (found.cut_episodes, found.dropped_steps) == (1, 7)
     assert torch.nonzero(found.data.terminals)[:, 0].tolist() == [14]
     np.testing.assert_allclose(found.data.obs, np.concatenate([obs[0][:10], obs[1][:5], obs[2][:8]]), rtol=1e-6)
-    again = pipeline.load_data("human", source, 4_000)
+    again = load.load_data("human", source, 4_000)
     assert again.key == found.key and torch.equal(again.data.packed(), found.data.packed())
+
+
+@pytest.mark.parametrize(
+    "known", [("D4RL/pen/human-v1", 3, 30), ("D4RL/pen/human-v2", 25, 5_000), ("D4RL/pen/human-v2", 3, 31)]
+)
+def test_what_is_not_d4rls_keeps_a_name_of_its_own(d4rl, monkeypatch, known):
+    write_d4rl(d4rl, "human")
+    monkeypatch.setattr(minari_files, "find_d4rl", lambda dataset: d4rl / "D4RL/pen/human-v2")
+    monkeypatch.setitem(minari_files.D4RL, "human", known)
+    said = []
+    found = load.load_data("human", "d4rl", 4_000, say=said.append)
+    assert (found.is_d4rl, found.label, found.slug) == (False, "own pen-human", "own-human")
+    assert f"is not D4RL's, which is {known[0]} of {known[1]} episodes and {known[2]:,} steps" in said[1]
+
+
+def test_d4rls_sizes():
+    """As Minari's catalogue has them."""
+    assert [minari_files.D4RL[name][1:] for name in ("human", "cloned", "expert")] == [
+        (25, 5_000), (3_736, 500_000), (4_958, 499_206)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_a_copy_in_arrows_form_is_read_or_refused_by_name(d4rl, form):
+    pytest.importorskip("pyarrow")
+    obs = write_d4rl(d4rl, "human", data_format=form, infos=False)
+    assert load.load_data("human", "d4rl", 4_000).is_d4rl
+    folder = minari_files.find_d4rl("human")
+    read = minari_files.from_minari(folder, "human")
+    np.testing.assert_allclose(read.next_obs, np.concatenate([o[1:] for o in obs]), rtol=1e-6)
+    digest = minari_files.digest(folder)
+    shutil.rmtree(folder / "data/2")
+    assert minari_files.digest(folder) != digest
+    with pytest.raises(FileNotFoundError):
+        minari_files.find_d4rl("human", download=False)
+    shutil.rmtree(folder)
+    write_d4rl(d4rl, "human", data_format=form)  # whose infos Minari itself cannot read
+    damaged(minari_files.find_d4rl("human"), f"in the form {form}")
+
+
+def test_a_format_that_cannot_be_read_is_refused_by_name(folder):
+    card = folder / "data/metadata.json"
+    card.write_text(card.read_text().replace('"hdf5"', '"zarr"'))
+    (folder / "sha256").unlink()
+    damaged(folder, "zarr")
+
+
+@pytest.mark.parametrize("odd", ["none", "of one episode", "short", "text", "not finite", "further on"])
+def test_states_are_optional(tmp_path, episodes, runs, monkeypatch, odd):
+    """Absent from some episodes or odd, they are left out, with a line, and the rest is as it was."""
+    buffers = list(minari_files._buffers(episodes))
+    expected = {"qvel", "target"}
+    for i, buffer in enumerate(buffers):
+        qpos = np.array(buffer.infos["qpos"])
+        if odd == "none":
+            buffer.infos.clear()
+            expected = set()
+        elif i == 2:
+            if odd == "of one episode":
+                del buffer.infos["qpos"]
+            else:
+                first = dict(
+                    short=qpos[:-2], text=np.full(len(qpos), b"no"), **{"not finite": qpos * np.nan, "further on": qpos[:, 1:]}
+                )
+                buffer.infos["qpos"] = first[odd]
+    monkeypatch.setattr(minari_files, "_buffers", lambda _: buffers)
+    folder, said = minari_files.write_minari(tmp_path / "odd", "standin/pen/human-v0", episodes, "a toy"), []
+    monkeypatch.setattr(load, "_stand_in", lambda *_: folder)
+    found = load.load_data("human", "local", 4_000, say=said.append)
+    assert found.raw.info.keys() == expected and found.raw.lengths.tolist() == [20] * 5
+    assert said[1].startswith("stand-in pen-human goes without the simulator's qpos") and "odd ones" in said[1]
 
 
 def test_a_damaged_d4rl_file_is_named_and_not_replaced_by_a_stand_in(d4rl):
@@ -171,7 +243,7 @@ def test_a_damaged_d4rl_file_is_named_and_not_replaced_by_a_stand_in(d4rl):
     file.write_bytes(file.read_bytes()[:5000])
     for source in ("auto", "d4rl"):
         with pytest.raises(artifacts.CorruptArtifact, match="human-v2"):
-            pipeline.load_data("human", source, 4_000)
+            load.load_data("human", source, 4_000)
 
 
 @contextlib.contextmanager
@@ -205,7 +277,7 @@ def pretend_hub(monkeypatch, address):
 def refused_at_once(reason):
     started = time.monotonic()
     with pytest.raises(FileNotFoundError, match=reason) as error:
-        pipeline.load_data("expert", "d4rl", 4_000)
+        load.load_data("expert", "d4rl", 4_000)
     assert time.monotonic() - started < 5
     for part in ("D4RL/pen/expert-v2", "datasets", "minari download D4RL/pen/expert-v2", "minari[hf]", "source='local'"):
         assert part in str(error.value), error.value
@@ -255,7 +327,7 @@ def test_a_download_is_used(d4rl, monkeypatch):
     monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: write_d4rl(os.environ["MINARI_DATASETS_PATH"], "human"))
     with server(b"HTTP/1.1 200 OK\r\n\r\n") as address:
         pretend_hub(monkeypatch, address)
-        assert pipeline.load_data("human", "auto", 4_000).is_d4rl
+        assert load.load_data("human", "auto", 4_000).is_d4rl
     assert kept(d4rl) == [f"D4RL/pen/human-v2/data/{name}" for name in ("main_data.hdf5", "metadata.json")]
 
 
@@ -289,5 +361,5 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(d4rl, monkeypat
             assert [f for f in kept(d4rl) if "human-v2" in f] == [f"D4RL/pen/human-v2/data/{left}"]
         breaks = False
         folder = minari_files.find_d4rl("human")
-    assert minari_files.from_minari(folder, "human")[0].lengths.tolist() == [10, 12, 8]
+    assert minari_files.from_minari(folder, "human").lengths.tolist() == [10, 12, 8]
     assert len([f for f in kept(d4rl) if "damaged" in f]) == (not left.startswith("half"))

@@ -1,26 +1,16 @@
 """Gaussian policies against torch.distributions and against Stable-Baselines3 itself."""
 
-import base64
-import contextlib
-import io
-import json
 import math
-import pickle
-import zipfile
-from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from stable_baselines3 import PPO, SAC
-from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from pgdlib import edm
 from pgdlib.agents import stack as agents
-from pgdlib.lab import pipeline
-from pgdlib.lab.ppo import ObservationNormaliser
-from pgdlib.policies import GaussianPolicy, Stacked, Tanh, from_sb3_zip, quick, sharpened
+from pgdlib.lab import load
+from pgdlib.policies import GaussianPolicy, Stacked, Tanh, quick, sharpened
 
 OBS, ACTIONS = 7, 3
 
@@ -144,7 +134,7 @@ def test_tanh_is_torchs(dtype, tolerance):
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 def test_quick_is_near_the_call(monkeypatch, low):
     """Its mean is off by far less than a std, for the shipped guide, a stack of it, and stacked agents, whatever the device."""
-    guide = pipeline.load_guide()[0]
+    guide = load.load_guide()[0]
     agent = agents.StackedPolicy((256, 256), agents.generators((0, 1)), guide.obs_mean, guide.obs_std)
     obs = guide.obs_mean + guide.obs_std * torch.randn(64, 16, 45, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(agents, "has_bfloat16", lambda device: False)
@@ -222,212 +212,3 @@ def test_a_batch_that_cannot_be_shared_out(policies, rows):
 def test_an_empty_stack():
     with pytest.raises(ValueError, match=r"policies=\[\] is not allowed"):
         Stacked([])
-
-
-def sb3_ppo(path, env=None, **policy_kwargs):
-    """A randomised SB3 PPO, saved at `path`."""
-    use_sde = policy_kwargs.pop("use_sde", False)
-    model = PPO(
-        "MlpPolicy", env or Nothing(), n_steps=8, batch_size=8, use_sde=use_sde, policy_kwargs=policy_kwargs, device="cpu"
-    )
-    randomise(model.policy)
-    model.save(path)
-    return model
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "guide.zip"
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},  # SB3's own default: tanh, 64 and 64, one net for the policy and one for the value
-        {"activation_fn": torch.nn.Tanh, "net_arch": [32, 32]},
-        {"activation_fn": torch.nn.ReLU, "net_arch": {"pi": [32], "vf": [64]}},
-        {"net_arch": []},
-        {"net_arch": [256, 256], "features_extractor_class": ObservationNormaliser, "log_std_init": -0.7},
-        {"net_arch": [9, 8, 7], "activation_fn": torch.nn.ReLU, "features_extractor_class": ObservationNormaliser},
-        {
-            "net_arch": {"pi": [32], "vf": [16]},
-            "features_extractor_class": ObservationNormaliser,
-            "share_features_extractor": False,
-        },
-    ],
-    ids=["default", "tanh", "relu split", "linear", "normaliser", "normaliser relu deep", "normaliser not shared"],
-)
-def test_import_equals_sb3(path, kwargs):
-    model = sb3_ppo(path, **kwargs)
-    generator = torch.Generator().manual_seed(3)
-    obs, actions = torch.randn(64, OBS, generator=generator), torch.randn(64, ACTIONS, generator=generator)
-    obs[:8] *= 100  # beyond the clip
-    policy = from_sb3_zip(path, OBS, ACTIONS)
-    theirs = model.policy.get_distribution(obs)
-    mean, std = policy(obs)
-    assert mean.std() > 0.1
-    tight = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(mean, theirs.distribution.mean, **tight)
-    torch.testing.assert_close(std, theirs.distribution.stddev, **tight)
-    torch.testing.assert_close(policy.log_prob(obs, actions), theirs.log_prob(actions), rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(policy.act()(obs).clip(-1, 1), model.predict(obs.numpy(), deterministic=True)[0], atol=1e-5)
-
-
-def rewrite(path, **members):
-    """Replace members of a zip; None removes one."""
-    with zipfile.ZipFile(path) as z:
-        old = {name: z.read(name) for name in z.namelist()}
-    with zipfile.ZipFile(path, "w") as z:
-        for name, content in {**old, **{name.replace("_pth", ".pth"): c for name, c in members.items()}}.items():
-            if content is not None:
-                z.writestr(name, content)
-
-
-def torch_bytes(thing):
-    buffer = io.BytesIO()
-    torch.save(thing, buffer)
-    return buffer.getvalue()
-
-
-def refused(path, reason, obs_dim=OBS, action_dim=ACTIONS):
-    with pytest.raises(ValueError, match=reason) as error:
-        from_sb3_zip(path, obs_dim, action_dim)
-    assert str(error.value).startswith(f"guide={str(path)!r} ")
-
-
-def test_files_that_cannot_be_read(path, tmp_path):
-    refused(path, "FileNotFoundError")
-    refused(tmp_path, "not a readable")  # a folder
-    path.write_bytes(b"")
-    refused(path, "not a readable")
-    path.write_text("a zip, honestly\n" * 100)
-    refused(path, "BadZipFile")
-    sb3_ppo(path)
-    whole = path.read_bytes()
-    for length in (10, len(whole) // 2, len(whole) - 30):
-        path.write_bytes(whole[:length])
-        refused(path, "not a readable")
-    middle = whole.index(b"mlp_extractor") + 5000
-    path.write_bytes(whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 8]) + whole[middle + 8 :])
-    refused(path, "CRC")
-
-
-@pytest.mark.parametrize(
-    "members, reason",
-    [
-        ({"policy_pth": None}, "policy.pth"),
-        ({"policy_pth": b"not torch"}, "not a readable"),
-        ({"policy_pth": torch_bytes({})[:300]}, "not a readable"),
-        ({"policy_pth": torch_bytes(torch.zeros(3))}, "holds no"),
-        ({"policy_pth": torch_bytes([1, 2])}, "holds no"),
-        ({"policy_pth": torch_bytes({})}, "action_net"),
-        ({"policy_pth": torch_bytes({"action_net.weight": 1, "action_net.bias": 2, "log_std": 3})}, "holds no"),
-        ({"policy_pth": torch_bytes({"mlp_extractor.policy_net.x.weight": torch.zeros(1)})}, "holds no"),
-        ({"data": None}, "data"),
-        ({"data": b"{"}, "not a readable"),
-        ({"data": b"[]"}, "holds no"),
-        ({"data": b'{"policy_kwargs": null}'}, "holds no"),
-    ],
-)
-def test_zips_that_hold_something_else(path, members, reason):
-    sb3_ppo(path)
-    rewrite(path, **members)
-    refused(path, reason)
-
-
-def test_policies_that_do_not_fit(path):
-    sb3_ppo(path)
-    refused(path, f"{OBS} observations and {ACTIONS} actions; needed are 45 and 24", 45, 24)
-    refused(path, "another environment", OBS, ACTIONS + 1)
-    sb3_ppo(path, Nothing(obs_dim=9))
-    refused(path, "9 observations")
-    sb3_ppo(path, Nothing(action_space=gymnasium.spaces.Discrete(ACTIONS)))
-    refused(path, "continuous actions.*log_std")
-    SAC("MlpPolicy", Nothing(), buffer_size=10, device="cpu").save(path)
-    refused(path, "action_net")
-
-
-class Doubled(FlattenExtractor):
-    """A features extractor that has no parameters, so that the weights alone do not betray it."""
-
-    def forward(self, obs):
-        return 2 * super().forward(obs)
-
-
-@pytest.mark.parametrize(
-    "kwargs, reason",
-    [
-        ({"activation_fn": torch.nn.ELU}, "(?i)elu"),
-        ({"activation_fn": torch.nn.LeakyReLU}, "(?i)leakyrelu"),
-        ({"use_sde": True}, "(?i)sde|state-dependent"),
-        ({"features_extractor_class": Doubled}, "(?i)features.extractor"),
-        (
-            {"features_extractor_class": ObservationNormaliser, "features_extractor_kwargs": {"clip": 0.5}},
-            "(?i)features.extractor",
-        ),
-    ],
-    ids=["elu", "leaky relu", "state-dependent exploration", "features extractor", "another clip"],
-)
-def test_policies_that_a_gaussian_policy_cannot_hold(path, kwargs, reason):
-    """A network that is another function must not be read as if it were a tanh MLP."""
-    sb3_ppo(path, **kwargs)
-    refused(path, reason)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["mlp_extractor.policy_net.0.weight", "log_std", "features_extractor.var"])
-def test_values_that_are_not_finite(path, name, value):
-    model = sb3_ppo(path, features_extractor_class=ObservationNormaliser)
-    model.policy.state_dict()[name].view(-1)[1] = value
-    model.save(path)
-    refused(path, "not finite")
-
-
-def test_tensors_of_the_wrong_shape(path):
-    state = sb3_ppo(path).policy.state_dict()
-    rewrite(path, policy_pth=torch_bytes({**state, "log_std": torch.zeros(ACTIONS + 1)}))
-    refused(path, "log_std")
-    rewrite(path, policy_pth=torch_bytes({**state, "mlp_extractor.policy_net.2.weight": torch.zeros(64, 5)}))
-    refused(path, "64, 5")
-
-
-class Evil:
-    """Unpickling this creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
-def test_nothing_is_unpickled(path, tmp_path):
-    trace = tmp_path / "executed"
-    evil = pickle.dumps(Evil(trace))
-    pickle.loads(evil)
-    assert trace.exists()  # so the attack works where it is let in
-    trace.unlink()
-
-    state = sb3_ppo(path).policy.state_dict()
-    for payload in (evil, torch_bytes({**state, "log_std": Evil(trace)}), torch_bytes(Evil(trace))):
-        rewrite(path, policy_pth=payload)
-        refused(path, "not a readable")
-        assert not trace.exists()
-
-    model = sb3_ppo(path)
-    with zipfile.ZipFile(path) as z:
-        data = json.loads(z.read("data"))
-    serialised = [value for value in data.values() if isinstance(value, dict) and ":serialized:" in value]
-    for value in [*serialised, data["policy_kwargs"]]:
-        value[":serialized:"] = base64.b64encode(evil).decode()
-    rewrite(path, data=json.dumps(data), pytorch_variables_pth=evil)
-    assert serialised
-    policy = from_sb3_zip(path, OBS, ACTIONS)
-    assert not trace.exists()
-    torch.testing.assert_close(
-        policy(torch.ones(OBS))[0], model.policy.get_distribution(torch.ones(1, OBS)).distribution.mean[0]
-    )
-    with contextlib.suppress(Exception):
-        PPO.load(path, device="cpu")
-    assert trace.exists()  # SB3 itself does execute it

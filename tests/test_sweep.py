@@ -20,7 +20,7 @@ from conftest import assert_labelled, drawn, kept, line, texts
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from scipy import stats
 
-from pgdlib.lab import figures, pipeline, store
+from pgdlib.lab import figures, load, store
 from pgdlib.lab.sweep import (
     sweep,
     sweep_plan,
@@ -257,11 +257,11 @@ def test_a_denoiser_that_is_handed_in_is_not_made(runs, tmp_path):
 
 @pytest.mark.parametrize(("function", "kind"), sweep_shared.MAKERS.items())
 def test_the_settings_of_a_maker_are_those_that_its_function_reads(function, kind):
-    tree = ast.parse(inspect.getsource(getattr(pipeline, function)))
+    tree = ast.parse(inspect.getsource(getattr(load, function)))
     attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
     read = {n.attr for n in attributes if n.value.id == "p"}
     if kind == "data":
-        read = set(inspect.signature(pipeline.load_data).parameters) - {"progress", "say"} | {"data_steps"}
+        read = set(inspect.signature(load.load_data).parameters) - {"progress", "say"} | {"data_steps"}
         read.remove("steps")  # is p.data_steps
     else:
         read |= {*sweep_shared.DATA, "device"}

@@ -12,10 +12,10 @@ import pytest
 from conftest import kept
 from matplotlib.figure import Figure
 from PIL import Image
-from test_pipeline_models import CPU, assert_same, dataset, settings
+from test_load_models import CPU, assert_same, dataset, settings
 
 from pgdlib import edm
-from pgdlib.lab import pipeline
+from pgdlib.lab import load
 from pgdlib.lab.explorer import widgets
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -330,7 +330,7 @@ def train_in(job, runs, until, save_every=120.0):
         train = functools.partial(edm.train, save_every=save_every)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(edm, "train", train)
-            return pipeline.load_denoiser(dataset(), settings(), CPU, widgets.bars(watching))[0]
+            return load.load_denoiser(dataset(), settings(), CPU, widgets.bars(watching))[0]
 
     made = []
     job.start("training", work, made.append)
@@ -340,7 +340,7 @@ def train_in(job, runs, until, save_every=120.0):
 
 @pytest.mark.parametrize("save_every", [120.0, 0.0])
 def test_a_cancelled_training_leaves_no_model_and_goes_on_later(runs, save_every):
-    expected, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
+    expected, _ = load.load_denoiser(dataset(), settings(), CPU)
     (runs / kept(runs)[0]).unlink()
     job = widgets.Job()
     made, files = train_in(job, runs, 0.75, save_every)

@@ -7,32 +7,36 @@ import json
 import os
 import urllib.error
 import urllib.request
-import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
-from pgdlib.data import Trajectories
-from pgdlib.lab import artifacts
-from pgdlib.simulators.pen import ACTION_DIM, OBS_DIM
+from pgdlib.data import LARGEST, Trajectories
+from pgdlib.lab import artifacts, locks
+from pgdlib.simulators import pen
 
 INFO_DIMS = dict(qpos=30, qvel=30, target=4)  # the simulator's states, where a dataset holds them
-D4RL_IDS = {name: f"D4RL/pen/{name}-v2" for name in ("human", "cloned", "expert")}
+D4RL = {  # name -> Minari's id, episodes, steps
+    "human": ("D4RL/pen/human-v2", 25, 5_000),
+    "cloned": ("D4RL/pen/cloned-v2", 3_736, 500_000),
+    "expert": ("D4RL/pen/expert-v2", 4_958, 499_206),
+}
 
 
 def from_minari(folder, name):
-    """The `Trajectories` of the Minari dataset in `folder` (the one that holds `data/`), and a digest of its file."""
+    """The `Trajectories` of the Minari dataset in `folder` (the one that holds `data/`), in HDF5, or in Arrow as far as Minari
+    itself can read it (not where infos are one number a step).
+
+    Simulator states (`INFO_DIMS`) that an episode lacks, or that are odd, are left out. Raises FileNotFoundError where there is
+    no dataset, and CorruptArtifact, naming folder and reason, for one that is damaged or not of Adroit Pen.
+    """
     import minari
 
-    folder = Path(folder)
-    if not any((folder / "data").glob("*")):
-        raise FileNotFoundError(f"no Minari dataset at {folder}")
-    found = digest(folder)
-    if not _matches(folder, found):
-        raise artifacts.CorruptArtifact(f"the Minari dataset at {folder} is damaged: its checksum does not hold")
+    digest(folder)
     try:
-        episodes = [_checked(e) for e in minari.MinariDataset(folder / "data").iterate_episodes()]
+        episodes = [_checked(e) for e in minari.MinariDataset(Path(folder) / "data").iterate_episodes()]
         if not episodes:
             raise ValueError("it holds no episode")
         columns = {
@@ -41,45 +45,75 @@ def from_minari(folder, name):
             "rewards": [e.rewards for e in episodes],
             "terminals": [e.terminations for e in episodes],
             "next_obs": [e.observations[1:] for e in episodes],
+            **{f"info.{key}": states for key in INFO_DIMS if (states := _states(episodes, key))},
         }
-        for key in INFO_DIMS:
-            if key in (episodes[0].infos or {}):
-                columns[f"info.{key}"] = [e.infos[key][: len(e.rewards)] for e in episodes]
         tensors = {k: torch.from_numpy(np.concatenate(v).astype(np.float32)) for k, v in columns.items()}
         lengths = torch.tensor([len(e.rewards) for e in episodes], dtype=torch.int64)
-        return Trajectories.from_tensors({**tensors, "lengths": lengths}, name), found
-    except Exception as e:  # a damaged file breaks HDF5 and Minari in a dozen ways
-        raise artifacts.CorruptArtifact(f"the Minari dataset at {folder} cannot be used: {type(e).__name__}: {e}") from e
+        return Trajectories.from_tensors({**tensors, "lengths": lengths}, name)
+    except Exception as e:  # a damaged file breaks HDF5, Arrow and Minari in a dozen ways
+        form = _metadata(Path(folder)).get("data_format")
+        form = "" if form in ("hdf5", None) else f", in the form {form} (Minari reads HDF5 best),"
+        raise artifacts.CorruptArtifact(f"the Minari dataset at {folder}{form} cannot be used: {type(e).__name__}: {e}") from e
 
 
 def _checked(e):
     """The episode `e` of a Minari dataset. Raises ValueError if its arrays are not of the same steps, or not of Adroit Pen."""
     n = np.shape(e.rewards)[0]
-    needed = dict(observations=(n + 1, OBS_DIM), actions=(n, ACTION_DIM), rewards=(n,), terminations=(n,))
-    infos = {k: v for k, v in (e.infos or {}).items() if k in INFO_DIMS}
-    # Of infos, Minari's own collector writes one more than steps, at the reset; other writers may not.
-    needed |= {key: (n + (np.shape(infos[key])[:1] == (n + 1,)), INFO_DIMS[key]) for key in infos}
+    needed = dict(observations=(n + 1, pen.OBS_DIM), actions=(n, pen.ACTION_DIM), rewards=(n,), terminations=(n,))
     for key, shape in needed.items():
-        array = np.asarray(infos[key] if key in infos else getattr(e, key))
+        array = np.asarray(getattr(e, key))
         if array.dtype.kind not in "biuf" or array.shape != shape:
             raise ValueError(f"episode {e.id}: {key} is {array.dtype} {array.shape}; needed are real numbers {shape}")
     return e
 
 
+def _states(episodes, key):
+    """The simulator states `key` of each episode, one for each step; None if one of them lacks them or they are odd."""
+    found = [(np.asarray((e.infos or {}).get(key)), len(e.rewards)) for e in episodes]
+    for states, n in found:  # Minari's own collector writes one more than steps, at the reset; other writers may not
+        if states.dtype.kind not in "biuf" or states.shape not in ((n, INFO_DIMS[key]), (n + 1, INFO_DIMS[key])):
+            return None
+        if not (np.abs(states[:n].astype(float)) <= LARGEST).all():
+            return None
+    return [states[:n] for states, n in found]
+
+
 def digest(folder):
-    """12 hex digits that name the content of the Minari dataset in `folder`, wherever it lies."""
-    files = sorted((Path(folder) / "data").glob("*"))
-    return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files if f.is_file())).hexdigest()[:12]
+    """12 hex digits that name the content of the Minari dataset in `folder`, wherever it lies.
+
+    Raises FileNotFoundError where there is none, and CorruptArtifact if it is not what `write_minari` wrote.
+    """
+    folder, whole = Path(folder), hashlib.sha256()
+    files = [f for f in sorted((folder / "data").rglob("*")) if f.is_file()]
+    if not files:
+        raise FileNotFoundError(f"no Minari dataset at {folder}")
+    for file in files:
+        with open(file, "rb") as f:
+            whole.update(hashlib.file_digest(f, "sha256").digest())
+    found, written = whole.hexdigest()[:12], folder / "sha256"  # HDF5 itself has no checksum
+    if written.exists() and written.read_text(errors="replace") != found:
+        raise artifacts.CorruptArtifact(f"the Minari dataset at {folder} is damaged: its checksum does not hold")
+    return found
 
 
 def is_whole(folder):
-    """Whether the checksum of the dataset that `write_minari` wrote to `folder` holds."""
-    return (folder / "sha256").exists() and (folder / "data").is_dir() and _matches(folder, digest(folder))
+    """Whether there is a Minari dataset in `folder` that is what `write_minari` wrote."""
+    with contextlib.suppress(FileNotFoundError, artifacts.CorruptArtifact):
+        return bool(digest(folder))
+    return False
 
 
-def _matches(folder, found):
-    written = folder / "sha256"  # `write_minari` leaves it; HDF5 itself has no checksum
-    return not written.exists() or written.read_text(errors="replace") == found
+def is_d4rls(folder, dataset, lengths):
+    """Whether the Minari dataset in `folder`, of such `lengths`, is D4RL's pen-`dataset`: by its id and its size."""
+    return (_metadata(folder).get("dataset_id"), len(lengths), int(lengths.sum())) == D4RL[dataset]
+
+
+def _metadata(folder):
+    """What Minari notes of the dataset in `folder`; empty if it cannot be read."""
+    try:
+        return dict(json.loads((folder / "data" / "metadata.json").read_text()))
+    except (OSError, TypeError, ValueError):
+        return {}
 
 
 def find_d4rl(dataset, download=True):
@@ -89,14 +123,15 @@ def find_d4rl(dataset, download=True):
     """
     from minari.storage import get_dataset_path
 
-    folder = Path(get_dataset_path(D4RL_IDS[dataset]))
-    if is_downloaded(folder):
+    name = D4RL[dataset][0]
+    folder = Path(get_dataset_path(name))
+    if _is_downloaded(folder):
         return folder
-    here = f"D4RL data {D4RL_IDS[dataset]} is not in {folder.parents[2]}"
+    here = f"D4RL data {name} is not in {folder.parents[2]}"
     if not download:
         raise FileNotFoundError(here)
     advice = (
-        f"With a network, run `minari download {D4RL_IDS[dataset]}` (it needs pip install 'minari[hf]'), or copy its folder "
+        f"With a network, run `minari download {name}` (it needs pip install 'minari[hf]'), or copy its folder "
         f"there; or use source='local', the stand-in"
     )
     try:
@@ -106,50 +141,38 @@ def find_d4rl(dataset, download=True):
     if not _reachable(ENDPOINT):
         raise FileNotFoundError(f"{here}, and {ENDPOINT} cannot be reached to download it. {advice}.")
     try:
-        with artifacts.lock(folder):
-            if not is_downloaded(folder):  # another process has not just done it
-                _download(dataset, folder)
+        with locks.lock(folder):
+            if not _is_downloaded(folder):  # another process has not just done it
+                _download(name, folder)
     except Exception as e:  # the hub's client raises errors of many unrelated types
         raise FileNotFoundError(f"{here}, and its download failed: {type(e).__name__}: {e}. {advice}.") from e
     return folder
 
 
-def is_downloaded(folder):
+def _is_downloaded(folder):
     """Whether the Minari dataset in `folder` has all its parts: an interrupted `minari download` leaves some of them."""
-    try:
-        described = json.loads((folder / "data" / "metadata.json").read_text())
-        return {"total_episodes", "total_steps"} <= set(described) and any((folder / "data").glob("main_data*"))
-    except (OSError, TypeError, ValueError):
+    described, data = _metadata(folder), folder / "data"
+    if not {"total_episodes", "total_steps"} <= set(described):
         return False
+    if described.get("data_format") in ("arrow", "parquet"):
+        return all((data / str(i)).is_dir() for i in range(described["total_episodes"]))
+    return any(data.glob("main_data*"))
 
 
-def _download(dataset, folder):
-    """Download D4RL pen-`dataset` beside `folder` and put it there when it is whole."""
+def _download(name, folder):
+    """Download the Minari dataset `name` beside `folder` and put it there when it is whole."""
     import minari
 
-    with artifacts.replacing(folder) as partial:
-        with _minari_writes_to(partial.parent / "root"):
-            minari.download_dataset(D4RL_IDS[dataset])
-        os.replace(partial.parent / "root" / D4RL_IDS[dataset], partial)
-        if not is_downloaded(partial):
+    with locks.replacing(folder) as partial:
+        # Minari's environment variable is the only way to tell it where to.
+        with mock.patch.dict(os.environ, MINARI_DATASETS_PATH=str(partial.parent / "root")):
+            minari.download_dataset(name)
+        os.replace(partial.parent / "root" / name, partial)
+        if not _is_downloaded(partial):
             raise OSError("parts of it are missing")
-        from_minari(partial, dataset)
+        from_minari(partial, name)
         if folder.exists():
             artifacts.set_aside(folder, "parts are missing")
-
-
-@contextlib.contextmanager
-def _minari_writes_to(folder):
-    """Let Minari keep its datasets in `folder`; its environment variable is the only way to tell it."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MINARI_DATASETS_PATH"]
-        else:
-            os.environ["MINARI_DATASETS_PATH"] = before
 
 
 def _reachable(url, timeout=3.0):
@@ -166,42 +189,39 @@ def _reachable(url, timeout=3.0):
 
 
 def write_minari(folder, dataset_id, episodes, description):
-    """Write batches of `adroit.Episodes` as a Minari dataset at folder/dataset_id, whole or not at all; its folder.
+    """Write batches of `pen.Episodes` as a Minari dataset at folder/dataset_id, whole or not at all; its folder.
 
     qpos, qvel [T + 1, 30] and target [T + 1, 4] (quaternion) are stored as infos.
     """
-    import gymnasium
     import minari
-    from minari.data_collector import EpisodeBuffer
+    from gymnasium.spaces import Box
+    from minari.dataset.minari_storage import MinariStorage
 
-    buffers, size = [], 0
-    for batch in episodes:
-        size += sum(array.nbytes for array in vars(batch).values())
-        for i in range(len(batch.targets)):
-            n = len(batch.rewards[i])
-            buffers.append(
-                EpisodeBuffer(
-                    id=len(buffers),
-                    observations=batch.obs[i],
-                    actions=batch.actions[i].clip(-1.0, 1.0),
-                    rewards=list(batch.rewards[i]),
-                    terminations=[False] * n,
-                    truncations=[False] * (n - 1) + [True],
-                    infos={"qpos": batch.qpos[i], "qvel": batch.qvel[i], "target": np.tile(batch.targets[i], (n + 1, 1))},
-                )
-            )
-    box, place = gymnasium.spaces.Box, Path(folder) / dataset_id
-    with artifacts.replacing(place, size) as partial:
-        with _minari_writes_to(partial.parent / "root"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Minari's, about authors and links that a local file does not have
-            minari.create_dataset_from_buffers(
-                dataset_id,
-                buffers,
-                observation_space=box(-np.inf, np.inf, (OBS_DIM,), np.float64),
-                action_space=box(-1.0, 1.0, (ACTION_DIM,), np.float64),
-                description=description,
-                data_format="hdf5",
-            )
-        os.replace(partial.parent / "root" / dataset_id, partial)
+    episodes, place = list(episodes), Path(folder) / dataset_id
+    needed = sum(array.nbytes for batch in episodes for array in vars(batch).values())
+    with locks.replacing(place, needed) as partial:
+        (partial / "data").mkdir(parents=True)
+        spaces = Box(-np.inf, np.inf, (pen.OBS_DIM,), np.float64), Box(-1.0, 1.0, (pen.ACTION_DIM,), np.float64)
+        storage = MinariStorage.new(partial / "data", *spaces, data_format="hdf5")
+        names = dict(dataset_id=dataset_id, minari_version=minari.__version__, description=description)
+        storage.update_metadata(names)
+        storage.update_episodes(_buffers(episodes))
         (partial / "sha256").write_text(digest(partial))
     return place
+
+
+def _buffers(episodes):
+    """Minari's form of each episode in batches of `pen.Episodes`."""
+    from minari.data_collector import EpisodeBuffer
+
+    for batch in episodes:
+        for i, rewards in enumerate(batch.rewards):
+            n = len(rewards)
+            yield EpisodeBuffer(
+                observations=batch.obs[i],
+                actions=batch.actions[i].clip(-1.0, 1.0),
+                rewards=list(rewards),
+                terminations=[False] * n,
+                truncations=[False] * (n - 1) + [True],
+                infos={"qpos": batch.qpos[i], "qvel": batch.qvel[i], "target": np.tile(batch.targets[i], (n + 1, 1))},
+            )

@@ -190,7 +190,7 @@ class Job:
 
 
 def bars(report):
-    """A maker of bars as tqdm's, for `pipeline` and `study`, which move the bar of a `Job` instead."""
+    """A maker of bars as tqdm's, for `load` and `study`, which move the bar of a `Job` instead."""
 
     class Bar:
         def __init__(self, iterable=None, total=None, desc="", **_):

@@ -13,7 +13,7 @@ SHARED = {
     "denoiser": (("data",), (*DATA, *MODEL, "passes", "scale", "seed", "device")),
     "world model": (("data",), (*DATA, "model_steps", "model_passes", "scale", "seed", "device")),
 }
-MAKERS = {"load_data": "data", "load_denoiser": "denoiser", "load_world_model": "world model"}  # by functions of `pipeline`
+MAKERS = {"load_data": "data", "load_denoiser": "denoiser", "load_world_model": "world model"}  # by functions of `load`
 
 
 def makes(notebook):
@@ -61,5 +61,5 @@ def _maker(kind, checked):
 
 @cache
 def _pipeline():
-    modules = sweep_plan.rooms(["from pgdlib.lab import pipeline"])
+    modules = sweep_plan.rooms(["from pgdlib.lab import load"])
     return modules, sweep_plan.identity(modules)

@@ -76,14 +76,14 @@ def _point(task, folder):
 
 
 def _make(task, folder):
-    from pgdlib.lab import pipeline
+    from pgdlib.lab import load
 
     p = SimpleNamespace(**task["settings"])
-    dataset = pipeline.load_data(p.dataset, p.source, p.data_steps)
+    dataset = load.load_data(p.dataset, p.source, p.data_steps)
     if task["kind"] == "denoiser":
-        pipeline.load_denoiser(dataset, p, pipeline.device_of(p.device))
+        load.load_denoiser(dataset, p, load.device_of(p.device))
     elif task["kind"] == "world model":
-        pipeline.load_world_model(dataset, p, pipeline.device_of(p.device))
+        load.load_world_model(dataset, p, load.device_of(p.device))
 
 
 if __name__ == "__main__":

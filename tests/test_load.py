@@ -10,7 +10,7 @@ import torch
 from conftest import cut, kept, sb3_zip
 
 from pgdlib import edm
-from pgdlib.lab import artifacts, collect, minari_files, pipeline, ppo
+from pgdlib.lab import artifacts, guide_ppo, load, minari_files, standins
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 
@@ -30,8 +30,8 @@ def small_policy(obs_dim=45, action_dim=24):
 @pytest.mark.slow
 def test_the_shipped_guide_returns_3600():
     """THE GUIDE THAT SHIPS, not any guide: 200 D4RL-scale episodes of its mean action, and what its card says of it."""
-    policy, card = pipeline.load_guide("shipped")
-    returns = adroit.rollout(policy.act(), 200, np.random.default_rng(2024), adroit.D4RL_HORIZON).d4rl_returns
+    policy, card = load.load_guide("shipped")
+    returns = adroit.rollout(policy.act, 200, np.random.default_rng(2024), adroit.D4RL_HORIZON).d4rl_returns
     assert returns.mean() >= 3600
     mean, low, high = (float(v) for v in card["return, mean action"].translate(str.maketrans("[,]", "   ")).split())
     assert low >= 3600 and low < mean < high
@@ -46,8 +46,8 @@ def test_the_shipped_guide_is_of_this_environment_and_frozen(guide):
 
 def test_a_saved_guide_is_loaded(tmp_path):
     mine = small_policy()
-    pipeline.save_guide(tmp_path / "mine.safetensors", mine, {"note": "toy"})
-    policy, card = pipeline.load_guide(str(tmp_path / "mine.safetensors"))
+    load.save_guide(tmp_path / "mine.safetensors", mine, {"note": "toy"})
+    policy, card = load.load_guide(str(tmp_path / "mine.safetensors"))
     obs = torch.randn(5, 45)
     assert torch.equal(policy(obs)[0], mine(obs)[0]) and not policy.log_std.requires_grad
     assert card["note"] == "toy" and card["versions"]["torch"] == torch.__version__
@@ -55,14 +55,14 @@ def test_a_saved_guide_is_loaded(tmp_path):
 
 def test_a_stable_baselines3_zip_is_loaded(tmp_path):
     model, obs = sb3_zip(tmp_path / "ppo.zip"), torch.randn(5, 45)
-    policy, _ = pipeline.load_guide(str(tmp_path / "ppo.zip"))
+    policy, _ = load.load_guide(str(tmp_path / "ppo.zip"))
     expected = model.policy.get_distribution(obs).distribution.mean
     torch.testing.assert_close(policy(obs)[0], expected.detach(), rtol=1e-5, atol=1e-6)
     assert not policy.log_std.requires_grad
 
 
 def good_guide(path):
-    pipeline.save_guide(path, small_policy(), {})
+    load.save_guide(path, small_policy(), {})
 
 
 def flip(path):
@@ -86,14 +86,14 @@ BAD_GUIDES = {
     "text.pt": (lambda path: path.write_text("weights, honestly"), "no artifact of ours"),
     "walker.zip": (lambda path: sb3_zip(path, 17, 6), "another environment, with 17 observations and 6 actions"),
     "walker.safetensors": (
-        lambda path: pipeline.save_guide(path, small_policy(17, 6), {}),
+        lambda path: load.save_guide(path, small_policy(17, 6), {}),
         "another environment: 17 observations and 6 actions; needed are 45 and 24",
     ),
     "foreign.safetensors": (lambda path: safetensors.torch.save_file({"w": torch.ones(3)}, path), "no artifact of ours"),
     "no config.safetensors": (with_card({}), "cannot be used.*config"),
     "list.safetensors": (with_card([1]), "cannot be used"),
     "shape.safetensors": (with_card({"config": {**small_policy().config, "hidden": [9]}}), "cannot be used"),
-    "denoiser.safetensors": (with_card({"config": edm.Denoiser(8, 8, 2).config}), "cannot be used"),
+    "denoiser.safetensors": (with_card({"config": edm.Denoiser(45, 24, 8, 8, 2).config}), "cannot be used"),
 }
 
 
@@ -103,37 +103,38 @@ def test_a_bad_guide_is_named(tmp_path, name):
     make(tmp_path / name)
     path = str(tmp_path / name)
     with pytest.raises(ValueError, match=reason) as error:
-        pipeline.load_guide(path)
+        load.load_guide(path)
     assert str(error.value).startswith(f"guide={path!r} ")
 
 
 @pytest.fixture
 def tiny_ppo(monkeypatch):
-    """PPO's defaults, its evaluations and the episodes made small; the calls of `ppo.train` are listed."""
-    calls, train = [], ppo.train
-    monkeypatch.setattr(ppo, "DEFAULTS", {**ppo.DEFAULTS, "n_envs": 8, "n_steps": 32, "n_epochs": 1, "batch_size": 256})
-    monkeypatch.setattr(pipeline._evaluation, "__defaults__", (4,))
+    """PPO's defaults, its evaluations and the episodes made small; the trainings are listed."""
+    calls, training = [], guide_ppo.Training
+    monkeypatch.setattr(
+        guide_ppo, "DEFAULTS", {**guide_ppo.DEFAULTS, "n_envs": 8, "n_steps": 32, "n_epochs": 1, "batch_size": 256}
+    )
+    monkeypatch.setattr(load._evaluation, "__defaults__", (4,))
     monkeypatch.setattr(adroit, "D4RL_HORIZON", 10)
-    monkeypatch.setattr(ppo, "train", lambda **how: calls.append(how) or train(**how))
+    monkeypatch.setattr(guide_ppo, "Training", lambda *a, **how: calls.append((a, how)) or training(*a, **how))
     return calls
 
 
-def test_a_guide_is_trained_once(runs, tiny_ppo, monkeypatch):
-    policy, card = pipeline.train_guide(512, seed=3)
+def test_a_guide_is_trained_once(runs, tiny_ppo, monkeypatch, capsys):
+    policy, card = load.train_guide(512, seed=3)
+    assert "return " in capsys.readouterr().err  # in the bar
     (file,) = kept(runs)
     assert file.startswith("guides/")
-    again, card_again = pipeline.train_guide(512, seed=3)
+    again, card_again = load.train_guide(512, seed=3)
     assert len(tiny_ppo) == 1 and card == card_again
     assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values(), strict=True))
     assert card["parameters"]["steps"] == 512 and card["seed"] == 3 and card["evaluation episodes"] == 4
     assert [point[0] for point in card["curve"]] == [0, 512]
     assert policy.obs_mean.abs().max() > 0  # the normalisation came along
-    loaded, _ = pipeline.load_guide(str(runs / file))
-    assert torch.equal(loaded.log_std, policy.log_std)
     for steps, seed in ((512, 4), (768, 3)):  # another guide each
-        monkeypatch.setattr(ppo, "train", interrupted)
+        monkeypatch.setattr(guide_ppo, "Training", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.train_guide(steps, seed)
+            load.train_guide(steps, seed)
     assert kept(runs) == [file]
 
 
@@ -149,18 +150,18 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_stand_in_is_collected_once_and_says_what_it_is(runs, offline, monkeypatch, capsys):
-    first = pipeline.load_data("human", "auto", 4_000)
+    first = load.load_data("human", "auto", 4_000)
     assert "using the stand-in" in capsys.readouterr().out
     assert (first.is_d4rl, first.label, first.slug) == (False, "stand-in pen-human", "standin-human")
     assert first.raw.lengths.tolist() == [200] * 25 and {"qpos", "qvel"} <= set(first.raw.info)
     assert first.dropped_steps == 5_000 - len(first.data.rewards) and first.data.terminals.sum() >= first.cut_episodes
     files = kept(runs)
     assert not [f for f in files if "partial" in f]
-    monkeypatch.setattr(collect, "write", None)
+    monkeypatch.setattr(standins, "write", None)
     monkeypatch.setattr(minari_files, "from_minari", None)
-    again = pipeline.load_data("human", "local", 9_000)  # human has one size
+    again = load.load_data("human", "local", 9_000)  # human has one size
     assert again.key == first.key and torch.equal(again.data.packed(), first.data.packed()) and kept(runs) == files
-    train, val = pipeline.train_val(again)
+    train, val = load.train_val(again)
     assert len(train.lengths) + len(val.lengths) == 25 and len(val.lengths) == 2
 
 
@@ -169,15 +170,15 @@ def test_the_size_of_a_stand_in_is_part_of_its_name(runs, offline, monkeypatch):
 
     def write(dataset, folder, guide, steps, report):
         asked.append((dataset, steps))
-        demonstrator, _ = pipeline.load_guide(pipeline.SHIPPED_GUIDE if dataset == "expert" else pipeline.DEMONSTRATOR)
+        demonstrator, _ = load.load_guide(load.SHIPPED_GUIDE if dataset == "expert" else load.DEMONSTRATOR)
         assert torch.equal(guide.log_std, demonstrator.log_std)
         batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(steps), 5)
         return minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", [batch], "toy")
 
-    monkeypatch.setattr(collect, "write", write)
-    keys = [pipeline.load_data(d, "local", n).key for d, n in (("expert", 4_000), ("expert", 5_000), ("cloned", 4_000))]
+    monkeypatch.setattr(standins, "write", write)
+    keys = [load.load_data(d, "local", n).key for d, n in (("expert", 4_000), ("expert", 5_000), ("cloned", 4_000))]
     assert asked == [("expert", 4_000), ("expert", 5_000), ("cloned", 4_000)] and len(set(keys)) == 3
-    pipeline.load_data("expert", "local", 4_000)
+    load.load_data("expert", "local", 4_000)
     assert len(asked) == 3
 
 
@@ -186,18 +187,18 @@ def test_the_key_of_data_names_its_content_not_its_place(tmp_path, offline, monk
     for place, seed in (("a", 0), ("b", 0), ("c", 1)):
         monkeypatch.setenv("PGD_RUNS", str(tmp_path / place))
         batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(seed), 5)
-        monkeypatch.setattr(collect, "human", lambda *given, batch=batch: batch)
-        keys.append(pipeline.load_data("human", "local", 4_000).key)
+        monkeypatch.setattr(standins, "human", lambda *given, batch=batch: batch)
+        keys.append(load.load_data("human", "local", 4_000).key)
     assert keys[0] == keys[1] != keys[2]
     (file,) = (tmp_path / "c").rglob("main_data.hdf5")
     os.utime(file, (0, 0))  # as a copy might have it
-    assert pipeline.load_data("human", "local", 4_000).key == keys[2]
+    assert load.load_data("human", "local", 4_000).key == keys[2]
 
 
 def test_an_interrupted_collection_leaves_nothing(runs, offline, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(collect, "human", interrupted)
-        pipeline.load_data("human", "local", 4_000)
+        patch.setattr(standins, "human", interrupted)
+        load.load_data("human", "local", 4_000)
     assert kept(runs) == []
 
 
@@ -228,36 +229,36 @@ def test_bars_and_words_go_where_they_are_asked_to(runs, offline, monkeypatch, c
         batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
         return minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", [batch], "toy")
 
-    monkeypatch.setattr(collect, "write", write)
+    monkeypatch.setattr(standins, "write", write)
     monkeypatch.setattr(Bar, "made", ())
     said = []
-    pipeline.load_data("expert", "auto", 4_000, Bar, said.append)
+    load.load_data("expert", "auto", 4_000, Bar, said.append)
     (bar,) = Bar.made
     assert bar.desc == "collecting the stand-in expert" and bar.total == 100 and bar.shown == [25, 75, 100, "closed"]
     assert ["using the stand-in" in text for text in said] == [True, False] and said[1].startswith("stand-in pen-expert: 2 epi")
-    pipeline.load_data("expert", "local", 4_000, Bar, said.append)  # it is there: nothing takes long
+    load.load_data("expert", "local", 4_000, Bar, said.append)  # it is there: nothing takes long
     assert len(Bar.made) == 1 and len(said) == 3 and capsys.readouterr() == ("", "")
 
 
 def test_a_bar_that_raises_lets_nothing_begin(runs, offline, monkeypatch):
-    monkeypatch.setattr(collect, "write", None)
+    monkeypatch.setattr(standins, "write", None)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.load_data("cloned", "local", 4_000, interrupted)
+        load.load_data("cloned", "local", 4_000, interrupted)
     assert kept(runs) == []
 
 
 def test_a_damaged_stand_in_is_set_aside_and_collected_again(runs, offline, monkeypatch):
     batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
-    monkeypatch.setattr(collect, "human", lambda *a: batch)
-    first, said = pipeline.load_data("human", "local", 4_000), []
+    monkeypatch.setattr(standins, "human", lambda *a: batch)
+    first, said = load.load_data("human", "local", 4_000), []
     (file,) = runs.rglob("main_data.hdf5")
     file.write_bytes(file.read_bytes()[:-100])
-    assert pipeline.load_data("human", "local", 4_000, say=said.append).key == first.key
+    assert load.load_data("human", "local", 4_000, say=said.append).key == first.key
     assert "human-v0 is damaged: its checksum does not hold" in said[0] and len(said) == 2
     (aside,) = (runs / "minari").glob("*.damaged")
     assert aside.name in said[0] and len([*runs.rglob("main_data.hdf5")]) == 2
 
 
 def test_devices():
-    assert pipeline.device_of("cpu") == torch.device("cpu")
-    assert pipeline.device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert load.device_of("cpu") == torch.device("cpu")
+    assert load.device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,182 @@
+"""Train the guide: Stable-Baselines3 PPO on the D4RL-scale Adroit Pen, in a batch of simulations."""
+
+import math
+import time
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from stable_baselines3 import PPO
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from pgdlib import fast
+from pgdlib.lab import guide_zip
+from pgdlib.simulators import pen
+
+# Found on this task; the paper does not give its own.
+OWN = dict(steps=5_000_000, n_envs=64, lr=3e-4, final_lr=3e-5, hidden=[256, 256], initial_log_std=-0.7)
+SB3 = dict(n_steps=128, batch_size=1024, n_epochs=10, gamma=0.99, gae_lambda=0.95, clip_range=0.2)  # by SB3's own names
+DEFAULTS = {**OWN, **SB3}
+
+
+class PenVecEnv(VecEnv):
+    """`n` D4RL-scale Adroit Pen environments as one Stable-Baselines3 `VecEnv`; ended episodes start anew at once."""
+
+    def __init__(self, n, seed=0, threads=None):
+        super().__init__(n, Box(-np.inf, np.inf, (pen.OBS_DIM,), np.float32), Box(-1.0, 1.0, (pen.ACTION_DIM,), np.float32))
+        self._batch = pen.PenBatch(n, threads)
+        self.seed(seed)
+
+    def seed(self, seed=None):
+        """Draw the targets of new episodes from `seed` on."""
+        self._rng = np.random.default_rng(seed)
+
+    def reset(self):
+        self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)
+        return self._batch.reset(pen.sample_targets(self.num_envs, self._rng)).astype(np.float32)
+
+    def step_async(self, actions):
+        self._actions = actions
+
+    def step_wait(self):
+        obs = self._batch.step(self._actions)
+        rewards, _, fallen = pen.outcome(obs)
+        self._returns += rewards
+        self._lengths += 1
+        dones = fallen | (self._lengths >= pen.D4RL_HORIZON)
+        infos = [{} for _ in range(self.num_envs)]
+        ended = np.flatnonzero(dones)
+        for i in ended:
+            infos[i] = {
+                "terminal_observation": obs[i].astype(np.float32),
+                "TimeLimit.truncated": not fallen[i],
+                "episode": {"r": self._returns[i], "l": int(self._lengths[i]), "t": time.time()},
+            }
+        if len(ended):
+            obs[ended] = self._batch.reset(pen.sample_targets(len(ended), self._rng), ended)
+            self._returns[ended], self._lengths[ended] = 0.0, 0
+        return obs.astype(np.float32), rewards.astype(np.float32), dones, infos
+
+    def close(self):
+        pass
+
+    def env_is_wrapped(self, wrapper_class, indices=None):
+        return [False] * self.num_envs
+
+    def get_attr(self, attr_name, indices=None):
+        return [getattr(self, attr_name, None)] * self.num_envs
+
+    def set_attr(self, attr_name, value, indices=None):
+        raise NotImplementedError("PenVecEnv's environments have no attributes of their own")
+
+    def env_method(self, method_name, *args, indices=None, **kwargs):
+        raise NotImplementedError("PenVecEnv's environments have no methods of their own")
+
+
+class ObservationNormaliser(BaseFeaturesExtractor):
+    """Running mean and variance of the observations as buffers, so that the saved policy carries them."""
+
+    def __init__(self, observation_space, clip=10.0):
+        super().__init__(observation_space, features_dim=observation_space.shape[0])
+        self.clip = clip
+        self.register_buffer("count", torch.tensor(0.0))
+        self.register_buffer("mean", torch.zeros(self.features_dim))
+        self.register_buffer("var", torch.ones(self.features_dim))
+
+    def forward(self, obs):
+        return ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-self.clip, self.clip)
+
+    @torch.no_grad()
+    def update(self, obs):
+        """Merge the moments of `obs` [n, obs_dim] into the running ones (Chan et al. 1979)."""
+        obs = torch.as_tensor(obs, dtype=torch.float32)
+        n, mean, var = len(obs), obs.mean(0), obs.var(0, unbiased=False)
+        total, delta = self.count + n, mean - self.mean
+        self.var.copy_((self.var * self.count + var * n + delta.square() * self.count * n / total) / total)
+        self.mean.add_(delta * n / total)
+        self.count.copy_(total)
+
+
+class Training:
+    """PPO as a loop: iterated, it yields the environment steps done after each rollout and its updates, until `steps`.
+
+    `state()` holds the policy, its optimiser, the scale of the rewards and the curve, not the simulations and not the random
+    numbers: a training that goes on from it begins new episodes, with random numbers of their own.
+    """
+
+    def __init__(self, seed=0, evaluate_every=250_000, **overrides):
+        """`overrides` replace entries of `DEFAULTS`; `steps` is rounded up to whole rollouts."""
+        p = {**DEFAULTS, **overrides}
+        self.card = {**p, "seed": seed, "evaluate_every": evaluate_every}
+        self.parameters, self._seed, self._every, self._rollout = p, seed, evaluate_every, p["n_steps"] * p["n_envs"]
+        self.step, self.steps, self.model = 0, -(-p["steps"] // self._rollout) * self._rollout, None
+        self._rewards = torch.tensor([0.0, 1.0, 1e-4], dtype=torch.float64)  # mean, variance, count
+        self._curve = torch.full((self.steps // evaluate_every + 2, 3), math.nan, dtype=torch.float64)
+        self._env = VecNormalize(PenVecEnv(p["n_envs"], seed), norm_obs=False, gamma=p["gamma"])
+        network = dict(net_arch=p["hidden"], log_std_init=p["initial_log_std"], features_extractor_class=ObservationNormaliser)
+        how = dict(learning_rate=self._learning_rate, policy_kwargs=network, seed=seed, device="cpu")
+        self.model = PPO("MlpPolicy", self._env, **how, **{name: p[name] for name in SB3})
+        adam = self.model.policy.optimizer
+        for w in self.model.policy.parameters():  # what Adam would make in its first step, for a checkpoint to be copied into
+            adam.state[w] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(w), exp_avg_sq=torch.zeros_like(w))
+
+    @property
+    def curve(self):
+        """The learning curve so far: [(steps, mean D4RL-scale return of 64 episodes, standard error)]."""
+        return [(int(steps), mean, se) for steps, mean, se in self._curve[~self._curve[:, 0].isnan()].tolist()]
+
+    def state(self):
+        """All that a training goes on from, name -> live tensor."""
+        policy = self.model.policy
+        names = [name for name, _ in (*policy.named_parameters(), *policy.named_buffers())]  # each tensor once
+        kept = policy.state_dict()
+        tensors = {f"policy.{name}": kept[name] for name in names}
+        return {**tensors, **fast.adam_state(policy.optimizer), "rewards": self._rewards, "curve": self._curve}
+
+    def __iter__(self):
+        self._begin()
+        while self.step < self.steps:
+            before = self.step // self._every
+            self.model.learn(self._rollout, reset_num_timesteps=False)  # one rollout and its updates
+            # After the updates, so that a rollout and its updates see the same moments.
+            self._normaliser.update(self.model.rollout_buffer.observations.reshape(-1, pen.OBS_DIM))
+            self.step, moments = self.model.num_timesteps, self._env.ret_rms
+            self._rewards.copy_(torch.tensor([moments.mean, moments.var, moments.count]))
+            if self.step // self._every > before or self.step == self.steps:
+                self._evaluate()
+            yield self.step
+
+    @property
+    def _normaliser(self):
+        return self.model.policy.features_extractor
+
+    def _learning_rate(self, _):
+        p = self.parameters
+        done = self.model.num_timesteps / self.steps if self.model else 0
+        return p["lr"] + (p["final_lr"] - p["lr"]) * done
+
+    def _begin(self):
+        """Give the simulations and the random numbers what belongs to this step."""
+        first, *rest = np.random.SeedSequence([self._seed, self.step]).generate_state(2).tolist()
+        self.model.set_random_seed(first)
+        self.model.num_timesteps = self.step
+        moments = self._env.ret_rms
+        moments.mean, moments.var, moments.count = self._rewards.numpy().copy()
+        if self.step == 0:  # moments before the first rollout, from random actions
+            rng = np.random.default_rng(rest)
+            played = pen.rollout(lambda obs: rng.uniform(-1, 1, (len(obs), pen.ACTION_DIM)), 64, rng, pen.D4RL_HORIZON)
+            self._normaliser.update(played.obs.reshape(-1, pen.OBS_DIM))
+            self._evaluate()
+
+    def _evaluate(self):
+        def act(obs):
+            return self.model.predict(obs.astype(np.float32), deterministic=True)[0]
+
+        returns = pen.rollout(act, 64, np.random.default_rng(0), pen.D4RL_HORIZON).d4rl_returns
+        point = [self.step, returns.mean(), returns.std(ddof=1) / 8]
+        self._curve[len(self.curve)] = torch.tensor(point, dtype=torch.float64)
+
+    def policy(self):
+        """The policy as it is now, as a `GaussianPolicy`."""
+        return guide_zip.gaussian(self.model.policy.state_dict(), "tanh", normalised=True)
