@@ -11,7 +11,8 @@ import torch
 from pgdlib import data, dynamics, edm, measures, pgd, sampler, synthetic
 from pgdlib.agents import iql
 from pgdlib.agents import stack as agents
-from pgdlib.lab import benchmark, budget, claims, seedstats, store, study
+from pgdlib.lab import budget, claims, store, study, table1
+from pgdlib.lab import seeds as seedstats
 from pgdlib.lab.figures import plots, plots_benchmark, plots_guidance
 from pgdlib.simulators import pen as adroit
 
@@ -138,13 +139,13 @@ def table_1(part, lab):
         return iql.IQL(seeds, *norm, (p.hidden, p.hidden), polyak=p.polyak)
 
     if not part.card["seconds"].get("Table 1"):
-        benchmark.announce(make, rows, seeds, sources, p, lab.device)
+        table1.announce(make, rows, seeds, sources, p, lab.device)
     inputs = dict(model=store.digest(lab.denoiser.state_dict(), lab.denoiser.config))
-    result = benchmark.train("iql", make, rows, seeds, sources, p, lab.device, inputs, part.bar)
+    result = table1.train("iql", make, rows, seeds, sources, p, lab.device, inputs, part.bar)
     returns, behaviour = result.by_row(result.means), seedstats.mean_se(lab.dataset.data.returns().numpy())
     paper = {f"paper, λ = {lam}": v for lam, v in zip((0, 2), seedstats.PAPER_TABLE_1[p.dataset])}
     title = f"{p.seeds} seeds, {p.test_episodes} episodes each ({lab.dataset.label})"
-    table = benchmark.per_seed(result, lab.dataset.label)
+    table = table1.per_seed(result, lab.dataset.label)
     part.save("table1", plots_benchmark.table1(returns, behaviour, paper, title), table)
     guided = [
         (row, f"{row.rule} rule, {'calibrated λ' if row.lam == 'calibrated' else f'λ = {row.lam:g}'}") for row in rows[2:]

@@ -8,7 +8,7 @@ import torch
 from conftest import cut, kept, toy
 
 from pgdlib import edm, worldmodel
-from pgdlib.lab import benchmark, params, pipeline, store
+from pgdlib.lab import params, pipeline, store, table1
 
 CPU = torch.device("cpu")
 
@@ -270,25 +270,25 @@ def rewritten(path, tensors=lambda t: t, card=lambda c: c):
 
 def refused(path, match, data=None):
     with pytest.raises(ValueError, match="(?s)^denoiser=.*" + match) as error:
-        benchmark.read_denoiser(path, data or dataset(), CPU)
+        table1.read_denoiser(path, data or dataset(), CPU)
     assert str(path) in str(error.value)
 
 
 def test_a_denoiser_is_read_from_its_file(file, trainings):
     expected, path = file
     for given in (path, str(path)):
-        read = benchmark.read_denoiser(given, dataset(), CPU)
+        read = table1.read_denoiser(given, dataset(), CPU)
         assert_same(read, expected)
         assert read.config == expected.config and not read.training and not any(p.requires_grad for p in read.parameters())
     x = torch.randn(2, 8, 71, generator=torch.Generator().manual_seed(0))
     assert torch.equal(read(x, 1.0), expected(x, 1.0)) and trainings == []
-    elsewhere = benchmark.read_denoiser(path, dataset(), torch.device("meta"))
+    elsewhere = table1.read_denoiser(path, dataset(), torch.device("meta"))
     assert {t.device.type for t in elsewhere.state_dict().values()} == {"meta"}
 
 
 def test_a_denoiser_of_the_other_transform_is_read(runs):
     expected, _ = pipeline.load_denoiser(dataset(), settings(transform="arctanh"), CPU)
-    read = benchmark.read_denoiser(runs / kept(runs)[0], dataset(), CPU)
+    read = table1.read_denoiser(runs / kept(runs)[0], dataset(), CPU)
     assert_same(read, expected)
     assert read.normaliser.transform == "arctanh"
 

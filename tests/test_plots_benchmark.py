@@ -9,7 +9,8 @@ import pytest
 from conftest import TITLE, assert_labelled, line, texts
 from matplotlib.colors import to_rgb
 
-from pgdlib.lab import seedstats
+from pgdlib import measures
+from pgdlib.lab import seeds as seedstats
 from pgdlib.lab.figures import plots_benchmark
 
 pytestmark = [pytest.mark.usefixtures("style"), pytest.mark.filterwarnings("error")]
@@ -152,7 +153,7 @@ def test_table_1_draws_each_seed_that_is_left_the_mean_and_its_error():
         (seeds,) = [ln for ln in drawn_seeds if abs(ln.get_ydata()[0] - at(fig, name)) < 0.4]
         np.testing.assert_array_equal(seeds.get_xdata(), values)  # what is NaN is not drawn
         assert seeds.get_marker() == "|" and seeds.get_linestyle() in ("None", "none")
-        _, low, high = seedstats.stratified_bootstrap(seedstats.interquartile_mean, values)
+        _, low, high = measures.bootstrap(seedstats.interquartile_mean, values)
         pale = [ln for ln in ax.get_lines() if ln.get_alpha() == 0.25 and ln.get_ydata()[0] == at(fig, name)]
         assert [tuple(ln.get_xdata()) for ln in pale] == [(low, high)] and values[np.isfinite(values)].min() <= low < high
     lo, hi = ax.get_xlim()

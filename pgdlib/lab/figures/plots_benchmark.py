@@ -6,7 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-from pgdlib.lab import seedstats
+from pgdlib import measures
+from pgdlib.lab import seeds as seedstats
 from pgdlib.simulators import pen as adroit
 
 
@@ -46,7 +47,7 @@ def table1(rows, behaviour, paper, title):
         colour = palette.get(name, "0.35")
         if seeds is not None:
             ax.plot(seeds, np.full(len(seeds), y + 0.22), "|", color=colour, markersize=7)
-            _, low, high = seedstats.stratified_bootstrap(seedstats.interquartile_mean, seeds)
+            _, low, high = measures.bootstrap(seedstats.interquartile_mean, seeds)
             ax.plot([low, high], [y, y], color=colour, linewidth=6, alpha=0.25, solid_capstyle="butt")
         ax.errorbar(mean, y, xerr=0 if np.isnan(se) else se, fmt="o" if y < len(lines) else "s", color=colour, capsize=3)
         score = adroit.normalised_score(mean)

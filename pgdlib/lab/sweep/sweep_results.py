@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from pgdlib.lab import store
-from pgdlib.lab.seedstats import mean_se, paired_interval
+from pgdlib.lab.seeds import mean_se, paired_interval
 from pgdlib.lab.sweep import sweep_plan
 
 SLUG = re.compile(r"_((?:d4rl|standin)-(?:human|cloned|expert))(?=_|$)")  # the data's, in names of files

@@ -15,8 +15,8 @@ from pgdlib.agents.iql import IQL
 from pgdlib.agents.stack import BC, WIDTH, of_trajectories
 from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.edm import seeded
-from pgdlib.lab import benchmark, budget, params, store
-from pgdlib.lab.benchmark import Result, per_seed
+from pgdlib.lab import budget, params, store, table1
+from pgdlib.lab.table1 import Result, per_seed
 from pgdlib.pgd import FACTS, Row
 from pgdlib.simulators import pen as adroit
 
@@ -81,7 +81,7 @@ def trainings(monkeypatch):
 
 
 def train(p=None, kind="iql", rows=ROWS, seeds=SEEDS, sources=None, inputs=None, make=make_agent):
-    return benchmark.train(kind, make, rows, seeds, sources or Random(), p or settings(), CPU, inputs or dict(data="toy"))
+    return table1.train(kind, make, rows, seeds, sources or Random(), p or settings(), CPU, inputs or dict(data="toy"))
 
 
 def assert_same(a, b):
@@ -118,7 +118,7 @@ def test_what_is_trained_and_tested(runs, evaluations, trainings):
     assert sources.calls == [(name, k) for k in (0, 1) for name in "abc"]
     assert result.marks == [0, 3, 6] and result.curve.shape == (3, 6) and result.facts.shape == (2, 6, 6)
     own, others = [41, 91] * 3, [42, 92] * 3  # the states that a run starts from are those of its seed
-    curve, test, native = (3, 100, own), (15, 100, others), (benchmark.native_episodes(p), 200, others)
+    curve, test, native = (3, 100, own), (15, 100, others), (table1.native_episodes(p), 200, others)
     assert evaluations == [curve] * 3 + [test, native] and native[0] == 3
     policy = learner.agent.policy
     np.testing.assert_array_equal(result.returns, fake_evaluate(policy, *test)[0])
@@ -194,7 +194,7 @@ def test_every_input_makes_other_agents(runs, evaluations, trainings):
 def test_the_code_that_decides_is_in_the_name():
     """Every module that the loop reaches, but for what only keeps, plots or reads: `metrics` says where trajectories end."""
     loop = {"agents", "iql", "td3_bc", "pgd", "synthetic", "guidance", "sampler", "worldmodel", "metrics", "adroit"}
-    assert loop <= set(benchmark.ROOMS)
+    assert loop <= set(table1.ROOMS)
 
 
 def test_a_damaged_result_is_set_aside_and_trained_again(runs, evaluations, trainings, capsys):
@@ -372,13 +372,13 @@ def test_means_and_rows():
 
 
 def test_scores_go_both_ways():
-    assert benchmark.return_of(0.0) == 96.262799 and benchmark.return_of(100.0) == pytest.approx(3076.833073)
-    assert adroit.normalised_score(benchmark.return_of(78.5)) == pytest.approx(78.5)
+    assert table1.return_of(0.0) == 96.262799 and table1.return_of(100.0) == pytest.approx(3076.833073)
+    assert adroit.normalised_score(table1.return_of(78.5)) == pytest.approx(78.5)
 
 
 def test_the_table_is_saved_whole_or_not_at_all(runs, monkeypatch):
     table = per_seed(a_result(), "toy")
-    path = benchmark.save_table(table, "table1_toy", "ci")
+    path = table1.save_table(table, "table1_toy", "ci")
     assert path == runs / "results" / "ci" / "table1_toy.csv" and kept(runs) == ["results/ci/table1_toy.csv"]
     pd.testing.assert_frame_equal(pd.read_csv(path), table, check_dtype=False)
     before = path.read_bytes()
@@ -389,7 +389,7 @@ def test_the_table_is_saved_whole_or_not_at_all(runs, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pd.DataFrame, "to_csv", half)
-        benchmark.save_table(table, "table1_toy", "ci")
+        table1.save_table(table, "table1_toy", "ci")
     assert path.read_bytes() == before and kept(runs) == ["results/ci/table1_toy.csv"]
 
 
@@ -408,7 +408,7 @@ def test_the_announcement_tells_what_is_to_come_and_leaves_no_trace(rows, runs, 
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    benchmark.announce(lambda seeds: made.append(make_agent(seeds)) or made[-1], rows, SEEDS, sources, p, CPU)
+    table1.announce(lambda seeds: made.append(make_agent(seeds)) or made[-1], rows, SEEDS, sources, p, CPU)
     assert torch.equal(torch.get_rng_state(), state) and (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
     assert vars(p) == before and torch.equal(sources.real, real) and kept(runs) == []
     out, err = capsys.readouterr()
@@ -426,8 +426,8 @@ def test_the_estimate_is_what_each_part_takes(runs, capsys, monkeypatch, solver,
     """With a clock that only the parts move: a training step takes 1 s, a step in the simulator 0.5 s, and a trajectory 2 s
     for each time that the denoiser is `asked`. Only three steps of the sampler are taken."""
     now, p = [0.0], settings(agent_steps=100, resample_every=50, windows=8, curve_points=1, curve_episodes=2, test_episodes=10)
-    monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    sources, step = all_sources(), benchmark.Learner._step
+    monkeypatch.setattr(table1, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    sources, step = all_sources(), table1.Learner._step
     sources.diffusion.solver, sources.diffusion.steps, sources.diffusion.warmup = solver, steps, steps // 2
     draw_ = synthetic.Diffusion.draw
 
@@ -445,10 +445,10 @@ def test_the_estimate_is_what_each_part_takes(runs, capsys, monkeypatch, solver,
         now[0] += 0.5 * episodes * horizon
         return fake_evaluate(policy, episodes, horizon, seeds)
 
-    monkeypatch.setattr(benchmark.Learner, "_step", one_step)
+    monkeypatch.setattr(table1.Learner, "_step", one_step)
     monkeypatch.setattr(synthetic.Diffusion, "draw", one_draw)
     monkeypatch.setattr(pgd, "evaluate", one_evaluation)
-    benchmark.announce(make_agent, ROWS, SEEDS, sources, p, CPU)
+    table1.announce(make_agent, ROWS, SEEDS, sources, p, CPU)
     training = 100 * 1.0
     data_ = 2.0 * asked * (2 * 2 * 8 + 10 * 32)  # two rows and rounds of 8; one search of 10 draws of 32
     tests = 0.5 * 100 * (10 + 2 * 2 + 2 * 2)  # of native episodes each counts twice
@@ -471,7 +471,7 @@ def announced(features, capsys, windows=200, chunk=512):
     ours, shapes = all_sources(), []
     ours.diffusion = synthetic.Diffusion(Large(features), "heun", 400, 80.0, 64, chunk)
     ours.diffusion.denoiser.forward = lambda x, sigma: shapes.append(len(x)) or x / (1 + sigma**2)
-    benchmark.announce(make_agent, ROWS, SEEDS, ours, settings(windows=windows), CPU)
+    table1.announce(make_agent, ROWS, SEEDS, ours, settings(windows=windows), CPU)
     assert set(shapes[:5]) == {2}  # two draws of three steps, the first of one trajectory
     return sum(shapes[5:]) // 5 // 2, float(capsys.readouterr().err.split(" GB of memory")[0].split()[-1])
 
@@ -500,7 +500,7 @@ def test_the_memory_is_that_of_the_denoiser_too(runs, capsys, monkeypatch):
 
 def test_the_simulator_is_started_before_it_is_timed(runs, monkeypatch):
     """Making the environment takes seconds, once: in the estimate, which is scaled up, it would be minutes."""
-    calls, timing, seconds = [], [], benchmark._seconds
+    calls, timing, seconds = [], [], table1._seconds
 
     def timed(call):
         timing.append(True)
@@ -509,9 +509,9 @@ def test_the_simulator_is_started_before_it_is_timed(runs, monkeypatch):
         finally:
             timing.pop()
 
-    monkeypatch.setattr(benchmark, "_seconds", timed)
+    monkeypatch.setattr(table1, "_seconds", timed)
     monkeypatch.setattr(pgd, "evaluate", lambda policy, *a: calls.append(bool(timing)) or fake_evaluate(policy, *a))
-    benchmark.announce(make_agent, ROWS[:1], SEEDS, all_sources(), settings(), CPU)
+    table1.announce(make_agent, ROWS[:1], SEEDS, all_sources(), settings(), CPU)
     assert calls == [False, True]
 
 

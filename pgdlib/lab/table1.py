@@ -16,7 +16,7 @@ from pgdlib.lab import budget, pipeline, store
 from pgdlib.simulators import pen as adroit
 
 SETTINGS = ("hidden", "polyak", "resample_every", "windows", "real_fraction")  # beside agent_*, draw_*, ...
-ROOMS = ("agents.iql", "agents.td3_bc", "pgd", "lab.benchmark")
+ROOMS = ("agents.iql", "agents.td3_bc", "pgd", "lab.table1")
 
 
 def read_denoiser(path, dataset, device):
