@@ -9,7 +9,7 @@ import numpy as np
 from IPython.display import Markdown
 from scipy import stats
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.seeds import PAPER_GAINS, paired_interval
 from pgdlib.measures import bootstrap, interval, ratio_of_means
 
@@ -170,8 +170,8 @@ def states_shift(shifted, unguided_to_policy, guided_to_policy):
 
 def record(claims, dataset, slug, scale):
     """Add `claims` to runs/results/<scale>/claims_<slug>.json; those of the same id are replaced. Returns the path."""
-    path = store.root() / "results" / scale / f"claims_{slug}.json"
-    with store.lock(path):
+    path = artifacts.root() / "results" / scale / f"claims_{slug}.json"
+    with artifacts.lock(path):
         of_all = dict(dataset=dataset, scale=scale)
         new = {claim.id: asdict(claim) | dict(claim=CLAIMS[claim.id.split()[0]], **of_all) for claim in claims}
         _write(path, dict(sorted({**load(path), **new}.items())))
@@ -185,7 +185,7 @@ def load(path):
 
 def note(name, sentences, slug, scale):
     """Findings in words, computed by a cell: kept in runs/results/<scale>/findings_<name>_<slug>.json, returned to be shown."""
-    _write(store.root() / "results" / scale / f"findings_{name}_{slug}.json", list(sentences))
+    _write(artifacts.root() / "results" / scale / f"findings_{name}_{slug}.json", list(sentences))
     return Markdown("\n".join(f"* {sentence}" for sentence in sentences))
 
 
@@ -200,7 +200,7 @@ def merged(first, *others):
 
 def of_scale(scale, slug):
     """All verdicts of a scale, `merged`: those of the dataset `slug` first."""
-    paths = sorted((store.root() / "results" / scale).glob("claims_*.json"), key=lambda path: path.stem != f"claims_{slug}")
+    paths = sorted((artifacts.root() / "results" / scale).glob("claims_*.json"), key=lambda path: path.stem != f"claims_{slug}")
     return merged({}, *map(load, paths))
 
 
@@ -246,5 +246,5 @@ def _write(path, values):
     """Write plain values as JSON, in which a number that is not finite is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = json.loads(json.dumps(values), parse_constant=lambda word: None)
-    with store.replacing(path) as partial:
+    with artifacts.replacing(path) as partial:
         partial.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

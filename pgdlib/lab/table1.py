@@ -1,22 +1,22 @@
-"""The benchmark of Table 1: agents on every source of data, trained by `pgd.run`, tested in the simulator, and their table."""
+"""Table 1: agents on every source of data, trained through `pgd.Rounds`, tested in the simulator, and their table."""
 
 import math
-import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from pgdlib import data, pgd, sampler
-from pgdlib.agents.stack import WIDTH, Learner
-from pgdlib.lab import budget, pipeline, store
-from pgdlib.simulators import pen as adroit
+from pgdlib.agents.stack import Learner
+from pgdlib.lab import artifacts, budget, load, resumable
+from pgdlib.lab.parts import Parts
+from pgdlib.simulators import pen
 
 SETTINGS = ("hidden", "polyak", "resample_every", "windows", "real_fraction")  # beside agent_*, draw_*, ...
-ROOMS = ("agents.iql", "agents.td3_bc", "pgd", "lab.table1")
+LONG = 20.0  # seconds of drawing after which a row's data are kept until the training is over
 
 
 def read_denoiser(path, dataset, device):
@@ -25,23 +25,40 @@ def read_denoiser(path, dataset, device):
     Raises ValueError that names the parameter `denoiser` for a file that is missing, damaged, or of other data.
     """
     try:
-        tensors, card = store.load(path)
-        tensors.pop("losses")
-        denoiser = pipeline.restored(tensors, card)
+        tensors, card = artifacts.load(path)
+        denoiser = load.restored(tensors, card)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:  # a foreign file breaks these in many ways
         raise ValueError(f"denoiser={str(path)!r} cannot be used: {type(e).__name__}: {e}") from e
-    own = data.Normaliser(denoiser.normaliser.transform).fit(pipeline.train_val(dataset)[0].packed())
+    train, _ = load.train_val(dataset)
+    own = data.Normaliser(train.spec, denoiser.normaliser.transform).fit(train.packed()).state_dict()
     if card.get("data_key") != dataset.key:
         found = f"{card.get('data')} ({card.get('data_key')})"
         raise ValueError(f"denoiser={str(path)!r} is not allowed; it was trained on {found}, needed is {dataset.key}")
-    if not all(torch.allclose(v, denoiser.normaliser.state_dict()[k]) for k, v in own.state_dict().items()):
+    if not all(torch.allclose(v, denoiser.normaliser.state_dict()[k]) for k, v in own.items()):
         raise ValueError(f"denoiser={str(path)!r} is not allowed; its normaliser is not that of the data {dataset.key}")
     return denoiser.to(device)
 
 
 def return_of(score):
     """The return on D4RL's scale of a normalised score."""
-    return adroit.D4RL_RANDOM_RETURN + score / 100 * (adroit.D4RL_EXPERT_RETURN - adroit.D4RL_RANDOM_RETURN)
+    return pen.D4RL_RANDOM_RETURN + score / 100 * (pen.D4RL_EXPERT_RETURN - pen.D4RL_RANDOM_RETURN)
+
+
+def evaluate(policy, episodes, horizon, seeds, threads=None, chunk=512):
+    """Returns on D4RL's scale, native returns (NaN if horizon < 200) and falls, [R, episodes] each, of the mean actions.
+
+    The initial states of a run follow from its seed, of `seeds` [R]: other rows' runs of that seed meet the same ones, while
+    what is common to all seeds, and so in no standard error over seeds, is kept small.
+    """
+    targets, parts = np.stack([pen.sample_targets(episodes, np.random.default_rng([s, 5])) for s in seeds]), []
+    most = max(1, chunk // policy.runs)
+    for first in range(0, episodes, most):
+        some = targets[:, first : first + most]
+        played = pen.rollout(policy.act, some[..., 0].size, None, horizon, some.reshape(-1, 4), threads)
+        native = played.native_returns if horizon >= pen.NATIVE_HORIZON else np.full(len(played.rewards), np.nan)
+        values = np.stack([played.d4rl_returns, native, played.fallen[:, : pen.D4RL_HORIZON].any(1)])
+        parts.append(values.reshape(3, policy.runs, -1))
+    return np.concatenate(parts, 2)
 
 
 @dataclass
@@ -70,47 +87,102 @@ class Result:
         return np.where(self.diverged_at < 0, self.returns.mean(1), np.nan)
 
 
+class Training:
+    """All agents' training as a loop for `resumable.run`: rounds of data, the steps on them, and `score` at the steps `marks`.
+
+    A round's data whose drawing took `LONG` are kept beside the `checkpoint`, which is saved before: a training that goes on
+    must come to the same policies, or these data are not for it.
+    """
+
+    def __init__(self, learner, rows, sources, resample_every, marks, score, checkpoint, card):
+        self.learner, self.marks, self.score, self.checkpoint, self.card = learner, marks, score, checkpoint, card
+        self.rounds, self.steps = pgd.Rounds(learner, rows, sources, resample_every, self.kept), learner.steps
+        self.curve = torch.full((len(marks), len(learner.seeds)), torch.nan)
+
+    step = property(lambda self: self.learner.step, lambda self, step: setattr(self.learner, "step", step))
+
+    def state(self):
+        """All that changes, live: name -> tensor."""
+        return {**self.rounds.state(), "curve": self.curve}
+
+    def __iter__(self):
+        self.mark()
+        for round in self.rounds:
+            for step in self.learner.train(round.data, round.end):
+                self.mark()
+                yield step
+
+    def mark(self):
+        """Score the policies if a mark is reached and was not before."""
+        if self.step in self.marks and (place := self.curve[self.marks.index(self.step)]).isnan().all():
+            place.copy_(torch.as_tensor(self.score(self.learner.agent.policy)))
+
+    def kept(self, name, make):
+        """A hook for `pgd.Rounds`: a row's data of a round, drawn or found."""
+        if self.rounds.rows[int(name.split("-")[1])].source == "real":
+            return make()
+
+        def packed():
+            made, facts = make()
+            return torch.cat(made), torch.tensor([len(d) for d in made]), facts
+
+        parts = Parts(self.checkpoint.stem, self.learner.diverged_at.device, LONG, self.save)
+        target = artifacts.digest(self.rounds.target.state_dict())[:12]
+        made, sizes, facts = parts.keep(f"{name}-{target}", packed)
+        return list(made.split(sizes.tolist())), facts.cpu()
+
+    def save(self):
+        """Save the checkpoint now."""
+        resumable.save(self.checkpoint, self.state(), {**self.card, "step": self.step})
+
+
 def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tqdm):
     """The `Result` of `make_agent(seeds)` on all rows and seeds; kept in runs/agents/, made if missing.
 
-    `kind` names the agent, `inputs` (plain JSON values) what the sources rest on. `p` has the settings of the benchmark
-    (`params.SETTINGS`: agent_*, hidden, polyak, resample_every, windows, draw_*, curve_*, test_episodes). `progress` makes the
-    bar, as tqdm does; what its update raises ends the training, which goes on from there with the next call.
+    `kind` names the agent, `inputs` (plain JSON values) what the sources rest on. `p` has the settings of notebook 05
+    (agent_*, hidden, polyak, resample_every, windows, draw_*, curve_*, test_episodes). `progress` makes the bar, as tqdm does;
+    what its update raises ends the training, which goes on from there with the next call.
     """
+    stack, agent = list(seeds) * len(rows), make_agent(list(seeds) * len(rows))
     settings = {k: v for k, v in vars(p).items() if k.startswith(("agent_", "draw_", "curve_", "test_")) or k in SETTINGS}
-    inputs = dict(inputs, kind=kind, rows=[(r.source, r.rule, r.lam) for r in rows], seeds=list(seeds), settings=settings)
-    path = store.root() / "agents" / f"{kind}-{p.scale}-{store.key(**inputs, code=store.code_version(*ROOMS))}.safetensors"
-    curve_seeds, test_seeds = ([10 * seed + i for seed in seeds] * len(rows) for i in (1, 2))
-    stack, checkpoint = list(seeds) * len(rows), store.root() / "checkpoints" / path.name
+    card = dict(kind=kind, stack=stack, rows=[vars(row) for row in rows], settings=settings)
+    modules = {c.__module__.removeprefix("pgdlib.") for c in type(agent).__mro__ if c.__module__.startswith("pgdlib.")}
+    code = artifacts.code_version("lab.table1", *sorted(modules))
+    sources_of = [(row.source, row.rule, row.lam) for row in rows]  # whatever they are called
+    name = artifacts.key(**inputs, kind=kind, rows=sources_of, seeds=list(seeds), settings=settings, code=code)
+    path = artifacts.root() / "agents" / f"{kind}-{p.scale}-{name}.safetensors"
+    checkpoint = artifacts.root() / "checkpoints" / path.name
     marks = [round(p.agent_steps * i / p.curve_points) for i in range(p.curve_points + 1)]
+    curve_seeds, test_seeds = ([10 * seed + i for seed in stack] for i in (1, 2))
+
+    def score(policy):
+        return evaluate(policy, p.curve_episodes, pen.D4RL_HORIZON, curve_seeds)[0].mean(1)
 
     def make():
-        learner = Learner(make_agent(stack).to(device), stack, p.agent_steps, p.agent_batch, p.agent_rate)
-        with progress(total=p.agent_steps, desc=f"training {len(stack)} agents ({kind})", mininterval=5) as bar:
-            curve, facts = pgd.run(
-                learner,
-                rows,
-                sources,
-                p.resample_every,
-                marks,
-                lambda policy: pgd.evaluate(policy, p.curve_episodes, adroit.D4RL_HORIZON, curve_seeds)[0].mean(1),
-                checkpoint,
-                report=lambda step: bar.update(step - bar.n),
-            )
-        policy = learner.agent.policy
-        returns, _, falls = pgd.evaluate(policy, p.test_episodes, adroit.D4RL_HORIZON, test_seeds)
-        native = pgd.evaluate(policy, native_episodes(p), adroit.NATIVE_HORIZON, test_seeds)[1]
-        arrays = dict(curve=curve, facts=facts, returns=returns, native=native, falls=falls, diverged_at=learner.diverged_at)
-        tensors = {k: torch.as_tensor(v) for k, v in arrays.items()}
-        card = dict(kind=kind, stack=stack, rows=[vars(r) for r in rows], settings=settings)
-        return {**{f"policy.{k}": v for k, v in policy.state_dict().items()}, **tensors}, card
+        learner = Learner(agent.to(device), stack, p.agent_steps, p.agent_batch, p.agent_rate)
+        loop = Training(learner, rows, sources, p.resample_every, marks, score, checkpoint, card)
+        with progress(total=loop.steps, desc=f"training {len(stack)} agents ({kind})", mininterval=5) as bar:
+            resumable.run(loop, checkpoint, lambda step: bar.update(step - bar.n))
+        loop.save()  # the tests take long, too
+        return _tested(loop, p, test_seeds), card
 
-    tensors, _ = store.artifact(path, make)
-    store.discard(checkpoint)  # not before the result is kept
-    policy = make_agent(stack).policy.requires_grad_(False)
+    tensors, _ = artifacts.artifact(path, make)
+    artifacts.discard(checkpoint)  # not before the result is kept
+    Parts(checkpoint.stem).discard()
+    policy = agent.policy.requires_grad_(False)
     policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")})
     arrays = {k: v.numpy() for k, v in tensors.items() if not k.startswith("policy.")}
     return Result(rows, list(seeds), marks, **arrays, policy=policy.to(device))
+
+
+def _tested(loop, p, seeds):
+    """The arrays of a `Result` by name, and the policy's tensors."""
+    policy = loop.learner.agent.policy
+    returns, _, falls = evaluate(policy, p.test_episodes, pen.D4RL_HORIZON, seeds)
+    native = evaluate(policy, native_episodes(p), pen.NATIVE_HORIZON, seeds)[1]
+    arrays = dict(curve=loop.curve, facts=loop.rounds.facts, returns=returns, native=native, falls=falls)
+    tensors = {k: torch.as_tensor(v) for k, v in (arrays | dict(diverged_at=loop.learner.diverged_at)).items()}
+    return {**{f"policy.{k}": v for k, v in policy.state_dict().items()}, **tensors}
 
 
 def native_episodes(p):
@@ -118,61 +190,40 @@ def native_episodes(p):
     return max(2, p.test_episodes // 5)
 
 
-def announce(make_agent, rows, seeds, sources, p, device):
-    """Print what `train` is to do, with its time and memory as measured on one training step, draw and control step each.
+def announce(make_agent, rows, seeds, sources, p, device, say=print):
+    """Say what `train` is to do, and what it takes (`budget.announce`), by one step of each part.
 
-    A draw is measured with few trajectories and three steps. Raises ValueError, as `budget.require`, if the denoiser does not
-    fit.
+    Raises ValueError, as `budget.require`, if the denoiser does not fit.
     """
-    runs, diffusion = len(rows) * len(seeds), sources.diffusion
-    rounds = math.ceil(p.agent_steps / p.resample_every)
-    guided = sum(row.source == "diffusion" for row in rows)
-    draws = guided * rounds * p.windows + sum(row.lam == "calibrated" for row in rows) * (rounds - 1) * 10 * pgd.CALIBRATION
-    episodes = p.test_episodes + 2 * native_episodes(p) + (p.curve_points + 1) * p.curve_episodes
-    print(f"{len(rows)} rows x {len(seeds)} seeds = {runs} agents, {p.agent_steps:,} steps each, batches of {p.agent_batch}")
-    print(f"{rounds} rounds of synthetic data: {len(seeds) * draws:,} trajectories in all; {runs * episodes:,} test episodes")
-
-    config, memory, few = getattr(diffusion.denoiser, "config", None), 0.0, max(1, min(64, p.windows))
-    if config is not None:  # else it is no network of ours: a formula
-        at_once = sum(size for _, size in sampler.chunks(p.windows, diffusion.chunk // len(seeds))[0])
-        memory = budget.require(config, at_once * len(seeds), device)
-        flops = budget.count(config, 1, device)[0] * len(seeds)
-        few = int(max(1, min(few, budget.TEST[torch.device(device).type] // flops)))
+    runs, diffusion, rounds = len(rows) * len(seeds), sources.diffusion, math.ceil(p.agent_steps / p.resample_every)
+    searches = sum(row.lam == "calibrated" for row in rows) * (rounds - 1) * 10 * pgd.CALIBRATION
+    draws = len(seeds) * (sum(row.source == "diffusion" for row in rows) * rounds * p.windows + searches)
+    episodes = runs * (p.test_episodes + 2 * native_episodes(p) + (p.curve_points + 1) * p.curve_episodes)
+    say(f"{len(rows)} rows x {len(seeds)} seeds = {runs} agents, {p.agent_steps:,} steps each, batches of {p.agent_batch}")
+    say(f"{rounds} rounds of synthetic data: {draws:,} trajectories in all; {episodes:,} test episodes")
     learner = Learner(make_agent([0] * runs).to(device), [0] * runs, p.agent_steps, p.agent_batch, p.agent_rate)
-    policy, quick = learner.agent.policy.select(range(len(seeds))), replace(diffusion, steps=3, warmup=0)
-    asked = sampler.evaluations(diffusion.solver, diffusion.steps) / sampler.evaluations(diffusion.solver, 3)
 
-    def draw(n):
-        quick.draw(policy, "explicit", [1.0] * len(seeds), n, seeds, 0)
+    def seconds(call):  # of one call, after others
+        return Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).timeit(1).mean
 
-    learner.train([sources.real] * runs, 2)  # of everything, what comes first takes longer
-    pgd.evaluate(learner.agent.policy, 1, 1, learner.seeds)
-    draw(1)
-    each = [
-        _seconds(lambda: learner.train([sources.real] * runs, learner.step + 3)) / 3 * p.agent_steps,
-        _seconds(lambda: draw(few)) / few * asked * draws,
-        _seconds(lambda: pgd.evaluate(learner.agent.policy, 8, 10, learner.seeds)) / 80 * episodes * adroit.D4RL_HORIZON,
-    ]
-    size = sum(t.numel() * t.element_size() for t in learner.state()[0].values())
-    memory += 2 * size + runs * p.windows * diffusion.denoiser.horizon * WIDTH * 4
-    words = ", ".join(f"{name} {s / 60:.1f}" for name, s in zip(("training", "synthetic data", "tests"), each))
-    print(f"estimated: {sum(each) / 60:.1f} minutes ({words}), {memory / 1e9:.2f} GB of memory", file=sys.stderr)
-
-
-def _seconds(call):
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    started = time.monotonic()
-    call()
-    wait()
-    return time.monotonic() - started
+    step = seconds(lambda: list(learner.train([sources.real] * runs, learner.step + 1)))
+    control = seconds(lambda: evaluate(learner.agent.policy, 8, 10, learner.seeds)) / (80 * runs)
+    memory = runs * p.windows * diffusion.denoiser.horizon * sources.real[0].nbytes
+    works = [("training", f"{p.agent_steps:,} steps", step * p.agent_steps, memory)]
+    works += [("tests", f"{episodes:,} episodes", control * episodes * pen.D4RL_HORIZON, 0.0)]
+    if hasattr(diffusion.denoiser, "config"):  # else it is no network of ours: a formula
+        config, asked = diffusion.denoiser.config, sampler.evaluations(diffusion.solver, diffusion.steps)
+        at_once = len(seeds) * sum(size for _, size in sampler.chunks(p.windows, diffusion.chunk // len(seeds))[0])
+        memory = budget.require(config, at_once, device)
+        works.insert(1, ("data", f"{draws:,} trajectories", budget.pace(config, device) * asked * draws, memory))
+    budget.announce(works, p.scale, device, say)
 
 
 def save_table(table, name, scale):
     """Write the per-seed table to runs/results/<scale>/<name>.csv; the path."""
-    path = store.root() / "results" / scale / f"{name}.csv"
+    path = artifacts.root() / "results" / scale / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with store.replacing(path) as partial:
+    with artifacts.replacing(path) as partial:
         table.to_csv(partial, index=False)
     return path
 
@@ -182,25 +233,20 @@ def per_seed(result, dataset):
 
     A run that has diverged has no return (NaN), and the step at which it did.
     """
-    lines = []
-    for r, (row, seed) in enumerate((row, seed) for row in result.rows for seed in result.seeds):
-        mean, died = float(result.means[r]), int(result.diverged_at[r])
-        lived = 1.0 if died < 0 else math.nan
-        lines.append(
-            dict(
-                dataset=dataset,
-                row=row.name,
-                source=row.source,
-                rule=row.rule,
-                seed=seed,
-                d4rl_return=mean,
-                standard_error=lived * float(result.returns[r].std(ddof=1) / math.sqrt(result.returns.shape[1])),
-                score=float(adroit.normalised_score(mean)),
-                native_return=lived * float(result.native[r].mean()),
-                fell=lived * float(result.falls[r].mean()),
-                episodes=result.returns.shape[1],
-                diverged_at=died if died >= 0 else math.nan,
-                **{f"data_{k}": float(v) for k, v in zip(pgd.FACTS, result.facts[-1, :, r])},
-            )
-        )
-    return pd.DataFrame(lines)
+    lived, died = np.where(result.diverged_at < 0, 1.0, np.nan), np.where(result.diverged_at < 0, np.nan, result.diverged_at)
+    rows = [row for row in result.rows for _ in result.seeds]
+    table = pd.DataFrame(
+        [(dataset, row.name, row.source, row.rule) for row in rows], columns=["dataset", "row", "source", "rule"]
+    )
+    n = result.returns.shape[1]
+    return table.assign(
+        seed=result.seeds * len(result.rows),
+        d4rl_return=result.means,
+        standard_error=lived * result.returns.std(1, ddof=1) / math.sqrt(n),
+        score=pen.normalised_score(result.means),
+        native_return=lived * result.native.mean(1),
+        fell=lived * result.falls.mean(1),
+        episodes=n,
+        diverged_at=died,
+        **{f"data_{k}": result.facts[-1, i].astype(float) for i, k in enumerate(pgd.FACTS)},
+    )
