@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from pgdlib.lab import artifacts
+from pgdlib.lab import artifacts, resumable
 
 
 class Parts:
@@ -31,7 +31,7 @@ class Parts:
         made = make()
         if time.monotonic() - started >= self.least:
             self.before()
-            artifacts.save(path, {str(i): torch.as_tensor(tensor) for i, tensor in enumerate(made)}, {})
+            resumable.save(path, {str(i): torch.as_tensor(tensor) for i, tensor in enumerate(made)}, {})
         return made
 
     @property
