@@ -244,7 +244,6 @@ def effect(claim):
 
 def _write(path, values):
     """Write plain values as JSON, in which a number that is not finite is null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = json.loads(json.dumps(values), parse_constant=lambda word: None)
     with artifacts.replacing(path) as partial:
         partial.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -88,16 +88,17 @@ class Result:
 
 
 class Training:
-    """All agents' training as a loop for `resumable.run`: rounds of data, the steps on them, and `score` at the steps `marks`.
+    """All agents' training as a loop for `resumable.run`: rounds of data, the steps on them, and tests at the steps `marks`.
 
     A round's data whose drawing took `LONG` are kept beside the `checkpoint`, which is saved before: a training that goes on
-    must come to the same policies, or these data are not for it.
+    must come to the same policies, or these data are not for it. `p` and `card` as `train` has them.
     """
 
-    def __init__(self, learner, rows, sources, resample_every, marks, score, checkpoint, card):
-        self.learner, self.marks, self.score, self.checkpoint, self.card = learner, marks, score, checkpoint, card
-        self.rounds, self.steps = pgd.Rounds(learner, rows, sources, resample_every, self.kept), learner.steps
-        self.curve = torch.full((len(marks), len(learner.seeds)), torch.nan)
+    def __init__(self, learner, rows, sources, p, checkpoint, card):
+        self.learner, self.p, self.checkpoint, self.card, self.steps = learner, p, checkpoint, card, learner.steps
+        self.rounds = pgd.Rounds(learner, rows, sources, p.resample_every, self.kept)
+        self.marks = [round(p.agent_steps * i / p.curve_points) for i in range(p.curve_points + 1)]
+        self.curve = torch.full((len(self.marks), len(learner.seeds)), torch.nan)
 
     step = property(lambda self: self.learner.step, lambda self, step: setattr(self.learner, "step", step))
 
@@ -106,34 +107,50 @@ class Training:
         return {**self.rounds.state(), "curve": self.curve}
 
     def __iter__(self):
-        self.mark()
+        self.test()
         for round in self.rounds:
             for step in self.learner.train(round.data, round.end):
-                self.mark()
+                self.test()
                 yield step
 
-    def mark(self):
-        """Score the policies if a mark is reached and was not before."""
-        if self.step in self.marks and (place := self.curve[self.marks.index(self.step)]).isnan().all():
-            place.copy_(torch.as_tensor(self.score(self.learner.agent.policy)))
+    def test(self):
+        """A point of the curve, if a mark is reached and was not before."""
+        if self.step in self.marks and (point := self.curve[self.marks.index(self.step)]).isnan().all():
+            starts = [10 * seed + 1 for seed in self.learner.seeds]
+            returns, *_ = evaluate(self.learner.agent.policy, self.p.curve_episodes, pen.D4RL_HORIZON, starts)
+            point.copy_(torch.as_tensor(returns.mean(1)))
 
     def kept(self, name, make):
         """A hook for `pgd.Rounds`: a row's data of a round, drawn or found."""
-        if self.rounds.rows[int(name.split("-")[1])].source == "real":
+        number, row = map(int, name.split("-"))
+        if self.rounds.rows[row].source == "real":
             return make()
 
         def packed():
             made, facts = make()
             return torch.cat(made), torch.tensor([len(d) for d in made]), facts
 
-        parts = Parts(self.checkpoint.stem, self.learner.diverged_at.device, LONG, self.save)
+        def before():
+            self.save()
+            Parts(f"{self.checkpoint.stem}/{number - 1}").discard()  # that round is over
+
+        parts = Parts(f"{self.checkpoint.stem}/{number}", self.learner.diverged_at.device, LONG, before)
         target = artifacts.digest(self.rounds.target.state_dict())[:12]
-        made, sizes, facts = parts.keep(f"{name}-{target}", packed)
+        made, sizes, facts = parts.keep(f"{row}-{target}", packed)
         return list(made.split(sizes.tolist())), facts.cpu()
 
     def save(self):
         """Save the checkpoint now."""
         resumable.save(self.checkpoint, self.state(), {**self.card, "step": self.step})
+
+    def result(self):
+        """The arrays of a `Result` by name, tested at last, and the policy's tensors."""
+        policy, p, starts = self.learner.agent.policy, self.p, [10 * seed + 2 for seed in self.learner.seeds]
+        returns, _, falls = evaluate(policy, p.test_episodes, pen.D4RL_HORIZON, starts)
+        native = evaluate(policy, native_episodes(p), pen.NATIVE_HORIZON, starts)[1]
+        arrays = dict(curve=self.curve, facts=self.rounds.facts, returns=returns, native=native, falls=falls)
+        arrays |= {f"policy.{k}": v for k, v in policy.state_dict().items()} | dict(diverged_at=self.learner.diverged_at)
+        return {k: torch.as_tensor(v) for k, v in arrays.items()}
 
 
 def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tqdm):
@@ -152,19 +169,14 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tq
     name = artifacts.key(**inputs, kind=kind, rows=sources_of, seeds=list(seeds), settings=settings, code=code)
     path = artifacts.root() / "agents" / f"{kind}-{p.scale}-{name}.safetensors"
     checkpoint = artifacts.root() / "checkpoints" / path.name
-    marks = [round(p.agent_steps * i / p.curve_points) for i in range(p.curve_points + 1)]
-    curve_seeds, test_seeds = ([10 * seed + i for seed in stack] for i in (1, 2))
-
-    def score(policy):
-        return evaluate(policy, p.curve_episodes, pen.D4RL_HORIZON, curve_seeds)[0].mean(1)
+    learner = Learner(agent.to(device), stack, p.agent_steps, p.agent_batch, p.agent_rate)
+    loop = Training(learner, rows, sources, p, checkpoint, card)
 
     def make():
-        learner = Learner(agent.to(device), stack, p.agent_steps, p.agent_batch, p.agent_rate)
-        loop = Training(learner, rows, sources, p.resample_every, marks, score, checkpoint, card)
         with progress(total=loop.steps, desc=f"training {len(stack)} agents ({kind})", mininterval=5) as bar:
             resumable.run(loop, checkpoint, lambda step: bar.update(step - bar.n))
         loop.save()  # the tests take long, too
-        return _tested(loop, p, test_seeds), card
+        return loop.result(), card
 
     tensors, _ = artifacts.artifact(path, make)
     artifacts.discard(checkpoint)  # not before the result is kept
@@ -172,17 +184,7 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tq
     policy = agent.policy.requires_grad_(False)
     policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")})
     arrays = {k: v.numpy() for k, v in tensors.items() if not k.startswith("policy.")}
-    return Result(rows, list(seeds), marks, **arrays, policy=policy.to(device))
-
-
-def _tested(loop, p, seeds):
-    """The arrays of a `Result` by name, and the policy's tensors."""
-    policy = loop.learner.agent.policy
-    returns, _, falls = evaluate(policy, p.test_episodes, pen.D4RL_HORIZON, seeds)
-    native = evaluate(policy, native_episodes(p), pen.NATIVE_HORIZON, seeds)[1]
-    arrays = dict(curve=loop.curve, facts=loop.rounds.facts, returns=returns, native=native, falls=falls)
-    tensors = {k: torch.as_tensor(v) for k, v in (arrays | dict(diverged_at=loop.learner.diverged_at)).items()}
-    return {**{f"policy.{k}": v for k, v in policy.state_dict().items()}, **tensors}
+    return Result(rows, list(seeds), loop.marks, **arrays, policy=policy)
 
 
 def native_episodes(p):
@@ -222,7 +224,6 @@ def announce(make_agent, rows, seeds, sources, p, device, say=print):
 def save_table(table, name, scale):
     """Write the per-seed table to runs/results/<scale>/<name>.csv; the path."""
     path = artifacts.root() / "results" / scale / f"{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with artifacts.replacing(path) as partial:
         table.to_csv(partial, index=False)
     return path
@@ -233,13 +234,13 @@ def per_seed(result, dataset):
 
     A run that has diverged has no return (NaN), and the step at which it did.
     """
-    lived, died = np.where(result.diverged_at < 0, 1.0, np.nan), np.where(result.diverged_at < 0, np.nan, result.diverged_at)
-    rows = [row for row in result.rows for _ in result.seeds]
-    table = pd.DataFrame(
-        [(dataset, row.name, row.source, row.rule) for row in rows], columns=["dataset", "row", "source", "rule"]
-    )
-    n = result.returns.shape[1]
-    return table.assign(
+    rows, alive, n = [row for row in result.rows for _ in result.seeds], result.diverged_at < 0, result.returns.shape[1]
+    lived = np.where(alive, 1.0, np.nan)
+    columns = dict(
+        dataset=[dataset] * len(rows),
+        row=[row.name for row in rows],
+        source=[row.source for row in rows],
+        rule=[row.rule for row in rows],
         seed=result.seeds * len(result.rows),
         d4rl_return=result.means,
         standard_error=lived * result.returns.std(1, ddof=1) / math.sqrt(n),
@@ -247,6 +248,6 @@ def per_seed(result, dataset):
         native_return=lived * result.native.mean(1),
         fell=lived * result.falls.mean(1),
         episodes=n,
-        diverged_at=died,
-        **{f"data_{k}": result.facts[-1, i].astype(float) for i, k in enumerate(pgd.FACTS)},
+        diverged_at=np.where(alive, np.nan, result.diverged_at),
     )
+    return pd.DataFrame(columns | {f"data_{k}": result.facts[-1, i].astype(float) for i, k in enumerate(pgd.FACTS)})
