@@ -1,17 +1,16 @@
-"""The paper's claims: what is measured for each, the effect with its interval, and the verdict, by rules that stand here.
-
-A verdict is one of `VERDICTS`.
-"""
+"""The paper's claims: what is measured for each, the effect with its interval, and the verdict, by rules that stand here."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from IPython.display import Markdown
 from scipy import stats
 
 from pgdlib.lab import artifacts
-from pgdlib.lab.seedstats import PAPER_GAINS, paired_interval
+from pgdlib.lab.seeds import PAPER_GAINS, paired_interval
 from pgdlib.measures import bootstrap, interval, ratio_of_means
 
 REPRODUCED, PARTLY, NOT, UNTESTED = VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
@@ -42,26 +41,29 @@ class Claim:
     verdict: str
     rule: str  # when the verdict is `REPRODUCED` and when `PARTLY`
 
-    @property
-    def text(self):
-        return CLAIMS[self.id.split()[0]]
+
+def _judged(id, measure, rule, effect, reproduced, partly, testable=True):
+    """The `Claim` with the verdict that follows; effect: (value, low, high)."""
+    verdict = UNTESTED if not testable else REPRODUCED if reproduced else PARTLY if partly else NOT
+    return Claim(id.strip(), measure, *effect, verdict, rule)
 
 
 def likelihood_raised(unguided, guided, on_policy):
     """C1 from log-likelihoods [n] at λ = 0 and at the tuned λ, from the same noise."""
-    effect = bootstrap(lambda u, g: (g - u).mean(-1) / (on_policy - u.mean(-1)), unguided, guided, paired=True)
+    closed = bootstrap(lambda u, g: (g - u).mean(-1) / (on_policy - u.mean(-1)), unguided, guided, paired=True)
     gap = bootstrap(lambda u, g: on_policy - u.mean(-1), unguided, guided, paired=True)
+    measure = "share of the gap from unguided to on-policy log-likelihood that is closed"
     rule = "reproduced if at least half of the gap is closed, partly if any; not testable unless there surely is a gap"
-    verdict = _grade(effect[1] >= 0.5, effect[1] > 0) if gap[1] > 0 else UNTESTED
-    return Claim("C1", "share of the gap from unguided to on-policy log-likelihood that is closed", *effect, verdict, rule)
+    return _judged("C1", measure, rule, closed, closed[1] >= 0.5, closed[1] > 0, gap[1] > 0)
 
 
 def error_not_raised(unguided, guided, which):
     """C2 from dynamics errors [n] at λ = 0 and at the tuned λ, from the same noise; `which` rule and estimator, in words."""
-    effect = bootstrap(ratio_of_means, guided, unguided, paired=True)
+    ratio = bootstrap(ratio_of_means, guided, unguided, paired=True)
+    measure = f"dynamics error at the tuned λ over that at λ = 0 ({which})"
     rule = f"reproduced if surely below {MARGIN}, partly if it may be; not testable where the tuned λ is 0"
-    verdict = UNTESTED if np.array_equal(unguided, guided) else _grade(effect[2] <= MARGIN, effect[1] <= MARGIN)
-    return Claim(f"C2 {which}", f"dynamics error at the tuned λ over that at λ = 0 ({which})", *effect, verdict, rule)
+    is_guided = not np.array_equal(unguided, guided)
+    return _judged(f"C2 {which}", measure, rule, ratio, ratio[2] <= MARGIN, ratio[1] <= MARGIN, is_guided)
 
 
 def threshold(lams, likelihoods, errors, diverged):
@@ -71,124 +73,120 @@ def threshold(lams, likelihoods, errors, diverged):
     λ at which the likelihood lies surely below the best, and half the trajectories have diverged or the error has doubled.
     """
     best = int(np.nanargmax([np.mean(v) for v in likelihoods]))
-    low_best = interval(likelihoods[best])[1]
 
     def collapsed(i):
-        falls = interval(likelihoods[i])[2] < low_best
+        falls = interval(likelihoods[i])[2] < interval(likelihoods[best])[1]
         with np.errstate(invalid="ignore"):
             shoots = not np.isfinite(errors[i]).any() or np.nanmean(errors[i]) > 2 * np.nanmean(errors[best])
         return falls and (shoots or diverged[i] >= 0.5)
 
     first = next((i for i in range(best + 1, len(lams)) if collapsed(i)), None)
-    rule = "reproduced if the collapse lies between 1.5 and 3, partly if elsewhere"
+    low, high = (lams[-1], math.nan) if first is None else map(float, lams[first - 1 : first + 1])
     measure = "λ of the paper's rule between the last that works and the first that does not"
-    if first is None:
-        return Claim("C3", measure, float("nan"), float(lams[-1]), float("nan"), NOT, rule)
-    low, high = float(lams[first - 1]), float(lams[first])
-    return Claim("C3", measure, (low + high) / 2, low, high, _grade(low >= 1.5 and high <= 3, True), rule)
+    rule = "reproduced if the collapse lies between 1.5 and 3, partly if elsewhere"
+    return _judged("C3", measure, rule, ((low + high) / 2, low, high), low >= 1.5 and high <= 3, first is not None)
 
 
 def returns_raised(returns, which="", unit="seeds"):
     """C4 from returns on D4RL's scale, dataset -> (unguided [S], guided [S]), and `which` guidance, in words.
 
     Returns are paired by seed, or by another `unit`, NaN where one diverged. The effect is the mean over the datasets of the
-    mean gain, in return: as in the paper's Table 1, and because Student's interval fits a difference and not a ratio. With few
-    seeds that interval holds zero whether the claim is true or not, so this alone is no failure: what is not surely above zero
-    fails if the paper's own gain on these datasets lies above the interval, too, and is undecided if not. That human gains most
-    is shown but not judged: the paper's gains differ by less than their standard errors. ValueError if there is no dataset, or
-    one that is not in Table 1.
+    mean gain. With few seeds its interval holds zero whether the claim is true or not, so this alone is no failure: what is not
+    surely above zero fails if the paper's own gain on these datasets lies above the interval, too, and is undecided if not.
+    ValueError if there is no dataset, or one that is not in Table 1.
     """
     if not returns or (unknown := set(returns) - set(PAPER_GAINS)):
         found = ", ".join(sorted(unknown)) if returns else "none"
         raise ValueError(f"the datasets of C4 must be one or more of {', '.join(PAPER_GAINS)}; got {found}")
-    unguided, guided = (list(side) for side in zip(*returns.values()))
-    effect = paired_interval(guided, unguided)
-    paper = np.mean([PAPER_GAINS[name] for name in returns])
+    unguided, guided = map(list, zip(*returns.values()))
+    gain, paper = paired_interval(guided, unguided), np.mean([PAPER_GAINS[name] for name in returns])
     shown, flawed = [], False
     for name, pair in returns.items():
-        gain, _, high = paired_interval(pair[1], pair[0])
+        mean, _, high = paired_interval(pair[1], pair[0])
         kept, seeds = int(np.isfinite(pair).all(0).sum()), len(pair[0])
-        shown.append(f"{name} {gain:+.0f}, {kept}{f' of {seeds}' * (kept < seeds)} {unit}")
+        shown.append(f"{name} {mean:+.0f}, {kept}{f' of {seeds}' * (kept < seeds)} {unit}")
         flawed |= kept < seeds or high < 0
-    if np.isnan(effect[1]) or effect[1] <= 0 < paper <= effect[2]:
-        verdict = UNTESTED
-    else:
-        verdict = _grade(effect[1] > 0 and not flawed, effect[1] > 0)
+    words = f"{which}, {'; '.join(shown)}" if which else "; ".join(shown)
+    measure = f"mean gain in return, guided less unguided, D4RL's scale ({words}; the paper's {paper:+.0f})"
     rule = (
         "reproduced if surely above zero, partly if a dataset surely loses or a seed diverged; "
         f"not testable with so few {unit} if the interval holds both zero and the paper's gain"
     )
-    rule_of = f"{which}, " if which else ""
-    measure = f"mean gain in return, guided less unguided, D4RL's scale ({rule_of}{'; '.join(shown)}; the paper's {paper:+.0f})"
-    return Claim(f"C4 {which}".strip(), measure, *effect, verdict, rule)
+    undecided = np.isnan(gain[1]) or gain[1] <= 0 < paper <= gain[2]
+    return _judged(f"C4 {which}", measure, rule, gain, gain[1] > 0 and not flawed, gain[1] > 0, not undecided)
 
 
 def warmup_cures(with_warmup, without, diverged):
     """C5 from dynamics errors [n] at one λ with and without a warm-up, and (with, without) shares of diverged trajectories."""
-    effect = bootstrap(ratio_of_means, without, with_warmup, paired=True)
+    ratio = bootstrap(ratio_of_means, without, with_warmup, paired=True)
     unstable = diverged[1] > 0.05 and diverged[0] <= 0.05
+    measure = "dynamics error without a warm-up over that with one"
     rule = f"reproduced if surely above {MARGIN} or only those without diverge, partly if surely above 1"
-    verdict = _grade(unstable or effect[1] > MARGIN, effect[1] > 1)
-    return Claim("C5", "dynamics error without a warm-up over that with one", *effect, verdict, rule)
+    return _judged("C5", measure, rule, ratio, unstable or ratio[1] > MARGIN, ratio[1] > 1)
 
 
 def compounding(model_early, model_late, whole_early, whole_late, steps):
     """C6 from k-step errors [n] of a one-step model's rollouts and of whole trajectories, at the first and the last k."""
-    effect = bootstrap(ratio_of_means, model_late, whole_late)
-    growth = [bootstrap(ratio_of_means, b, a, paired=True) for a, b in ((model_early, model_late), (whole_early, whole_late))]
+    ratio = bootstrap(ratio_of_means, model_late, whole_late)
+    model = bootstrap(ratio_of_means, model_late, model_early, paired=True)
+    whole = bootstrap(ratio_of_means, whole_late, whole_early, paired=True)
+    grows_more = model[1] > whole[2]
+    measure = f"error of the one-step model's rollouts over whole trajectories', {steps} steps on"
     rule = "reproduced if surely above 1 and the one-step model's error grows more, partly if only the latter"
-    grows_more = growth[0][1] > growth[1][2]
-    verdict = _grade(grows_more and effect[1] > 1, grows_more)
-    return Claim(
-        "C6", f"error of the one-step model's rollouts over whole trajectories', {steps} steps on", *effect, verdict, rule
-    )
+    return _judged("C6", measure, rule, ratio, grows_more and ratio[1] > 1, grows_more)
 
 
 def better_guide(guide_returns, data_returns, first, second):
     """C7 from returns [n] of the guide and of the data, and the claims C1 and C2."""
-    effect = bootstrap(ratio_of_means, guide_returns, data_returns)
-    rule = "the worse verdict of C1 and C2 if the guide surely returns twice the data's, else not testable"
+    ratio = bootstrap(ratio_of_means, guide_returns, data_returns)
     worse = max(first.verdict, second.verdict, key=VERDICTS.index)
-    return Claim("C7", "return of the guide over the data's", *effect, worse if effect[1] > 2 else UNTESTED, rule)
+    measure = "return of the guide over the data's"
+    rule = "the worse verdict of C1 and C2 if the guide surely returns twice the data's, else not testable"
+    return _judged("C7", measure, rule, ratio, worse == REPRODUCED, worse == PARTLY, ratio[1] > 2 and worse != UNTESTED)
 
 
 def likely_is_real(losses, errors):
     """C8 from denoising losses [n], the model's own measure of unlikely, and dynamics errors [n] of unguided trajectories."""
 
     def correlation(a, b):
-        return stats.spearmanr(a, b).statistic if a.ndim == 1 else np.array([stats.spearmanr(*p).statistic for p in zip(a, b)])
+        return stats.pearsonr(stats.rankdata(a, axis=-1), stats.rankdata(b, axis=-1), axis=-1).statistic
 
-    effect = bootstrap(correlation, losses, errors, paired=True, resamples=500)
-    rule = "reproduced if surely above 0.3, partly if surely above 0"
-    return Claim(
-        "C8", "rank correlation of denoising loss and dynamics error", *effect, _grade(effect[1] > 0.3, effect[1] > 0), rule
+    found = bootstrap(correlation, losses, errors, paired=True, resamples=500)
+    measure, rule = (
+        "rank correlation of denoising loss and dynamics error",
+        "reproduced if surely above 0.3, partly if surely above 0",
     )
+    return _judged("C8", measure, rule, found, found[1] > 0.3, found[1] > 0)
 
 
 def states_shift(shifted, unguided_to_policy, guided_to_policy):
     """C9 from energy distances (value, p, null quantile): unguided to guided states, and of both to on-policy states."""
     value, p, null = shifted
     closer = guided_to_policy[0] < unguided_to_policy[0]
-    rule = "reproduced if above what chance gives and guided states lie closer to on-policy ones, partly if only the former"
     measure = f"energy distance of guided and unguided states, std (chance: up to {null:.3f}; p = {p:.3f})"
-    return Claim("C9", measure, value, float("nan"), float("nan"), _grade(p <= 0.05 and closer, p <= 0.05), rule)
+    rule = "reproduced if above what chance gives and guided states lie closer to on-policy ones, partly if only the former"
+    return _judged("C9", measure, rule, (value, math.nan, math.nan), p <= 0.05 and closer, p <= 0.05)
 
 
 def record(claims, dataset, slug, scale):
     """Add `claims` to runs/results/<scale>/claims_<slug>.json; those of the same id are replaced. Returns the path."""
     path = artifacts.root() / "results" / scale / f"claims_{slug}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with artifacts.lock(path):
-        kept = {**load(path), **{c.id: {**asdict(c), "claim": c.text, "dataset": dataset, "scale": scale} for c in claims}}
-        with artifacts.replacing(path) as partial:
-            rows = {k: _jsonable(kept[k]) for k in sorted(kept)}
-            Path(partial).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        of_all = dict(dataset=dataset, scale=scale)
+        new = {claim.id: asdict(claim) | dict(claim=CLAIMS[claim.id.split()[0]], **of_all) for claim in claims}
+        _write(path, dict(sorted({**load(path), **new}.items())))
     return path
 
 
 def load(path):
     """What `record` has written: id -> row; nothing if the file is missing."""
     return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+
+
+def note(name, sentences, slug, scale):
+    """Findings in words, computed by a cell: kept in runs/results/<scale>/findings_<name>_<slug>.json, returned to be shown."""
+    _write(artifacts.root() / "results" / scale / f"findings_{name}_{slug}.json", list(sentences))
+    return Markdown("\n".join(f"* {sentence}" for sentence in sentences))
 
 
 def merged(first, *others):
@@ -212,18 +210,17 @@ def table(rows):
     The first row's dataset is the table's; where a verdict is of another one, its measure says so.
     """
     main = next((row["dataset"] for row in rows.values()), None)
-    untested = {k: dict(id=k, claim=v, measure="", verdict="not measured yet") for k, v in CLAIMS.items()}
     found = {k.split()[0] for k in rows}
-    every = sorted([*rows.values(), *(row for k, row in untested.items() if k not in found)], key=lambda r: r["id"])
+    untested = [dict(id=k, claim=v, measure="", verdict="not measured yet") for k, v in CLAIMS.items() if k not in found]
     return [
         {
             "": row["id"].split()[0],
             "claim": row["claim"],
             "measure": row["measure"] + (f", on {row['dataset']}" if row.get("dataset", main) != main else ""),
-            "effect": _words(row),
+            "effect": effect(row),
             "verdict": row["verdict"],
         }
-        for row in every
+        for row in sorted([*rows.values(), *untested], key=lambda row: row["id"])
     ]
 
 
@@ -237,20 +234,16 @@ def markdown(rows):
 
 
 def effect(claim):
-    """The effect of a `Claim` with its interval, as text."""
-    return _words(_jsonable(asdict(claim)))
-
-
-def _words(row):
-    effect, low, high = (row.get(k) for k in ("effect", "low", "high"))
-    if effect is None:
+    """The effect of a `Claim`, or of its row, with its interval, as text; nothing if there is none."""
+    row = claim if isinstance(claim, dict) else asdict(claim)
+    value, low, high = (math.nan if row.get(k) is None else row[k] for k in ("effect", "low", "high"))
+    if not math.isfinite(value):
         return ""
-    return f"{effect:.3g}" + ("" if low is None or high is None else f" [{low:.3g}, {high:.3g}]")
+    return f"{value:.3g}" + (f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) and math.isfinite(high) else "")
 
 
-def _grade(reproduced, partly):
-    return REPRODUCED if reproduced else PARTLY if partly else NOT
-
-
-def _jsonable(row):
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+def _write(path, values):
+    """Write plain values as JSON, in which a number that is not finite is null."""
+    values = json.loads(json.dumps(values), parse_constant=lambda word: None)
+    with artifacts.replacing(path) as partial:
+        partial.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ Every λ starts from the same noise, so trajectory i at one λ is the sibling of
 they are drawn.
 """
 
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,9 +12,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from pgdlib import calibrate, data, dynamics, guidance, measures, sampler
-from pgdlib.lab import artifacts, budget, pipeline
-from pgdlib.synthetic import WARMED
+from pgdlib import calibrate, data, dynamics, fast, guidance, measures, sampler
+from pgdlib.lab import artifacts, budget, load
+from pgdlib.lab.parts import Parts
+from pgdlib.simulators import pen
 
 # What is swept of each rule, in natural units; λ = 0 is always in it.
 GRIDS = {
@@ -27,50 +27,48 @@ GRIDS = {
     "annealed": [0.03, 0.06, 0.1, 0.2, 0.3, 0.5, 2.0],
 }
 MEASURES = ("log_likelihood", "density", "normalised", "motion", "reconstructed", "appendix_b")
-ROOMS = ("guidance", "sampler", "edm", "dynamics", "measures", "simulators.pen", "lab.study")
 
 
 @dataclass
 class Point:
     """The n trajectories of one λ and what was measured of them."""
 
-    x: torch.Tensor  # [n, T, 71], normalised
+    x: torch.Tensor  # [n, T, width], normalised
     measures: dict  # name of `MEASURES` -> [n]; the last two are the plain errors of the two estimators
     counts: dict  # how many of them "diverged", and how many are "unjudged", so have no error
 
 
 class Study:
-    """One dataset, its denoiser and a guide, with the settings `p` that notebook 04 has (`settings.check`)."""
+    """One dataset, its denoiser and a guide, with the settings `p` that notebook 04 has."""
 
     def __init__(self, dataset, denoiser, policy, p, device="cpu"):
         self.dataset, self.denoiser, self.policy, self.p, self.device = dataset, denoiser, policy, p, torch.device(device)
-        self.normaliser = denoiser.normaliser
-        self.train, self.val = pipeline.train_val(dataset)
-        variance = self.train.obs.var(0).numpy()
-        self.variance = np.where(variance > 1e-12, variance, np.float32(1))  # 1 for a dimension that never changes
-        self.on_policy = measures.on_policy_log_likelihood(policy)
+        self.normaliser, self.spec = denoiser.normaliser, denoiser.normaliser.spec
+        self.train, self.val = load.train_val(dataset)
+        self.variance = self.train.variance
+        self.on_policy = float(measures.on_policy_log_likelihood(policy))
         self._most = {}
 
     @classmethod
     def open(cls, p, progress=tqdm, say=print):
         """The study of `p.dataset`; its data and its denoiser are loaded, or made, with the bar `progress`."""
-        device = pipeline.device_of(p.device)
-        policy, _ = pipeline.load_guide(p.guide)
-        dataset = pipeline.load_data(p.dataset, p.source, p.data_steps, progress, say)
-        denoiser, _ = pipeline.load_denoiser(dataset, p, device, progress, say)
+        device = load.device_of(p.device)
+        policy, _ = load.load_guide(p.guide)
+        dataset = load.load_data(p.dataset, p.source, p.data_steps, progress, say)
+        denoiser, _ = load.load_denoiser(dataset, p, device, progress, say)
         return cls(dataset, denoiser, policy.to(device), p, device)
 
     @cached_property
     def limit(self):
         """The λ from which the explicit rule must diverge: 2 in natural units, 2 (s/d)² of the sharpest action in raw ones."""
-        slope = self.normaliser.std[data.ACTIONS]
-        return 2.0 if self.p.units == "natural" else float((2 * (self.policy.log_std.exp() / slope).square()).min())
+        slope = self.normaliser.std[self.spec.actions]
+        return 2.0 if self.p.units == "natural" else float((2 * (self.policy.std / slope).square()).min())
 
     @cached_property
     def real(self):
         """The measures of real windows, of the validation side: what a perfect model would have, if the ruler were perfect."""
         x, mask = self._windows(self.val, self.p.samples, self.p.seed)
-        return self.judge(x, alive=mask.cpu())[0]
+        return self.judge(x, alive=mask)[0]
 
     @cached_property
     def floor(self):
@@ -78,7 +76,7 @@ class Study:
         return {name: measures.interval(values)[0] for name, values in self.real.items()}
 
     def windows(self, episodes, n, seed):
-        """n random windows [n, T, 71] of `episodes`, normalised; beyond an episode's end its last step is repeated."""
+        """n random windows [n, T, width] of `episodes`, normalised; beyond an episode's end its last step is repeated."""
         return self._windows(episodes, n, seed)[0]
 
     def _windows(self, episodes, n, seed):
@@ -88,22 +86,24 @@ class Study:
 
     def grid(self, rule):
         """The λ that are swept of a rule by default, in this study's units."""
-        scaled = self.limit / 2 if rule in WARMED else 1.0
+        scaled = self.limit / 2 if rule in guidance.WARMED else 1.0
         return [scaled * lam for lam in GRIDS[rule]]
 
-    def draw(self, rule, lam, n=None, seed=None, units=None, target=None, warmup=None, on=None, watch=None, parts=None):
-        """n trajectories [n, T, 71], normalised, guided by `rule` with λ, and which diverged [n].
+    def draw(
+        self, rule, lam, n=None, seed=None, units=None, target=None, warmup=None, on=None, noise=None, watch=None, parts=None
+    ):
+        """n trajectories [n, T, width], normalised, guided by `rule` with λ, and which diverged [n].
 
-        `target` is another policy than the study's. They are drawn as many at once as fit (`most`); `watch` and `parts`
-        as in `sampler.draw`.
+        `target` is another policy than the study's, `noise` another `fast.stream` than that of the seed; `watch` as in
+        `sampler.draw`. They are drawn as many at once as fit (`most`), and kept by then in `parts`.
         """
-        p, target = self.p, target or self.policy
-        n, seed, units = n or p.samples, p.seed if seed is None else seed, units or p.units
-        warmup = (p.warmup if warmup is None else warmup) if rule in WARMED else 0  # the others begin at the highest noise
-        guide = guidance.Guide(rule, target, self.normaliser, lam, p.steps, warmup, units, on)
-        most = (parts and sampler.kept_most(parts)) or self.most(n)
-        where = dict(device=self.device, solver=p.solver, most=most, parts=parts, watch=watch)
-        return sampler.draw(self.denoiser, (n, p.horizon, data.CHANNELS), p.steps, p.churn, seed, guide, **where)
+        p, n = self.p, n or self.p.samples
+        noise = noise or fast.stream(self.device, "drawing", p.seed if seed is None else seed)
+        warmup = (p.warmup if warmup is None else warmup) if rule in guidance.WARMED else 0
+        guide = guidance.Guide(rule, target or self.policy, self.normaliser, lam, p.steps, warmup, units or p.units, on)
+        most = (parts and parts.at_once) or self.most(n)
+        where = dict(solver=p.solver, most=most, keep=parts and parts.keep, watch=watch)
+        return sampler.draw(self.denoiser, (n, p.horizon, self.spec.width), p.steps, p.churn, noise, guide, **where)
 
     def most(self, n):
         """How many of n trajectories are drawn at once (`budget.most`); the same every time."""
@@ -113,21 +113,18 @@ class Study:
         return self._most[n]
 
     def judge(self, x, diverged=None, estimators=dynamics.ESTIMATORS, alive=None):
-        """The measures of normalised trajectories [n, T, 71], name -> [n]; counts of what has none.
+        """The measures of normalised trajectories [n, T, width], name -> [n]; counts of what has none.
 
         `alive` [n, T] is 1 on the steps that count; by default those up to the first terminal one.
         """
-        steps = self.normaliser.denormalise(x).cpu()
-        obs, actions = steps[..., data.OBS], steps[..., data.ACTIONS]
-        alive = measures.alive(steps[..., data.TERMINAL]) if alive is None else alive
-        error = {
-            name: dynamics.dynamics_error(obs.numpy(), actions.numpy(), self.variance, name, alive.numpy())
-            for name in estimators
-        }
-        on_device = (self.policy, obs.to(self.device), actions.to(self.device), alive.to(self.device))
+        steps = self.normaliser.denormalise(x.to(self.device))
+        alive = measures.alive(steps[..., self.spec.terminal]) if alive is None else alive
+        parts = steps[..., self.spec.obs], steps[..., self.spec.actions], alive
+        obs, actions, lasts = (v.cpu().numpy() for v in parts)
+        error = {k: dynamics.dynamics_error(pen.PEN, obs, actions, self.variance, k, lasts) for k in estimators}
         found = {
-            "log_likelihood": measures.log_likelihood(*on_device).cpu().numpy(),
-            "density": measures.mean_density(*on_device).cpu().numpy(),
+            "log_likelihood": measures.log_likelihood(self.policy, *parts).cpu().numpy(),
+            "density": measures.mean_density(self.policy, *parts).cpu().numpy(),
             "normalised": error["reconstructed"].normalised,
             "motion": error["still"].normalised,
             **{name: error[name].plain for name in estimators if name != "still"},
@@ -135,26 +132,27 @@ class Study:
         lost = 0 if diverged is None else int(diverged.sum())
         return found, {"diverged": lost, "unjudged": error["reconstructed"].unjudged}
 
-    def calibrate(self, rule, tolerance, start, watch=None):
+    def calibrate(self, rule, tolerance, watch=None):
         """The `Calibration` of a rule; at ci scale, where nothing is learnt, only to 20%. If out of reach, the nearest.
 
         `watch` as in `draw`. Until it is over, what was drawn in several chunks is kept, as that of a `point`.
         """
-        kept = self._kept(self._path(rule, 0.0), "calibration")
+        all_parts = self._parts("calibration", rule, 0.0)
 
-        def likelihoods(lam, n, seed):
-            parts = kept / f"{float(lam)!r}-{n}-{seed}"
-            x, _ = self.draw(rule, lam, n, self.p.seed + 1000 + seed, watch=watch, parts=parts)
+        def likelihoods(lam, n, number):
+            parts = Parts(f"{all_parts.folder.name}/{lam!r}-{n}-{number}", self.device)
+            noise = fast.stream(self.device, "calibration", self.p.seed, number)
+            x, _ = self.draw(rule, lam, n, noise=noise, watch=watch, parts=parts)
             steps = self.normaliser.denormalise(x)
-            alive = measures.alive(steps[..., data.TERMINAL])
-            return measures.log_likelihood(self.policy, steps[..., data.OBS], steps[..., data.ACTIONS], alive).cpu().numpy()
+            alive = measures.alive(steps[..., self.spec.terminal])
+            return measures.log_likelihood(self.policy, steps[..., self.spec.obs], steps[..., self.spec.actions], alive).cpu()
 
         try:
-            found = calibrate.calibrate(likelihoods, self.on_policy, 0.2 if self.p.scale == "ci" else tolerance, start=start)
+            found = calibrate.calibrate(likelihoods, self.on_policy, 0.2 if self.p.scale == "ci" else tolerance)
         except calibrate.OutOfReach as reason:
             print(f"{rule}: {reason}; the nearest is taken")
             found = reason.nearest
-        shutil.rmtree(kept, ignore_errors=True)
+        all_parts.discard()
         return found
 
     def sweep(self, rule, lams, progress=tqdm):
@@ -166,8 +164,7 @@ class Study:
 
         Until it is complete the finished chunks of its trajectories are in runs/checkpoints/, from where a killed run goes on.
         """
-        path = self._path(rule, lam)
-        parts = self._kept(path, "point")
+        parts = self._parts("point", rule, lam)
 
         def make():
             x, diverged = self.draw(rule, lam, watch=watch, parts=parts)
@@ -175,8 +172,8 @@ class Study:
             tensors = {"x": x, **{f"measures.{k}": torch.from_numpy(v) for k, v in values.items()}}
             return tensors, dict(kind="guided trajectories", lam=lam, counts=counts, inputs=self._inputs(rule))
 
-        tensors, card = artifacts.artifact(path, make, report=lambda message: None)
-        shutil.rmtree(parts, ignore_errors=True)
+        tensors, card = artifacts.artifact(self._path(rule, lam), make, report=lambda message: None)
+        parts.discard()
         values = {name: tensors[f"measures.{name}"].numpy() for name in MEASURES}
         return Point(tensors["x"].to(self.device), values, card["counts"])
 
@@ -198,9 +195,9 @@ class Study:
     def _wanted(lams):
         return sorted({0.0, *map(float, lams)})
 
-    @staticmethod
-    def _kept(path, what):
-        return artifacts.root() / "checkpoints" / f"{what}-{path.parent.name}-{path.stem}"
+    def _parts(self, what, rule, lam):
+        path = self._path(rule, lam)
+        return Parts(f"{what}-{path.parent.name}-{path.stem}", self.device)
 
     def _path(self, rule, lam):
         name = f"{self.dataset.slug}-{self.p.scale}-{rule}-{self.p.units}"
@@ -208,18 +205,18 @@ class Study:
 
     def _inputs(self, rule):
         """All that decides a point beside its λ."""
-        p = self.p
-        settings = dict(solver=p.solver, steps=p.steps, churn=p.churn, warmup=p.warmup if rule in WARMED else 0)
+        p, warmup = self.p, self.p.warmup if rule in guidance.WARMED else 0
+        settings = dict(solver=p.solver, steps=p.steps, churn=p.churn, warmup=warmup)
         return {**self._digests, "sampler": settings, "horizon": p.horizon, "trajectories": p.samples, "seed": p.seed}
 
     @cached_property
     def _digests(self):
-        digests = {
+        return {
             "diffusion model": artifacts.digest(self.denoiser.state_dict())[:12],
             "guide": artifacts.digest(self.policy.state_dict())[:12],
             "data": self.dataset.key,
+            "code": artifacts.code_version("lab.study"),
         }
-        return {**digests, "code": artifacts.code_version(*ROOMS)}
 
 
 def summary(points):
@@ -234,31 +231,20 @@ def summary(points):
 
 
 @dataclass
-class Film:
-    """One trajectory while it is denoised, at K steps of falling noise."""
+class Denoising:
+    """One trajectory on its way from noise, at K steps of falling noise."""
 
     sigma: np.ndarray  # [K]
-    noised: np.ndarray  # [K, T, 71], normalised
-    actions: np.ndarray  # [K, T, 24], of the denoised estimate, environment space
-    means: np.ndarray  # [K, T, 24], the policy's mean actions in the states of that estimate
+    noised: np.ndarray  # [K, T, width], normalised
+    actions: np.ndarray  # [K, T, action_dim], of the denoised estimate, environment space
+    means: np.ndarray  # [K, T, action_dim], the policy's mean actions in the states of that estimate
 
 
-def film(lab, rule, lam, seed=0):
-    """The `Film` of one trajectory of the `Study` lab."""
+def denoising(lab, rule, lam, seed=0):
+    """The `Denoising` of one trajectory of the `Study` lab."""
     seen = []
     lab.draw(rule, lam, 1, seed, watch=lambda x, denoised, sigma, done: seen.append((sigma, x[0], denoised[0])))
     sigma, noised, denoised = zip(*seen[:: 2 if lab.p.solver == "heun" else 1])  # the corrector's evaluations are no steps
     steps = lab.normaliser.denormalise(torch.stack(denoised))
-    means = lab.policy(steps[..., data.OBS])[0]
-    arrays = (v.cpu().numpy() for v in (torch.stack(noised), steps[..., data.ACTIONS], means))
-    return Film(np.array(sigma), *arrays)
-
-
-def crossing(frame, on_policy):
-    """The λ at which the mean log-likelihood of a `summary` first meets `on_policy`, linear between points; None if never."""
-    lam, mean = frame["lam"].to_numpy(), frame["log_likelihood.mean"].to_numpy()
-    passed = np.flatnonzero(mean >= on_policy)
-    if len(passed) == 0:
-        return None
-    around = slice(max(passed[0] - 1, 0), passed[0] + 1)
-    return float(np.interp(on_policy, mean[around], lam[around]))
+    parts = torch.stack(noised), steps[..., lab.spec.actions], lab.policy(steps[..., lab.spec.obs])[0]
+    return Denoising(np.array(sigma), *(v.cpu().numpy() for v in parts))

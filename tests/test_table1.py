@@ -1,0 +1,462 @@
+"""Table 1: trained once for its inputs, gone on with after a kill, tested, announced without a trace, and its table by hand."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SPEC, Ideal, cut, kept, toy
+
+from pgdlib import pgd, synthetic
+from pgdlib.agents.bc import BC
+from pgdlib.agents.iql import IQL
+from pgdlib.agents.stack import Learner
+from pgdlib.agents.td3_bc import TD3BC
+from pgdlib.edm import Denoiser
+from pgdlib.fast import generator
+from pgdlib.lab import artifacts, budget, resumable, settings, table1
+from pgdlib.lab.table1 import Result, evaluate, per_seed
+from pgdlib.pgd import FACTS, Row
+from pgdlib.simulators import pen
+
+CPU = torch.device("cpu")
+KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC}
+ROWS = [Row("a", "real"), Row("b", "diffusion", "explicit", 0.5), Row("c", "diffusion", "annealed", "calibrated")]
+SEEDS = [4, 9]
+MEAN, STD = torch.linspace(-1, 1, 45), torch.linspace(0.5, 2, 45)
+
+
+def asked(**changes):
+    """Little enough to be trained in no time."""
+    own = dict(scale="ci", seed=0, agent_steps=6, agent_batch=4, hidden=6, resample_every=4, curve_points=2, real_fraction=0.0)
+    return SimpleNamespace(**{**settings.of_scale("ci"), **own, **changes})
+
+
+def make_agent(seeds, kind=IQL):
+    return kind(SPEC, seeds, MEAN, STD, (6,))
+
+
+class Random:
+    """Sources of random data, other ones for each row, run, round and policy; interrupted, if asked, where they draw `at`."""
+
+    def __init__(self, at=None):
+        self.calls, self.at = [], at
+
+    def __call__(self, row, policy, number):
+        if (row.name, number) == self.at:
+            raise KeyboardInterrupt
+        self.calls.append((row.name, number))
+        sizes = policy.net.weights[0].abs().mean((1, 2)).tolist()
+        noise = [generator("cpu", "real", number, r, ord(row.name)) for r in range(policy.runs)]
+        made = [torch.randn(9, SPEC.transition_width, generator=each) + size for each, size in zip(noise, sizes)]
+        for x in made:
+            x[:, SPEC.terminal] = 0
+        batch = SimpleNamespace(**{name: torch.full((policy.runs,), i + 10.0 * number) for i, name in enumerate(FACTS)})
+        return made, None if row.source == "real" else batch
+
+
+def fake_evaluate(policy, episodes, horizon, seeds, threads=None, chunk=512):
+    """Numbers that tell runs, episodes, horizons and seeds apart, without a simulator."""
+    own = policy.net.biases[-1].detach().sum((1, 2)).numpy()[:, None] + np.arange(episodes)
+    assert len(seeds) == policy.runs
+    falls = np.tile(np.arange(episodes) % 2, (policy.runs, 1))
+    return np.stack([own + np.array(seeds)[:, None], own + 1000 + horizon, falls]).astype(np.float64)
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """What was asked of `evaluate`, which a fake takes the place of."""
+    calls = []
+    monkeypatch.setattr(table1, "evaluate", lambda policy, *a: calls.append(a) or fake_evaluate(policy, *a))
+    return calls
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The loops that were run."""
+    calls, run = [], resumable.run
+    monkeypatch.setattr(resumable, "run", lambda loop, *a, **k: calls.append(loop) or run(loop, *a, **k))
+    return calls
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Checkpoints are saved after every step, and all drawn data are kept."""
+    run = resumable.run
+    monkeypatch.setattr(resumable, "run", lambda *a, **k: run(*a, **k, save_every=-1.0))
+    monkeypatch.setattr(table1, "LONG", -1.0)
+
+
+def train(p=None, kind="iql", rows=ROWS, seeds=SEEDS, sources=None, inputs=None, make=make_agent):
+    return table1.train(kind, make, rows, seeds, sources or Random(), p or asked(), CPU, inputs or dict(data="toy"))
+
+
+def assert_same(a, b):
+    assert (a.rows, a.seeds, a.marks) == (b.rows, b.seeds, b.marks)
+    for name in ("curve", "facts", "returns", "native", "falls", "diverged_at"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    for (name, x), y in zip(a.policy.state_dict().items(), b.policy.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def again_from_nothing(runs):
+    """The result, trained anew without what a first training left; that left nothing but its own file."""
+    (file,) = (f for f in kept(runs) if not f.endswith(".damaged"))
+    assert file.startswith("agents/iql-ci-")
+    (runs / file).unlink()
+    return train()
+
+
+def test_agents_are_trained_once(runs, evaluations, trainings):
+    torch.manual_seed(1)
+    first = train()
+    asked_for = len(evaluations)
+    torch.manual_seed(2)
+    assert_same(first, train())
+    assert len(trainings) == 1 and len(evaluations) == asked_for
+    torch.manual_seed(3)
+    assert_same(first, again_from_nothing(runs))  # the global random state does not enter
+    assert len(trainings) == 2
+
+
+def test_what_is_trained_and_tested(runs, evaluations, trainings):
+    """Row by row, with all seeds in each; scored on the curve's episodes, tested on others, the native ones alone."""
+    p, sources = asked(seed=3, curve_episodes=3, test_episodes=15), Random()
+    result = train(p, sources=sources)
+    learner = trainings[0].learner
+    assert learner.seeds == SEEDS * 3 and (learner.step, learner.batch_size, learner.learning_rate) == (6, 4, p.agent_rate)
+    assert sources.calls == [(name, k) for k in (0, 1) for name in "abc"]
+    assert result.marks == [0, 3, 6] and result.curve.shape == (3, 6) and result.facts.shape == (2, 6, 6)
+    own, others = [41, 91] * 3, [42, 92] * 3  # the states that a run starts from are those of its seed
+    curve, test, native = (3, 100, own), (15, 100, others), (3, 200, others)
+    assert evaluations == [curve] * 3 + [test, native]
+    policy = learner.agent.policy
+    np.testing.assert_array_equal(result.returns, fake_evaluate(policy, *test)[0])
+    np.testing.assert_array_equal(result.native, fake_evaluate(policy, *native)[1])
+    np.testing.assert_array_equal(result.falls, fake_evaluate(policy, *test)[2])
+    for point, scored in ((-1, policy), (0, make_agent(SEEDS * 3).policy)):
+        np.testing.assert_allclose(result.curve[point], fake_evaluate(scored, *curve)[0].mean(1), rtol=1e-6)
+    assert (result.diverged_at == -1).all() and result.facts[1, :, 2:].T.tolist() == [[10.0, 11, 12, 13, 14, 15]] * 4
+    card = artifacts.load(runs / kept(runs)[0])[1]
+    assert card["stack"] == SEEDS * 3 and card["kind"] == "iql" and card["rows"] == [vars(r) for r in ROWS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trained_policies_are_in_the_result(runs, evaluations, trainings, kind):
+    """Freshly trained or read from the disk: those of the learner, row by row, without gradients."""
+
+    def make(seeds):
+        return make_agent(seeds, KINDS[kind])
+
+    first, again = (train(kind=kind, make=make) for _ in range(2))
+    assert len(trainings) == 1
+    trained, obs = trainings[0].learner.agent.policy, torch.randn(12, 45, generator=torch.Generator().manual_seed(0))
+    fresh = make(SEEDS * 3).policy
+    for policy in (first.policy, again.policy):
+        assert policy.runs == 6 and not any(p.requires_grad for p in policy.parameters())
+        assert all(torch.equal(v, policy.state_dict()[k]) for k, v in trained.state_dict().items())
+        assert not torch.equal(policy(obs)[0], fresh(obs)[0])
+
+
+def test_every_input_makes_other_agents(runs, evaluations, trainings, monkeypatch):
+    changes = dict(agent_steps=5, agent_batch=5, agent_rate=2e-3, hidden=7, polyak=0.01, resample_every=3, windows=9)
+    changes |= dict(real_fraction=0.1, draw_solver="heun", draw_steps=9, draw_churn=1.0, draw_warmup=1)
+    changes |= dict(curve_points=3, curve_episodes=3, test_episodes=6)
+    train()
+    for key, value in changes.items():
+        train(asked(**{key: value}))
+    train(kind="bc")
+    train(rows=ROWS[:2])
+    train(rows=[ROWS[0], Row("b", "diffusion", "explicit", 0.6)])
+    train(rows=ROWS[::-1])
+    train(seeds=[4, 8])
+    train(inputs=dict(data="other"))
+    assert len(trainings) == len(kept(runs)) == len(changes) + 7
+    train(asked(samples=9, train_steps=9, ppo_steps=9, seed=1))
+    assert len(trainings) == len(changes) + 7  # what concerns no agent makes no other
+    rooms, version = [], artifacts.code_version
+    monkeypatch.setattr(artifacts, "code_version", lambda *names: rooms.extend(names) or version(*names) + "0")
+    train()
+    assert len(trainings) == len(changes) + 8 and rooms == ["lab.table1", "agents.iql"]  # the agent's own code, too
+
+
+@pytest.mark.parametrize("at", [("b", 0), ("b", 1), ("c", 1)])
+def test_a_killed_training_goes_on_to_the_same(runs, evaluations, often, at):
+    """What was drawn of the round is not drawn again; nothing but the result stays."""
+    with pytest.raises(KeyboardInterrupt):
+        train(sources=Random(at))
+    files, (name, number) = kept(runs), at
+    assert (
+        all(f.startswith("checkpoints/iql-ci-") for f in files) and len(files) == {"b0": 0, "b1": 3, "c1": 2}[f"{name}{number}"]
+    )
+    sources = Random()
+    resumed = train(sources=sources)
+    left = "abc" if name == "b" else "ac"  # real data are not drawn, so they are not kept
+    assert [n for n, k in sources.calls if k == number] == list(left) and {k for _, k in sources.calls} == {number, 1}
+    assert_same(resumed, again_from_nothing(runs))
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 6])
+def test_a_training_killed_at_any_step_draws_nothing_again(runs, evaluations, often, step):
+    class Bar:
+        n = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, more):
+            self.n += more
+            if self.n == step:
+                raise KeyboardInterrupt
+
+    sources = Random()
+    with pytest.raises(KeyboardInterrupt):
+        table1.train("iql", make_agent, ROWS, SEEDS, sources, asked(), CPU, dict(data="toy"), lambda **_: Bar())
+    resumed = train(sources=sources)
+    assert [call for call in sources.calls if call[0] != "a"] == [(name, k) for k in (0, 1) for name in "bc"]
+    assert_same(resumed, again_from_nothing(runs))
+
+
+@pytest.mark.parametrize("where", ["tests", "saving"])
+def test_killed_at_the_end_nothing_is_trained_again(runs, evaluations, monkeypatch, where):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    save = artifacts.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if where == "tests":
+            patch.setattr(table1, "native_episodes", killed)
+        else:
+            patch.setattr(artifacts, "save", lambda path, *a: killed() if path.parent.name == "agents" else save(path, *a))
+        train()
+    assert [artifacts.load(runs / f)[1]["step"] for f in kept(runs)] == [6]
+    sources = Random()
+    resumed = train(sources=sources)
+    assert sources.calls == []
+    assert_same(resumed, again_from_nothing(runs))
+
+
+@pytest.mark.parametrize("which", ["result", "checkpoint", "data"])
+def test_what_is_damaged_is_set_aside_and_made_again(runs, evaluations, often, which):
+    if which == "result":
+        train()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            train(sources=Random(("c", 1)))
+    files = [f for f in kept(runs) if which == "result" or (f.count("/") == 3) == (which == "data")]
+    cut(runs / files[0])
+    first = train()
+    assert sum(f.endswith(".damaged") for f in kept(runs)) == (which != "data")  # with data goes all of their folder
+    assert_same(first, again_from_nothing(runs))
+
+
+def test_data_that_are_drawn_quickly_are_not_kept(runs, evaluations):
+    with pytest.raises(KeyboardInterrupt):
+        train(sources=Random(("c", 1)))
+    assert kept(runs) == []
+
+
+def test_a_diverged_run_in_the_simulator_itself(runs, tmp_path, monkeypatch):
+    """Data without meaning for one run: it has no return, and the others those that they have without it."""
+
+    class Poisoned(Random):
+        def __call__(self, row, policy, number):
+            made, batch = super().__call__(row, policy, number)
+            if row.name == "b":
+                made[0][:, SPEC.reward] = math.nan
+            return made, batch
+
+    monkeypatch.chdir(tmp_path)  # MuJoCo leaves its log where it stands
+    for name, steps in (("D4RL_HORIZON", 20), ("NATIVE_HORIZON", 40)):
+        monkeypatch.setattr(pen, name, steps)
+    p = asked(curve_points=1, curve_episodes=1, test_episodes=2)
+    clean, result = (train(p, rows=ROWS[:2], sources=s, inputs=dict(i=i)) for i, s in enumerate((Random(), Poisoned())))
+    assert result.diverged_at.tolist() == [-1, -1, 1, -1]
+    for name in ("curve", "returns", "native", "falls"):
+        axis = -1 if name == "curve" else 0
+        np.testing.assert_array_equal(*(np.delete(getattr(each, name), 2, axis) for each in (clean, result)))
+    table = per_seed(result, "toy")
+    assert table.d4rl_return.isna().tolist() == table.native_return.isna().tolist() == [False, False, True, False]
+
+
+# Tests in the simulator
+
+
+def a_policy(runs):
+    return make_agent(range(runs)).policy
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """The targets of all rollouts that took place."""
+    targets, rollout = [], pen.rollout
+
+    def spied(act, n, rng, horizon, start, threads):
+        assert len(start) == n
+        targets.append(start)
+        return rollout(act, n, rng, horizon, start, threads)
+
+    monkeypatch.setattr(pen, "rollout", spied)
+    return targets
+
+
+def test_evaluation_is_that_of_each_run_alone_from_the_states_of_its_seed(played):
+    policy = a_policy(3)
+    values = evaluate(policy, 4, 40, [1, 2, 1])
+    assert [v.shape for v in values] == [(3, 4)] * 3 and np.isnan(values[1]).all()
+    starts = played[0].reshape(3, 4, 4)
+    assert (starts[0] == starts[2]).all() and not (starts[0] == starts[1]).all(-1).any()
+    for r in range(3):
+        alone = pen.rollout(policy.select([r]).act, 4, None, 40, starts[r], 1)
+        np.testing.assert_allclose(values[0][r], alone.d4rl_returns, rtol=1e-3)
+        np.testing.assert_array_equal(values[2][r], alone.fallen.any(1))
+    assert len(np.unique(values[0])) == 12
+    evaluate(policy, 2, 2, [2, 2, 1])
+    again = played[-1].reshape(3, 2, 4)
+    assert (again[0] == starts[1, :2]).all() and (again[2] == starts[0, :2]).all()  # fewer are the first of more
+
+
+def test_chunks_do_not_change_an_evaluation(played):
+    policy = a_policy(3)
+    reference = evaluate(policy, 5, 10, [0, 1, 2])
+    for chunk, batches in ((1, 5), (6, 3), (9, 2), (15, 1)):
+        played.clear()
+        np.testing.assert_allclose(evaluate(policy, 5, 10, [0, 1, 2], chunk=chunk), reference, rtol=1e-4)
+        assert len(played) == batches and all(len(t) <= max(chunk, 3) for t in played)
+
+
+def test_native_returns_take_whole_episodes_and_falls_d4rls(monkeypatch):
+    def fake(act, n, rng, horizon, targets, threads):
+        fallen = np.zeros((n, horizon), dtype=bool)
+        fallen[0, 150:], fallen[1, 99:] = True, True
+        nothing = np.zeros((n, horizon + 1, 1))
+        return pen.Episodes(nothing, nothing, np.ones((n, horizon)), fallen, nothing, nothing, targets)
+
+    monkeypatch.setattr(pen, "rollout", fake)
+    d4rl, native, falls = evaluate(a_policy(1), 3, 200, [0])
+    assert falls.tolist() == [[0, 1, 0]] and d4rl.tolist() == [[100] * 3] and native.tolist() == [[200] * 3]
+
+
+def test_a_nan_policy_has_nan_returns_and_leaves_the_others_untouched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where MuJoCo would leave its log
+    clean, broken = evaluate(a_policy(3), 3, 20, [0, 1, 2]), a_policy(3)
+    broken.net.biases[0].data[1] = math.nan
+    values = evaluate(broken, 3, 20, [0, 1, 2])
+    assert np.isnan(values[0][1]).all() and not (tmp_path / "MUJOCO_LOG.TXT").exists()
+    for found, expected in zip(values, clean, strict=True):
+        np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
+
+
+# The table
+
+RETURNS = np.array([[100.0, 300.0, 200.0], [3000.0, 3100.0, 3200.0], [7.0, 8.0, 9.0], [1.0, 2.0, 6.0]])
+
+
+def a_result():
+    facts = np.arange(48.0).reshape(2, 4, 6).swapaxes(1, 2)
+    facts[..., :2] = np.nan
+    return Result(
+        rows=[Row("real", "real"), Row("guided", "diffusion", "explicit", 1.5)],
+        seeds=[7, 8],
+        marks=[0, 50],
+        curve=np.arange(8.0).reshape(2, 4),
+        facts=facts,
+        returns=RETURNS,
+        native=np.array([[1.0, 2.0], [3.0, 5.0], [0.0, 0.0], [-4.0, -6.0]]),
+        falls=np.array([[0, 0, 1], [0, 0, 0], [1, 1, 1], [1, 1, 0]], dtype=bool),
+        diverged_at=np.array([-1, -1, 40, -1]),
+        policy=None,
+    )
+
+
+def test_the_table_has_a_line_for_each_row_and_seed():
+    """The third run has diverged: its episodes still gave returns, and none of them counts."""
+    table = per_seed(a_result(), "stand-in pen-toy")
+    assert table.dataset.tolist() == ["stand-in pen-toy"] * 4
+    assert table.row.tolist() == ["real", "real", "guided", "guided"] and table.seed.tolist() == [7, 8, 7, 8]
+    assert table.source.tolist() == ["real"] * 2 + ["diffusion"] * 2
+    assert table.rule.tolist()[2:] == ["explicit"] * 2 and table.rule.isna().tolist() == [True, True, False, False]
+    np.testing.assert_allclose(table.d4rl_return, [200, 3100, np.nan, 3])
+    errors = [np.sqrt(((v - v.mean()) ** 2).sum() / 2 / 3) for v in RETURNS]
+    np.testing.assert_allclose(table.standard_error, [*errors[:2], np.nan, errors[3]])
+    np.testing.assert_allclose(table.score, (table.d4rl_return - 96.262799) / (3076.833073 - 96.262799) * 100)
+    np.testing.assert_allclose(table.native_return, [1.5, 4, np.nan, -5])
+    np.testing.assert_allclose(table.fell, [1 / 3, 0, np.nan, 2 / 3])
+    assert table.episodes.tolist() == [3] * 4
+    np.testing.assert_array_equal(table.diverged_at, [np.nan, np.nan, 40, np.nan])
+    for i, name in enumerate(FACTS):
+        np.testing.assert_array_equal(table[f"data_{name}"], [np.nan, np.nan, 36 + i, 42 + i])
+    parts = a_result().by_row(a_result().curve)
+    assert parts["real"].tolist() == [[0, 1], [4, 5]] and parts["guided"].tolist() == [[2, 3], [6, 7]]
+
+
+def test_scores_go_both_ways():
+    assert table1.return_of(0.0) == 96.262799 and table1.return_of(100.0) == pytest.approx(3076.833073)
+    assert pen.normalised_score(table1.return_of(78.5)) == pytest.approx(78.5)
+
+
+def test_the_table_is_saved(runs):
+    table = per_seed(a_result(), "toy")
+    path = table1.save_table(table, "table1_toy", "ci")
+    assert path == runs / "results" / "ci" / "table1_toy.csv" and kept(runs) == ["results/ci/table1_toy.csv"]
+    pd.testing.assert_frame_equal(pd.read_csv(path), table, check_dtype=False)
+
+
+# The announcement
+
+
+def all_sources(denoiser=None, chunk=512):
+    model = synthetic.Diffusion(denoiser or Ideal(), "multistep", 5, 0.0, 1, chunk)
+    return pgd.Sources(toy([40]).transitions(), model, None, None, 8, 0.0, SEEDS)
+
+
+def test_the_announcement_tells_what_is_to_come_and_leaves_no_trace(runs, evaluations):
+    for rows in (ROWS, ROWS[::-1], ROWS[:1]):
+        p, sources, said = asked(agent_steps=3000, resample_every=1000, windows=8), all_sources(), []
+        before, real, state = dict(vars(p)), sources.real.clone(), torch.get_rng_state()
+        table1.announce(make_agent, rows, SEEDS, sources, p, CPU, said.append)
+        assert torch.equal(torch.get_rng_state(), state) and vars(p) == before and torch.equal(sources.real, real)
+        n = len(rows)
+        # 2 seeds, 2 rows of 3 rounds of 8; and for the calibrated row two searches of 10 draws of 32.
+        drawn, episodes = 2 * (2 * 3 * 8 + 2 * 10 * 32) if n > 1 else 0, 2 * n * (4 + 2 * 2 + 3 * 2)
+        assert said == [
+            f"{n} rows x 2 seeds = {2 * n} agents, 3,000 steps each, batches of 4",
+            f"3 rounds of synthetic data: {drawn:,} trajectories in all; {episodes:,} test episodes",
+        ]
+    assert kept(runs) == []
+
+
+def test_the_estimate_is_what_each_part_takes(runs, evaluations, monkeypatch):
+    """A call takes 2 s, whatever it does: a training step, 80 control steps of each run; and an evaluation 3 s."""
+    works, p = [], asked(agent_steps=100, resample_every=50, windows=8, curve_points=1, curve_episodes=2, test_episodes=10)
+    monkeypatch.setattr(table1, "Timer", lambda *_, **__: SimpleNamespace(timeit=lambda n: SimpleNamespace(mean=2.0)))
+    monkeypatch.setattr(budget, "pace", lambda config, device: 3.0)
+    monkeypatch.setattr(budget, "announce", lambda given, *_: works.extend(given))
+    model = Denoiser(45, 24, 10, 8, 1)
+    table1.announce(make_agent, ROWS, SEEDS, all_sources(model), p, CPU, lambda text: None)
+    seconds = {name: each for name, _, each, _ in works}
+    drawn, episodes = 2 * (2 * 2 * 8 + 10 * 32), 6 * (10 + 2 * 2 + 2 * 2)  # of native episodes each counts twice
+    expected = {"training": 2.0 * 100, "data": 3.0 * 5 * drawn, "tests": 2.0 / 80 / 6 * 100 * episodes}
+    assert seconds == pytest.approx(expected) and list(seconds) == list(expected)
+
+
+def test_a_denoiser_that_does_not_fit_is_refused(runs, evaluations, monkeypatch):
+    """What is drawn at once: whole blocks of 32 for both seeds, about `chunk` together, or all."""
+    asked_for = []
+    monkeypatch.setattr(budget, "pace", lambda config, device: 0.0)
+    monkeypatch.setattr(budget, "require", lambda config, batch, device: asked_for.append(batch) or 1.0)
+    for chunk in (512, 128, 150, 32):
+        table1.announce(make_agent, ROWS, SEEDS, all_sources(Denoiser(45, 24, 10, 8, 1), chunk), asked(windows=200), CPU, str)
+    assert asked_for == [400, 128, 128, 64]
+
+
+def test_a_training_is_measured_by_its_own_step(runs, evaluations, monkeypatch):
+    steps, advance = [], Learner._advance
+    monkeypatch.setattr(Learner, "_advance", lambda self, batch: steps.append(batch.shape) or advance(self, batch))
+    table1.announce(make_agent, ROWS, SEEDS, all_sources(), asked(), CPU, lambda text: None)
+    assert set(steps) == {(6, 4, SPEC.transition_width)} and len(steps) <= 5
