@@ -12,6 +12,8 @@ from functools import cache
 
 import numpy as np
 
+from pgdlib.simulators import import_mujoco
+
 OBS_DIM, ACTION_DIM = 45, 24
 CONTROL_DT = 0.01  # s between observations (100 Hz)
 SUBSTEP_DT = 0.002  # s between physics steps
@@ -54,6 +56,7 @@ def default_threads():
 
 @cache
 def _pen_class():
+    import_mujoco()
     with contextlib.redirect_stderr(io.StringIO()):  # importing it prints a notice about other environments
         from gymnasium_robotics.envs.adroit_hand.adroit_pen import AdroitHandPenEnv
     return AdroitHandPenEnv
@@ -66,9 +69,7 @@ def _gym_env():
 
 def pen_rest_pose():
     """Position [3] and rotation [3, 3] of the pen's body where all its joints are zero."""
-    import mujoco
-
-    body, matrix = _gym_env().model.body("Object"), np.empty(9)
+    mujoco, body, matrix = import_mujoco(), _gym_env().model.body("Object"), np.empty(9)
     mujoco.mju_quat2Mat(matrix, body.quat)
     return body.pos, matrix.reshape(3, 3)
 
@@ -91,10 +92,9 @@ class PenBatch:
     """
 
     def __init__(self, n, threads=None):
-        from mujoco import mjtWarning as w
+        env, w = _gym_env(), import_mujoco().mjtWarning
         from mujoco.batch import Batch
 
-        env = _gym_env()
         self.n = n
         self._ctrl_mean, self._ctrl_range = env.act_mean, env.act_rng
         self._pen, self._target = env.obj_body_id, env.target_obj_body_id
