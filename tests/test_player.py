@@ -33,7 +33,7 @@ TIMES = 7  # of a film: the steps from the second of eight on
 
 
 class Projector:
-    """Stands for `hand.SideBySide`: each film has pixels of its own, (number of the film, 30 times the frame, 7); notes what is drawn."""
+    """Stands for `hand.SideBySide`, and notes what is drawn: pixels are (number of the film, 30 times the frame, 7)."""
 
     def __init__(self):
         self.titles, self.given, self.drawn = [], [], []

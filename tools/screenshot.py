@@ -11,14 +11,14 @@ from pgdlib.lab import store
 ROOT = Path(__file__).resolve().parent.parent
 CELL = """
 from pgdlib.lab import params, store, study
-from pgdlib.lab.explorer import explorer
+from pgdlib.lab.explorer import panel
 from pgdlib.lab.figures import plots
 plots.use_style()
 settings = dict(dataset="cloned", source="local", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
 lab = study.Study.open(params.defaults("quick", **settings))
 found = (store.root() / "sweeps").glob("*-cloned-quick-explicit-natural/*.safetensors")
-panel = explorer.Explorer(lab, {"explicit": [float(path.stem.partition("-")[2]) for path in found]})
-panel.widget
+explorer = panel.Explorer(lab, {"explicit": [float(path.stem.partition("-")[2]) for path in found]})
+explorer.widget
 """
 
 

@@ -1,4 +1,4 @@
-"""The simulator: Adroit Pen in batches, on D4RL's scale and the native one. Nothing else simulates, and only `film` draws.
+"""The simulator: Adroit Pen in batches, on D4RL's scale and the native one. Nothing else simulates.
 
 An observation (45 numbers, environment space) is, with the slices of `OBS_SLICES`:
 hand joint angles, pen position, pen velocity (linear, angular), pen axis, target axis, pen-target position, pen-target axis.

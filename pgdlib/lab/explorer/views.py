@@ -82,7 +82,8 @@ def cloud(view, fig=None):
     if view.picked is not None and view.picked < len(x):
         ring = dict(color="black", markersize=11, markerfacecolor="none", markeredgewidth=2, label=f"no. {view.picked}")
         ax.plot(x[view.picked], y[view.picked], "o", **ring)
-    ax.set(xlim=x_limits, ylim=y_limits)
+    ax.set(xlabel="log-likelihood (nats per action dimension)", xlim=x_limits, ylim=y_limits)
+    ax.set_ylabel(f"dynamics error ({plots_guidance.LABELS[view.estimator]})")
     # The legend stands between the floor and the clouds, where there is room.
     room = floor < 0.02 * _mean(unguided, view.estimator)
     place = dict(loc="center left", bbox_to_anchor=(0, 0.25)) if room else dict(loc="upper left")
