@@ -28,7 +28,7 @@ class Recalling(nn.Module):
 
     def __init__(self, windows, normaliser):
         super().__init__()
-        self.normaliser = normaliser
+        self.normaliser, self.spec = normaliser, normaliser.spec
         self.register_buffer("windows", windows)
 
     def forward(self, x, sigma):
@@ -42,13 +42,14 @@ class Recalling(nn.Module):
 def parts():
     """(dataset, denoiser, guide) of six real episodes of the guide."""
     guide = pipeline.load_guide()[0]
-    made = adroit.rollout(guide.act(torch.Generator().manual_seed(0)), 6, np.random.default_rng(0), 40, threads=1)
+    act = functools.partial(guide.act, generator=torch.Generator().manual_seed(0))
+    made = adroit.rollout(act, 6, np.random.default_rng(0), 40, threads=1)
     columns = made.obs[:, :-1], made.actions.clip(-1, 1), made.rewards, np.zeros((6, 40)), made.obs[:, 1:]
     columns = (torch.tensor(x, dtype=torch.float32).flatten(0, 1) for x in columns)
     episodes = data.Trajectories(*columns, torch.full((6,), 40), "stand-in pen-human")
     dataset = pipeline.Dataset(episodes, episodes, False, "toy-1", 0, 0)
     train, _ = pipeline.train_val(dataset)
-    normaliser = data.Normaliser().fit(train.packed())
+    normaliser = data.Normaliser(train.spec).fit(train.packed())
     windows = data.Windows(train, normaliser, 8)
     return dataset, Recalling(windows[torch.arange(len(windows))][0], normaliser), guide
 

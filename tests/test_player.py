@@ -21,8 +21,9 @@ from small_study import (
     the_lab,
 )
 
-from pgdlib import data, dynamics
+from pgdlib import dynamics
 from pgdlib.lab.explorer import hand, panel, player, stops
+from pgdlib.simulators.pen import PEN
 
 __all__ = ["explorer", "is_live", "nothing_fails_unseen", "sketched", "swept"]  # fixtures
 pytestmark = [
@@ -100,7 +101,7 @@ def test_the_film_is_that_of_the_chosen_trajectory_and_time(explorer, projector)
     assert on_screen(hands, projector) == ("λ = 0, no. 4", 5)
     for (replay, errors, _), lam in zip(projector.given, (1.0, 0.0), strict=True):
         steps = lab.normaliser.denormalise(explorer.stops.sweep.points[lam].x[4]).numpy()
-        expected = dynamics.replay(steps[:, data.OBS], steps[:, data.ACTIONS])
+        expected = dynamics.replay(PEN, steps[:, :45], steps[:, 45:69])
         np.testing.assert_array_equal(replay.simulated, expected.simulated)
         np.testing.assert_array_equal(errors, expected.normalised(lab.variance))
     hands._guided.value = True

@@ -23,6 +23,7 @@ from pgdlib.simulators import import_mujoco
 from pgdlib.simulators import pen as adroit
 
 mujoco = import_mujoco()
+TARGET = adroit.GROUPS["target axis"]  # of an observation
 BACKDROP, BLANK = 246, 215  # grey values: behind the hand, and of a frame that shows nothing
 EDGE, HEAD, FOOT = 10, 46, 150  # px of a composed frame: around the two pictures, above and below them
 LOWEST, HIGHEST = 1e-3, 10.0  # the least span of the error's axis, so that films can be compared
@@ -176,7 +177,7 @@ class SideBySide:
         if not 0 <= k < len(self):
             raise IndexError(f"frame {k} is not there; there are {len(self)}")
         for image, qpos, note in self._sides:
-            image.set_data(frames(qpos[k : k + 1], self._replay.target_axis, self._size)[0])
+            image.set_data(frames(qpos[k : k + 1], self._replay.start[TARGET], self._size)[0])
             note.set_visible(not np.isfinite(qpos[k]).all())
         time = k * adroit.CONTROL_DT
         self._clock.set_text(f"{time:.2f} s")

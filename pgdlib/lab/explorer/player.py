@@ -9,9 +9,9 @@ import ipywidgets as w
 import numpy as np
 from PIL import Image
 
-from pgdlib import data, dynamics
+from pgdlib import dynamics
 from pgdlib.lab.explorer import hand, views, widgets
-from pgdlib.simulators import pen as adroit
+from pgdlib.simulators import pen
 
 FPS = 10  # frames a second; they are 100 Hz, so ten times slower than life
 PATIENCE = 0.3  # s that λ has to rest before the hand follows
@@ -74,11 +74,11 @@ class Player:
                 played = _replay(lab, view)
                 picks = np.linspace(0, len(played.imagined) - 1, moments).round().astype(int)
                 for name, qpos in (("imagined", played.imagined), ("simulated", played.simulated)):
-                    rows[f"λ = {view.lam:.3g}\n{name}"] = hand.frames(qpos[picks], played.target_axis, (240, 200))
+                    rows[f"λ = {view.lam:.3g}\n{name}"] = hand.frames(qpos[picks], played.start[hand.TARGET], (240, 200))
         except hand.CannotRender as reason:
             return views.message(str(reason))
         title = f"{view.sweep.label}, {view.sweep.rule} rule: trajectory {view.picked} (green: where the pen should be)"
-        return hand.strip(rows, picks * adroit.CONTROL_DT, title)
+        return hand.strip(rows, picks * pen.CONTROL_DT, title)
 
     def save(self, path):
         """Write a GIF of the trajectory, unguided above and guided below; nothing where MuJoCo cannot render."""
@@ -136,8 +136,8 @@ class Player:
 
 def _replay(lab, view):
     """The `dynamics.Replay` of the trajectory that is picked in a view."""
-    steps = lab.normaliser.denormalise(view.here.x[view.picked]).cpu().numpy()
-    return dynamics.replay(steps[:, data.OBS], steps[:, data.ACTIONS])
+    x, normaliser = view.here.x[view.picked], lab.normaliser
+    return dynamics.replay(pen.PEN, normaliser.obs(x).cpu(), normaliser.actions(x).cpu())
 
 
 def _side_by_side(lab, view, size=(320, 270)):

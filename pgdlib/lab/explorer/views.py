@@ -14,8 +14,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from pgdlib import measures
 from pgdlib.lab import study
 from pgdlib.lab.figures import plots_guidance
-from pgdlib.lab.figures.plots import DATA, GUIDED, MODEL
-from pgdlib.simulators import pen as adroit
+from pgdlib.lab.figures.plots import DATA, GUIDED, MODEL, MUTED
+from pgdlib.simulators import pen
 
 ESTIMATORS = {"state reconstructed (ours)": "normalised", "Appendix B (the paper's)": "appendix_b"}
 ROWS = {
@@ -26,7 +26,7 @@ ROWS = {
 }
 SIZE = 5.0, 4.3  # of a picture, inches
 # The rest of an observation is the target, and differences.
-STATES = {name: s for name, s in adroit.OBS_SLICES.items() if s.stop <= adroit.OBS_SLICES["pen axis"].stop}
+STATES = {name: s for name, s in pen.GROUPS.items() if s.stop <= pen.GROUPS["pen axis"].stop}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +70,9 @@ def cloud(view, fig=None):
     )
     ax, (x_limits, y_limits) = fig.add_subplot(grid[1, 0]), _limits(view)
     clouds, floor = {0.0: unguided.measures, view.lam: view.here.measures}, sweep.floor[view.estimator]
-    plots_guidance.cloud(ax, clouds, view.estimator, floor, sweep.on_policy)
-    for values, colour in zip(clouds.values(), (DATA, MODEL)):
+    for (lam, values), colour, marker in zip(clouds.items(), (DATA, MODEL), "os"):
         x, y = values["log_likelihood"], values[view.estimator]
+        ax.plot(x, y, marker, color=colour, markersize=4.5, alpha=0.5, markeredgewidth=0, label=f"λ = {lam:.3g}")
         shown = (x > x_limits[0]) & (x < x_limits[1]) & (y > y_limits[0]) & (y < y_limits[1])
         _density(fig.add_subplot(grid[0, 0]), "x", x[shown], x_limits, colour)
         _density(fig.add_subplot(grid[1, 1]), "y", np.log10(y[shown]), np.log10(y_limits), colour)
@@ -82,7 +82,9 @@ def cloud(view, fig=None):
     if view.picked is not None and view.picked < len(x):
         ring = dict(color="black", markersize=11, markerfacecolor="none", markeredgewidth=2, label=f"no. {view.picked}")
         ax.plot(x[view.picked], y[view.picked], "o", **ring)
-    ax.set(xlabel="log-likelihood (nats per action dimension)", xlim=x_limits, ylim=y_limits)
+    ax.axhline(floor, color="black", linewidth=1, linestyle=":", label="floor: real data")
+    ax.axvline(sweep.on_policy, color=MUTED, linewidth=1.2, linestyle="--", label="on-policy")
+    ax.set(xlabel="log-likelihood (nats per action dimension)", xlim=x_limits, ylim=y_limits, yscale="log")
     ax.set_ylabel(f"dynamics error ({plots_guidance.LABELS[view.estimator]})")
     # The legend stands between the floor and the clouds, where there is room.
     room = floor < 0.02 * _mean(unguided, view.estimator)
@@ -201,7 +203,7 @@ def denoising(tracks, steps, title, action=0):
     columns = iter(zip(axes[::2].ravel(), axes[1::2].ravel()))
     for (name, track), colour in zip(tracks.items(), (DATA, MODEL, GUIDED)):
         for step, (above, below) in zip(steps, columns):
-            states = track.noised[step][:, : adroit.OBS_SLICES["pen axis"].stop].T / np.sqrt(1 + track.sigma[step] ** 2)
+            states = track.noised[step][:, : pen.GROUPS["pen axis"].stop].T / np.sqrt(1 + track.sigma[step] ** 2)
             image = above.imshow(states, aspect="auto", cmap="RdBu_r", vmin=-2.5, vmax=2.5, interpolation="nearest")
             above.set_title(f"{name}, σ = {track.sigma[step]:.3g}")
             above.set_yticks([s.start for s in STATES.values()], STATES, fontsize="x-small", va="top")

@@ -24,7 +24,7 @@ def figure_1(clouds, sweep, floors, on_policy, title, limit=None):
     estimators = list(floors)
     fig, axes = plt.subplots(len(estimators), 2, figsize=(11, 3.7 * len(estimators)), squeeze=False)
     for (left, right), estimator in zip(axes, estimators):
-        cloud(left, clouds, estimator, floors[estimator], on_policy)
+        _cloud(left, clouds, estimator, floors[estimator], on_policy)
         over_lam(right, sweep, estimator, floors[estimator], on_policy)
         if limit is not None and limit <= 1.03 * sweep["lam"].max():
             right.axvline(limit, color="black", linewidth=1.2, linestyle="-.")
@@ -35,8 +35,7 @@ def figure_1(clouds, sweep, floors, on_policy, title, limit=None):
     return fig
 
 
-def cloud(ax, clouds, estimator, floor, on_policy):
-    """On `ax`: the dynamics error of each trajectory against its log-likelihood; `clouds` as for `figure_1`."""
+def _cloud(ax, clouds, estimator, floor, on_policy):
     for (lam, values), colour, marker in zip(clouds.items(), cycle((DATA, MODEL, GUIDED)), cycle("osD")):
         x, y = values["log_likelihood"], values[estimator]
         ax.plot(x, y, marker, color=colour, markersize=3.5, alpha=0.55, markeredgewidth=0, label=f"λ = {lam:.3g}")
