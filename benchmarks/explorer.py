@@ -15,18 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgdlib.lab import params, store, study
+from pgdlib import fast
+from pgdlib.lab import artifacts, settings, study
 from pgdlib.lab.explorer import stops, views, widgets
-from pgdlib.lab.figures import plots
+from pgdlib.lab.figures import style
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = dict(dataset="cloned", source="auto", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
 CELL = """
-from pgdlib.lab import params, study
+from pgdlib.lab import settings, study
 from pgdlib.lab.explorer import panel, widgets
-from pgdlib.lab.figures import plots
-plots.use_style()
-lab = study.Study.open(params.defaults({scale!r}, **{settings!r}))
+from pgdlib.lab.figures import style
+style.use_style()
+lab = study.Study.open(settings.defaults({scale!r}, **{settings!r}))
 explorer = panel.Explorer(lab)
 explorer.widget
 """
@@ -57,7 +58,7 @@ def moves(scale, n):
     sys.path.append(str(ROOT / "tests"))
     from browser import one_cell
 
-    with one_cell(CELL.format(scale=scale, settings=SETTINGS), {"PGD_RUNS": store.root()}) as notebook:
+    with one_cell(CELL.format(scale=scale, settings=SETTINGS), {"PGD_RUNS": artifacts.root()}) as notebook:
         notebook.execute("widgets.live = lambda: False")  # from now on nothing is drawn ahead
         notebook.page.evaluate(CLOCK)
         handle = notebook.page.locator(".pgd-lam .noUi-handle")
@@ -85,8 +86,8 @@ def main():
     parser.add_argument("--scale", choices=["ci", "quick"], default="quick")
     parser.add_argument("--moves", type=int, default=50)
     given = parser.parse_args()
-    plots.use_style()
-    lab = study.Study.open(params.defaults(given.scale, **SETTINGS))
+    style.use_style()
+    lab = study.Study.open(settings.defaults(given.scale, **SETTINGS))
     lab.sweep("explicit", lab.grid("explicit"))
     print(f"scale {given.scale}, {lab.dataset.label}, {lab.p.samples} trajectories a λ; {torch.get_num_threads()} threads")
 
@@ -109,7 +110,7 @@ def main():
     print(f"{'all three':45} {1e3 * together:10.0f}")
 
     def sample(i):
-        lab.judge(*lab.draw("explicit", 0.1, stops.FRESH, lab.p.seed + 1_000_000 + i))
+        lab.judge(*lab.draw("explicit", 0.1, stops.FRESH, noise=fast.stream(lab.device, "fresh", lab.p.seed, i)))
 
     print(f"\n{f'sample now: {stops.FRESH} trajectories, drawn and judged':45} {seconds(sample, 5):8.2f} s (median of 5)")
 

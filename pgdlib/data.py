@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+ACTION_LIMIT = 1.0 - 1e-3  # arctanh of 1 is infinite
 LARGEST = 1e6  # nothing that one learns from is as large; its squares stay finite in float32, in units of tiny deviations too
 
 
@@ -54,27 +55,25 @@ class Trajectories:
                 self._refuse(f": {key} is {_kind(tensor)}; needed is a tensor of {kind}, with at least one dimension")
         if self.lengths.ndim != 1 or len(self.lengths) == 0:
             self._refuse(f" holds no episode: lengths is {_kind(self.lengths)}; needed is one number for each episode")
-        lengths = self.lengths.tolist()
-        if (shortest := min(lengths)) < 1:
-            self._refuse(f" holds an empty one: episode {lengths.index(shortest)} has {shortest} steps; needed is 1 or more")
-        self._check_steps(sum(lengths))
-
-    def _check_steps(self, n):
+        if (shortest := int(self.lengths.min())) < 1:
+            self._refuse(f" holds an empty one: episode {int(self.lengths.argmin())} has {shortest} steps; needed is 1 or more")
         for key, tensor in (("obs", self.obs), ("actions", self.actions)):
             if tensor.ndim != 2 or tensor.shape[1] == 0:
                 self._refuse(f": {key} is {_kind(tensor)}; needed are steps of one number or more, [N, n]")
-        shapes = dict(rewards=(), terminals=(), next_obs=(self.spec.obs_dim,))
+        shapes, n = dict(rewards=(), terminals=(), next_obs=(self.spec.obs_dim,)), sum(self.lengths.tolist())
         for key, tensor in self.tensors().items():
-            if key == "lengths":
-                continue
-            if len(tensor) != n:
-                self._refuse(f": {key} has {len(tensor)} steps, the episodes together {n}")
-            if (found := tuple(tensor.shape[1:])) != shapes.get(key, found):
-                self._refuse(f": a step of {key} is {found}; needed is {shapes[key]}")
-            if not (good := (tensor.abs() <= LARGEST).reshape(n, -1).all(1)).all():  # of NaN too
-                self._refuse(f": {key} holds values that are not finite, or beyond ±{LARGEST:g}, first", good)
+            if key != "lengths":
+                self._check(key, tensor, n, shapes.get(key, tensor.shape[1:]))
         if not (good := (self.terminals == 0) | (self.terminals == 1)).all():
             self._refuse(f": terminals must be 0 or 1; it is {self.terminals[~good][0]:g}", good)
+
+    def _check(self, key, tensor, n, shape):
+        if len(tensor) != n:
+            self._refuse(f": {key} has {len(tensor)} steps, the episodes together {n}")
+        if (found := tuple(tensor.shape[1:])) != tuple(shape):
+            self._refuse(f": a step of {key} is {found}; needed is {shape}")
+        if not (good := (tensor.abs() <= LARGEST).reshape(n, -1).all(1)).all():  # of NaN too
+            self._refuse(f": {key} holds values that are not finite, or beyond ±{LARGEST:g}, first", good)
 
     def _refuse(self, reason, good=None):
         where = "" if good is None else " in step {} of episode {}".format(*(int(v[~good][0]) for v in self.places()))
@@ -139,7 +138,7 @@ def _kind(value):
 def end_where(data: Trajectories, ended: Tensor) -> tuple[Trajectories, int, int]:
     """End each episode at its first step that `ended` [N], and mark that step terminal; (data, episodes cut, steps dropped).
 
-    Files that were simulated again in an environment that never ends, as Minari's of Adroit, go on after the end of the task.
+    Files that were simulated again in an environment that never ends, as Minari's of Adroit, go on after a fall.
     """
     step, episode = data.places()
     ends = torch.where(ended, step, len(ended))
@@ -175,8 +174,6 @@ class Normaliser(nn.Module):
     buffers, so they travel with the weights of the model that holds them.
     """
 
-    ACTION_LIMIT = 1.0 - 1e-3  # arctanh of 1 is infinite
-
     def __init__(self, spec: Spec, transform: str = "raw"):
         super().__init__()
         if transform not in ("raw", "arctanh"):
@@ -205,8 +202,7 @@ class Normaliser(nn.Module):
 
     def normalise_actions(self, actions: Tensor) -> Tensor:
         """Actions [..., action_dim] from environment to normalised space."""
-        s = self.spec.actions
-        return (self._unsquash(actions) - self.mean[s]) / self.std[s]
+        return (self._unsquash(actions) - self.mean[self.spec.actions]) / self.std[self.spec.actions]
 
     def denormalise(self, x: Tensor) -> Tensor:
         """Normalised space to environment space, [..., width]."""
@@ -230,9 +226,7 @@ class Normaliser(nn.Module):
         return slope * (1 - self.actions(x).square()) if self.transform == "arctanh" else slope
 
     def _unsquash(self, actions):
-        if self.transform == "raw":
-            return actions
-        return actions.clamp(-self.ACTION_LIMIT, self.ACTION_LIMIT).arctanh()
+        return actions if self.transform == "raw" else actions.clamp(-ACTION_LIMIT, ACTION_LIMIT).arctanh()
 
 
 class Windows:

@@ -24,14 +24,7 @@ class Denoiser(nn.Module):
     SIGMA_DATA = 1.0  # the std of normalised data
 
     def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        horizon: int,
-        features: int,
-        blocks: int,
-        kernel_size: int = 3,
-        transform: str = "raw",
+        self, obs_dim: int, action_dim: int, horizon: int, features: int, blocks: int, kernel_size: int = 3, transform="raw"
     ):
         super().__init__()
         self.config = dict(obs_dim=obs_dim, action_dim=action_dim, horizon=horizon, features=features, blocks=blocks)

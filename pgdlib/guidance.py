@@ -1,7 +1,7 @@
 """Guidance: pushing the actions of a trajectory, while it is denoised, toward a target policy.
 
 A rule is a pure function of trajectories x [B, T, width] (normalised space) that gives a shift of their actions
-[B, T, action_dim]; a `Guide` puts one into the sampler. Below, a, μ and s are an action, the policy's mean and its std, σ is the
+[B, T, action_dim]; a `Guide` puts one into the sampler. Below, a, μ and s are an action, the policy's mean and std, σ is the
 noise level, all in normalised units. Rules need a policy with a differentiable `log_prob(obs, actions)`; for a Gaussian one
 (`is_gaussian`) they are closed forms.
 """
@@ -32,15 +32,7 @@ class Guide:
     """
 
     def __init__(
-        self,
-        rule: str,
-        policy,
-        normaliser: Normaliser,
-        lam: float | Tensor,
-        steps: int,
-        warmup: int = 0,
-        units: str = "natural",
-        on: str | None = None,
+        self, rule: str, policy, normaliser: Normaliser, lam, steps: int, warmup: int = 0, units: str = "natural", on=None
     ):
         on = on or ("noised" if rule in NOISED else "denoised")
         for name, value, allowed in (

@@ -24,17 +24,9 @@ class GaussianPolicy(nn.Module):
     is_gaussian = True  # a call gives mean and std
 
     def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        hidden: tuple | list = (256, 256),
-        activation: str = "tanh",
-        obs_clip: float = 10.0,
-        squash: bool = False,
-        low: bool = False,
-        log_std_range: tuple = (-math.inf, math.inf),
-        generators: list | tuple = (None,),
-    ):
+        self, obs_dim: int, action_dim: int, hidden=(256, 256), activation: str = "tanh", obs_clip: float = 10.0,
+        squash: bool = False, low: bool = False, log_std_range: tuple = (-math.inf, math.inf), generators=(None,),
+    ):  # fmt: skip
         super().__init__()
         self.config = dict(obs_dim=obs_dim, action_dim=action_dim, hidden=list(hidden), activation=activation)
         self.config |= dict(obs_clip=obs_clip, squash=squash, low=low)

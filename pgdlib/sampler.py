@@ -35,10 +35,8 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw trajectories `shape` = (B, T, C) with `denoise(x, σ)`; returns them and which have diverged [B].
 
-    solver "heun": Algorithm 2 of Karras et al. with churn, two network evaluations a step, as the paper. "multistep":
-    DPM-Solver++(2M) (Lu et al. 2022), no churn, one evaluation a step. `noise`: a generator, or a list of (generator,
-    trajectories) for each block of the batch.
-
+    "heun": Algorithm 2 of Karras et al. with churn, two network evaluations a step, as the paper. "multistep": DPM-Solver++(2M)
+    (Lu et al. 2022), no churn, one. `noise`: a generator, or for each block of the batch one with its size, in a list.
     `guide(x, denoised, σ, step)` gives a shift: added to x before the step if `guide.on == "noised"` (then `denoised` is
     None), or to every denoised estimate if "denoised". Values beyond `DIVERGED` std are clamped: such a guide is not fatal.
     """
@@ -50,17 +48,13 @@ def sample(
         return denoised if shifted is None else denoised + shifted(x, denoised, sigma, step)
 
     sigmas, gamma = noise_levels(steps).tolist(), min(churn / steps, math.sqrt(2) - 1)
-    x, before = _randn(noise, shape, dtype) * sigmas[0], None
-    diverged = torch.zeros(shape[0], dtype=torch.bool, device=x.device)
+    x, before, diverged = _randn(noise, shape, dtype) * sigmas[0], None, False
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
-        if noised is not None:
-            x = x + noised(x, None, sigma, step)
-        x, out_of_range = _clamp(x, sigma)
-        diverged |= out_of_range
+        x, out_of_range = _clamp(x if noised is None else x + noised(x, None, sigma, step), sigma)
+        diverged = diverged | out_of_range
         # Raise the noise level for a moment (lines 4 to 6), then step from the raised point.
-        sigma_hat, x_hat = sigma, x
-        if gamma > 0 and S_TMIN <= sigma <= S_TMAX:
-            sigma_hat = sigma * (1 + gamma)
+        sigma_hat, x_hat = sigma * (1 + gamma if S_TMIN <= sigma <= S_TMAX else 1), x
+        if sigma_hat > sigma:
             x_hat = torch.add(x, _randn(noise, shape, dtype), alpha=math.sqrt(sigma_hat**2 - sigma**2) * S_NOISE)
         if solver == "heun":
             x = _heun(x_hat, sigma_hat, sigma_next, estimate)

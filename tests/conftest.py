@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from stable_baselines3 import PPO
 from torch import nn
 
@@ -134,7 +135,7 @@ def drawn(figures, name, *arguments, **named):
     """The figure that the module `figures` makes, rendered: what cannot be drawn fails here."""
     fig = getattr(figures, name)(*arguments, title=TITLE, **named)
     assert isinstance(fig, matplotlib.figure.Figure)
-    fig.canvas.draw()
+    FigureCanvasAgg(fig).draw()  # of a figure without pyplot, `fig.canvas` draws nothing
     return fig
 
 
@@ -159,9 +160,9 @@ def line(ax, label):
 @pytest.fixture
 def style():
     """The style of all figures; none is left open."""
-    from pgdlib.lab.figures import plots
+    from pgdlib.lab import figures
 
-    plots.use_style()
+    figures.style.use_style()
     yield
     plt.close("all")
     plt.rcdefaults()

@@ -15,7 +15,7 @@ from conftest import kept, wait_for
 from torch import nn
 
 from pgdlib import data
-from pgdlib.lab import params, pipeline, study
+from pgdlib.lab import load, settings, study
 from pgdlib.lab.explorer import panel, views, widgets
 from pgdlib.simulators import pen as adroit
 
@@ -41,14 +41,14 @@ class Recalling(nn.Module):
 @functools.cache
 def parts():
     """(dataset, denoiser, guide) of six real episodes of the guide."""
-    guide = pipeline.load_guide()[0]
+    guide = load.load_guide()[0]
     act = functools.partial(guide.act, generator=torch.Generator().manual_seed(0))
     made = adroit.rollout(act, 6, np.random.default_rng(0), 40, threads=1)
     columns = made.obs[:, :-1], made.actions.clip(-1, 1), made.rewards, np.zeros((6, 40)), made.obs[:, 1:]
     columns = (torch.tensor(x, dtype=torch.float32).flatten(0, 1) for x in columns)
     episodes = data.Trajectories(*columns, torch.full((6,), 40), "stand-in pen-human")
-    dataset = pipeline.Dataset(episodes, episodes, False, "toy-1", 0, 0)
-    train, _ = pipeline.train_val(dataset)
+    dataset = load.Dataset(episodes, episodes, False, "toy-1", 0, 0)
+    train, _ = load.train_val(dataset)
     normaliser = data.Normaliser(train.spec).fit(train.packed())
     windows = data.Windows(train, normaliser, 8)
     return dataset, Recalling(windows[torch.arange(len(windows))][0], normaliser), guide
@@ -58,7 +58,7 @@ def a_lab(episodes=None, denoiser=None, policy=None, **changes):
     """A small study; `changes` are settings."""
     own = dict(dataset="human", source="local", guide="shipped", device="cpu", transform="raw", seed=0, units="natural")
     own |= dict(horizon=8, steps=4, samples=6, data_steps=500, train_steps=3, features=8, batch_size=4)
-    p = params.defaults("ci", **{k: v for k, v in own.items() if k not in params.SETTINGS})
+    p = settings.defaults("ci", **{k: v for k, v in own.items() if k not in settings.SETTINGS})
     vars(p).update(own | changes)
     given = (episodes, denoiser, policy)
     return study.Study(*(mine or theirs for mine, theirs in zip(given, parts())), p)

@@ -13,8 +13,9 @@ import pytest
 from conftest import TITLE, texts
 from PIL import Image
 
+import pgdlib
 from pgdlib import dynamics
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.explorer import hand
 from pgdlib.simulators import pen as adroit
 
@@ -180,7 +181,12 @@ def python(program, **environment):
     unset = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID", "DISPLAY", "WAYLAND_DISPLAY")
     env = {k: v for k, v in os.environ.items() if k not in unset} | environment
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=store.PACKAGE.parent, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program],
+        cwd=Path(pgdlib.__file__).parent.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, [line for line in done.stderr.splitlines() if not line.startswith(("libEGL", "MESA"))]
@@ -370,7 +376,7 @@ def test_a_gif_that_cannot_be_written_leaves_nothing(moving, tmp_path, monkeypat
         raise OSError("disk full")
 
     kept = hand.save_gif([moving[:1]], tmp_path / "old.gif").read_bytes()
-    monkeypatch.setattr(store.os, "fsync", fail)
+    monkeypatch.setattr(artifacts.os, "fsync", fail)
     for name in ("new.gif", "old.gif"):
         with pytest.raises(OSError, match="disk full"):
             hand.save_gif([moving], tmp_path / name)

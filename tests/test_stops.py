@@ -10,7 +10,7 @@ import torch
 from conftest import cut, kept
 from small_study import LAMS, SWEEPS, a_lab, another_model, counted, nothing_fails_unseen, parts, plain, swept, the_lab
 
-from pgdlib.lab import minari_files, store, study
+from pgdlib.lab import artifacts, minari_files, study
 from pgdlib.lab.explorer import stops, widgets
 
 __all__ = ["nothing_fails_unseen", "swept"]  # fixtures
@@ -122,7 +122,7 @@ def test_a_damaged_point_is_made_again_when_told_to(swept, runs, monkeypatch, la
     drawn = counted(monkeypatch, swept)
     mine.compute("human", "explicit", ignore)
     assert drawn == [lam] and mine.choose("human", "explicit") == ("", "")
-    assert store.load(path)[1]["lam"] == lam and sum(name.endswith(".damaged") for name in kept(runs)) == 1
+    assert artifacts.load(path)[1]["lam"] == lam and sum(name.endswith(".damaged") for name in kept(runs)) == 1
 
 
 # Other datasets
@@ -184,7 +184,7 @@ def test_who_looks_does_not_wait_for_what_is_being_made(swept, runs, monkeypatch
     making, go_on, mine, seen = threading.Event(), threading.Event(), some(swept), []
 
     def make(p, progress, say):
-        with store.lock(runs / "expert"):
+        with artifacts.lock(runs / "expert"):
             making.set()
             assert go_on.wait(10)
             raise ValueError("it fails")

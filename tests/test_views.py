@@ -23,8 +23,8 @@ from pgdlib import measures
 from pgdlib.lab import study
 from pgdlib.lab.explorer import views
 from pgdlib.lab.explorer.views import Sweep, View, cloud, curve, denoising, message, nearest, numbers, panel
-from pgdlib.lab.figures import plots_guidance
-from pgdlib.lab.figures.plots import DATA, GUIDED, MODEL
+from pgdlib.lab.figures import guidance
+from pgdlib.lab.figures.style import DATA, GUIDED, MODEL
 
 pytestmark = pytest.mark.filterwarnings("error")
 LAMS = (0.0, 0.1, 0.5, 1.0, 2.0)
@@ -112,7 +112,7 @@ def test_a_cloud_says_what_it_is():
     assert ax.get_xlabel() == "log-likelihood (nats per action dimension)"
     assert ax.get_ylabel() == "dynamics error (reconstructed, / variance)"
     assert "Appendix B" in cloud(a_view(estimator="appendix_b")).axes[0].get_ylabel()
-    assert all(plots_guidance.LABELS[e] for e in views.ESTIMATORS.values())
+    assert all(guidance.LABELS[e] for e in views.ESTIMATORS.values())
 
 
 @pytest.mark.parametrize("estimator", views.ESTIMATORS.values())

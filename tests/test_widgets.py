@@ -8,14 +8,12 @@ import types
 import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
-from conftest import kept, wait_for
+from conftest import wait_for
 from matplotlib.figure import Figure
 from PIL import Image
 from small_study import is_live
-from test_pipeline_models import CPU, assert_same, dataset, settings
 from tqdm import tqdm
 
-from pgdlib.lab import pipeline
 from pgdlib.lab.explorer import widgets
 
 __all__ = ["is_live"]  # a fixture
@@ -309,31 +307,3 @@ def test_a_cancelled_bar_leaves_tqdm_as_it_was():
     thread.start()
     thread.join(5)
     assert not thread.is_alive()  # the lock of all bars is free
-
-
-def test_a_cancelled_training_leaves_no_model_and_goes_on_later(runs):
-    expected, _ = pipeline.load_denoiser(dataset(), settings(), CPU)
-    (runs / kept(runs)[0]).unlink()
-    job, made = widgets.Job(), []
-
-    def train(until):
-        def watching(share, text):
-            assert text == "training the denoiser on toy"
-            if share >= until:
-                job.cancel.click()
-            report(share, text)
-
-        def work(given):
-            nonlocal report
-            report = given
-            made.append(pipeline.load_denoiser(dataset(), settings(), CPU, widgets.bars(watching))[0])
-            return ""
-
-        report = None
-        job.start("training", work)
-        finish(job)
-        return [name.split("/")[0] for name in kept(runs)]
-
-    assert train(0.75) == ["checkpoints"] and made == [] and job.line.value == "cancelled"
-    assert train(2.0) == ["denoisers"]
-    assert_same(made[0], expected)

@@ -12,11 +12,9 @@ from pgdlib.simulators import Simulator, default_threads, import_mujoco, pen_sta
 from pgdlib.simulators.pen_states import (
     ACTION_DIM,
     CONTROL_DT,
-    FALL_HEIGHT,
     GROUPS,
     N_SUBSTEPS,
     OBS_DIM,
-    PEN_HEIGHT,
     STATE_DIM,
     outcome,
 )
@@ -200,23 +198,6 @@ def within_reach(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
         near = ((hand > low - 1) & (hand < high + 1)).all(-1) & (np.abs(pen) < 2).all(-1)
         slow = (np.abs(qvel) < np.repeat([100.0, 50.0, 300.0], [24, 3, 3])).all(-1)
     return near & slow & np.isfinite(qpos).all(-1)
-
-
-def make_env(scale: str = "d4rl", **kwargs):
-    """The gym environment: `native` (200 steps, never ends) or `d4rl` (100 steps, ends on the fall)."""
-    import gymnasium
-
-    class EndOnFall(gymnasium.Wrapper):
-        def step(self, action):
-            obs, reward, _, truncated, info = self.env.step(action)
-            return obs, reward, bool(obs[PEN_HEIGHT] < FALL_HEIGHT), truncated, info
-
-    horizons = {"d4rl": D4RL_HORIZON, "native": NATIVE_HORIZON}
-    if scale not in horizons:
-        raise ValueError(f"scale must be one of {', '.join(horizons)}; got {scale!r}")
-    env = _pen_class()(**kwargs)
-    env = EndOnFall(env) if scale == "d4rl" else env
-    return gymnasium.wrappers.TimeLimit(env, horizons[scale])
 
 
 @cache

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
-from pgdlib.lab import store
-from pgdlib.lab.figures.plots import DATA, GUIDED, MODEL
+from pgdlib.lab import artifacts
+from pgdlib.lab.figures.style import DATA, GUIDED, MODEL
 from pgdlib.simulators import import_mujoco
 from pgdlib.simulators import pen as adroit
 
@@ -193,7 +193,7 @@ def save_gif(films, path, fps=10):
     path.parent.mkdir(parents=True, exist_ok=True)
     palette = Image.fromarray(np.concatenate(film[:: max(1, len(film) // 8)])).quantize(255)  # what stays keeps its colours
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in film]
-    with store.replacing(path) as partial:
+    with artifacts.replacing(path) as partial:
         images[0].save(partial, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
     return path
 

@@ -9,7 +9,7 @@ import ipywidgets as w
 import numpy as np
 
 from pgdlib import guidance
-from pgdlib.lab import params
+from pgdlib.lab import settings
 from pgdlib.lab.explorer import views, widgets
 from pgdlib.lab.explorer.stops import Stops
 
@@ -128,7 +128,7 @@ class Explorer:
 
     def _build(self):
         chooser = dict(style={"description_width": "initial"}, layout=w.Layout(width="auto"))
-        self._dataset = w.Dropdown(options=params.DATASETS, description="dataset", value=self.stops.dataset, **chooser)
+        self._dataset = w.Dropdown(options=settings.DATASETS, description="dataset", value=self.stops.dataset, **chooser)
         self._rule = w.Dropdown(options=guidance.RULES, description="rule", **chooser)
         self._estimator = w.Dropdown(options=views.ESTIMATORS, description="error", **chooser)
         self._slider, self._slot = w.SelectionSlider(options=["–"]), w.VBox()  # until there are stops

@@ -6,7 +6,8 @@ They are of one study, and of its siblings on other datasets.
 import contextlib
 from types import SimpleNamespace
 
-from pgdlib.lab import minari_files, study
+from pgdlib import fast
+from pgdlib.lab import fronts, minari_files, study
 from pgdlib.lab.explorer import views, widgets
 
 FRESH = 64  # trajectories, at most, that are drawn at any λ while somebody waits
@@ -66,8 +67,9 @@ class Stops:
     def sample(self, lab, rule, lam, report):
         """Draw fresh trajectories of the study `lab` at any λ, `FRESH` at most; their stop, and how many they are."""
         self._drawn += 1
-        stop, seed = (lam, self._drawn), lab.p.seed + 1_000_000 + self._drawn
-        drawn = lab.draw(rule, lam, min(FRESH, lab.p.samples), seed, watch=lambda x, denoised, sigma, done: report(0.8 * done))
+        stop, noise = (lam, self._drawn), fast.stream(lab.device, "fresh", lab.p.seed, self._drawn)
+        how = dict(noise=noise, watch=lambda x, denoised, sigma, done: report(0.8 * done))
+        drawn = lab.draw(rule, lam, min(FRESH, lab.p.samples), **how)
         report(0.8, "simulating")
         point = study.Point(drawn[0], *lab.judge(*drawn))
         report(1.0)
@@ -118,7 +120,8 @@ class Stops:
             return None
         frame, limit = study.summary(points), lab.limit if rule == "explicit" else None
         calibrated = self._calibrated.get(rule) if lab is self._first else None
-        calibrated = study.crossing(frame, lab.on_policy) if calibrated is None else calibrated
+        if calibrated is None:
+            calibrated = fronts.crossing(frame["lam"], frame["log_likelihood.mean"], lab.on_policy)
         sweep = views.Sweep(lab.dataset.label, rule, points, frame, lab.on_policy, lab.floor, limit, calibrated)
         self._sweeps[self.dataset, rule] = sweep
         return sweep

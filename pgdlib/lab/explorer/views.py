@@ -13,8 +13,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from pgdlib import measures
 from pgdlib.lab import study
-from pgdlib.lab.figures import plots_guidance
-from pgdlib.lab.figures.plots import DATA, GUIDED, MODEL, MUTED
+from pgdlib.lab.figures import guidance
+from pgdlib.lab.figures.style import DATA, GUIDED, MODEL, MUTED
 from pgdlib.simulators import pen
 
 ESTIMATORS = {"state reconstructed (ours)": "normalised", "Appendix B (the paper's)": "appendix_b"}
@@ -85,7 +85,7 @@ def cloud(view, fig=None):
     ax.axhline(floor, color="black", linewidth=1, linestyle=":", label="floor: real data")
     ax.axvline(sweep.on_policy, color=MUTED, linewidth=1.2, linestyle="--", label="on-policy")
     ax.set(xlabel="log-likelihood (nats per action dimension)", xlim=x_limits, ylim=y_limits, yscale="log")
-    ax.set_ylabel(f"dynamics error ({plots_guidance.LABELS[view.estimator]})")
+    ax.set_ylabel(f"dynamics error ({guidance.LABELS[view.estimator]})")
     # The legend stands between the floor and the clouds, where there is room.
     room = floor < 0.02 * _mean(unguided, view.estimator)
     place = dict(loc="center left", bbox_to_anchor=(0, 0.25)) if room else dict(loc="upper left")
@@ -130,7 +130,7 @@ def curve(view, fig=None):
     """Mean error and mean log-likelihood over λ, with the calibrated λ, the predicted limit, and a marker at this λ."""
     fig, sweep = fig or Figure(SIZE, layout="none"), view.sweep
     ax = fig.add_axes((0.19, 0.12, 0.63, 0.8))
-    twin = plots_guidance.over_lam(ax, sweep.frame, view.estimator, sweep.floor[view.estimator], sweep.on_policy)
+    twin = guidance.over_lam(ax, sweep.frame, view.estimator, sweep.floor[view.estimator], sweep.on_policy)
     for lam, name in ((sweep.calibrated, "calibrated"), (sweep.limit, "predicted limit")):
         if lam is not None and 0 < lam <= 1.03 * sweep.frame["lam"].max():
             ax.axvline(lam, color="black", linewidth=1.2, linestyle="-.")
