@@ -15,18 +15,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgdlib.lab import figures, settings, store, study
-from pgdlib.lab.explorer import plots_explorer, shelf, widgets
+from pgdlib import fast
+from pgdlib.lab import artifacts, settings, study
+from pgdlib.lab.explorer import stops, views, widgets
+from pgdlib.lab.figures import style
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = dict(dataset="cloned", source="auto", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
 CELL = """
-from pgdlib.lab import figures, settings, study
-from pgdlib.lab.explorer import explorer, widgets
-figures.style.use_style()
+from pgdlib.lab import settings, study
+from pgdlib.lab.explorer import panel, widgets
+from pgdlib.lab.figures import style
+style.use_style()
 lab = study.Study.open(settings.defaults({scale!r}, **{settings!r}))
-panel = explorer.Explorer(lab)
-panel.widget
+explorer = panel.Explorer(lab)
+explorer.widget
 """
 # The ms from a key to the moment when both pictures have been loaded.
 CLOCK = """() => {
@@ -55,7 +58,7 @@ def moves(scale, n):
     sys.path.append(str(ROOT / "tests"))
     from browser import one_cell
 
-    with one_cell(CELL.format(scale=scale, settings=SETTINGS), {"PGD_RUNS": store.root()}) as notebook:
+    with one_cell(CELL.format(scale=scale, settings=SETTINGS), {"PGD_RUNS": artifacts.root()}) as notebook:
         notebook.execute("widgets.live = lambda: False")  # from now on nothing is drawn ahead
         notebook.page.evaluate(CLOCK)
         handle = notebook.page.locator(".pgd-lam .noUi-handle")
@@ -72,7 +75,7 @@ def moves(scale, n):
                 notebook.wait_for(f"window.waits.length > {done}")
             return notebook.page.evaluate(f"window.waits.slice(-{n})")
 
-        yield "pictures not yet drawn", waits(n, "panel._album = widgets.Album(panel._draw)")
+        yield "pictures not yet drawn", waits(n, "explorer._album = widgets.Album(panel._draw)")
         waits(2 * last)
         yield "pictures already drawn", waits(n)
         assert not (errors := notebook.errors()), errors
@@ -83,7 +86,7 @@ def main():
     parser.add_argument("--scale", choices=["ci", "quick"], default="quick")
     parser.add_argument("--moves", type=int, default=50)
     given = parser.parse_args()
-    figures.style.use_style()
+    style.use_style()
     lab = study.Study.open(settings.defaults(given.scale, **SETTINGS))
     lab.sweep("explicit", lab.grid("explicit"))
     print(f"scale {given.scale}, {lab.dataset.label}, {lab.p.samples} trajectories a λ; {torch.get_num_threads()} threads")
@@ -92,24 +95,24 @@ def main():
     for name, waits in moves(given.scale, given.moves):
         print(f"{name:45} {np.median(waits):10.0f} {np.quantile(waits, 0.9):11.0f}")
 
-    shown = shelf.Shelf(lab)
+    shown = stops.Stops(lab)
     shown.choose(lab.p.dataset, "explicit")
-    views = [shown.view(stop, "normalised") for stop in shown.stops]
+    each = [shown.view(stop, "normalised") for stop in shown.all]
     parts = {
-        "cloud": lambda view: widgets.png(plots_explorer.cloud(view)),
-        "curve": lambda view: widgets.png(plots_explorer.curve(view, frame=shown.frame)),
-        "numbers": lambda view: plots_explorer.numbers(view).to_html(),
+        "cloud": lambda view: widgets.png(views.cloud(view)),
+        "curve": lambda view: widgets.png(views.curve(view)),
+        "numbers": lambda view: views.numbers(view).to_html(),
     }
     print(f"\n{'drawing a stop anew':45} {'median ms':>10}")
     for name, draw in parts.items():
-        print(f"{name:45} {1e3 * seconds(lambda i, draw=draw: draw(views[i % len(views)]), 30):10.0f}")
-    together = seconds(lambda i: [draw(views[i % len(views)]) for draw in parts.values()], 30)
+        print(f"{name:45} {1e3 * seconds(lambda i, draw=draw: draw(each[i % len(each)]), 30):10.0f}")
+    together = seconds(lambda i: [draw(each[i % len(each)]) for draw in parts.values()], 30)
     print(f"{'all three':45} {1e3 * together:10.0f}")
 
     def sample(i):
-        lab.judge(*lab.draw("explicit", 0.1, shelf.FRESH, lab.p.seed + 1_000_000 + i))
+        lab.judge(*lab.draw("explicit", 0.1, stops.FRESH, noise=fast.stream(lab.device, "fresh", lab.p.seed, i)))
 
-    print(f"\n{f'sample now: {shelf.FRESH} trajectories, drawn and judged':45} {seconds(sample, 5):8.2f} s (median of 5)")
+    print(f"\n{f'sample now: {stops.FRESH} trajectories, drawn and judged':45} {seconds(sample, 5):8.2f} s (median of 5)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The player beside an explorer, without a frontend: which film it shows, when one is rendered, and what is kept of it."""
+"""The player beside an explorer, without a front end: which trajectory it shows, what it draws and when."""
 
 import io
 import threading
@@ -6,329 +6,235 @@ import time
 
 import numpy as np
 import pytest
-from conftest import kept, texts
+from conftest import kept, texts, wait_for
 from matplotlib.figure import Figure
 from PIL import Image
-from test_explorer import a_panel, nothing_fails_unseen, panel, sketched
-from test_shelf import the_lab
+from small_study import (
+    SWEEPS,
+    explorer,
+    finish,
+    is_live,
+    nothing_fails_unseen,
+    sample,
+    sketched,
+    swept,
+    the_lab,
+)
 
-from pgdlib import data, dynamics
-from pgdlib.lab.explorer import film, player, shelf, widgets
+from pgdlib import dynamics
+from pgdlib.lab.explorer import hand, panel, player, stops
+from pgdlib.simulators.pen import PEN
 
-__all__ = ["nothing_fails_unseen", "panel", "sketched"]  # fixtures
+__all__ = ["explorer", "is_live", "nothing_fails_unseen", "sketched", "swept"]  # fixtures
 pytestmark = [
     pytest.mark.usefixtures("sketched"),
     pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
 TIMES = 7  # of a film: the steps from the second of eight on
-FILMS = "films/standin-human-ci-explicit-"
 
 
 class Projector:
-    """Stands for `film.side_by_side`: a film of its own for every call, which waits after frame `at` unless `open`."""
+    """Stands for `hand.SideBySide`, and notes what is drawn: pixels are (number of the film, 30 times the frame, 7)."""
 
     def __init__(self):
-        self.titles, self.given, self.open, self.at = [], [], True, 3
-        self.waits, self.gate = threading.Semaphore(0), threading.Semaphore(0)
+        self.titles, self.given, self.drawn = [], [], []
 
-    def __call__(self, replay, errors, title, size, report):
+    def __call__(self, replay, errors, title, size):
         self.titles.append(title.removeprefix("stand-in pen-human: "))
-        self.given.append((replay, errors))
-        number = len(self.titles)
-        for k in range(2 * TIMES):
-            report(k + 1)
-            if k == self.at:
-                self.waits.release()
-                assert self.open or self.gate.acquire(timeout=10)
-        return np.stack([np.full((8, 8, 3), (number, 30 * k, 7), np.uint8) for k in range(TIMES)])
+        self.given.append((replay, errors, size))
+        return Film(self, len(self.titles))
 
-    def close(self):
-        """From now on films wait."""
-        self.open = False
 
-    def let_go(self):
-        """One that waits, and those that come."""
-        self.open = True
-        self.gate.release()
+class Film:
+    def __init__(self, projector, number):
+        self.projector, self.number = projector, number
 
-    def waiting(self):
-        """Once one waits."""
-        return self.waits.acquire(timeout=10)
+    def __getitem__(self, k):
+        if k >= TIMES:
+            raise IndexError
+        self.projector.drawn.append((self.projector.titles[self.number - 1], k))
+        return np.full((8, 8, 3), (self.number, 30 * k, 7), np.uint8)
 
 
 @pytest.fixture
 def projector(monkeypatch):
     made = Projector()
-    monkeypatch.setattr(film, "side_by_side", made)
+    monkeypatch.setattr(hand, "SideBySide", made)
     return made
 
 
-def on_screen(hands):
-    """(which of the films, which of its frames); None where there is none."""
+def on_screen(hands, projector):
+    """(title of the film, frame); None where there is none."""
     if not hands._image.value:
         return None
-    number, shade, seven = np.asarray(Image.open(io.BytesIO(hands._image.value)))[0, 0].tolist()
+    number, k, seven = np.asarray(Image.open(io.BytesIO(hands._image.value)))[0, 0].tolist()
     assert seven == 7
-    return number, shade // 30
+    return projector.titles[number - 1], k // 30
 
 
-def load(hands):
-    hands.load()
-    assert hands._job.wait(30)
-    return on_screen(hands)
-
-
-def median(panel):
+def median(explorer):
     """The trajectory in the middle of those that have an error."""
-    error = panel.view.here.measures["normalised"].tolist()
+    error = explorer.view.here.measures["normalised"].tolist()
     finite = sorted(e for e in error if e == e)
     assert 1 < len(finite) < len(error)
     return error.index(finite[len(finite) // 2])
 
 
-# Which film
-
-
-def test_nothing_is_rendered_for_a_reader_until_it_is_asked_for(panel, projector, runs):
-    hands, before = player.Player(panel), kept(runs)
-    panel._slider.value = 1
+def test_for_a_reader_nothing_is_drawn_until_it_is_asked_for(explorer, projector, runs):
+    hands, before = player.Player(explorer), kept(runs)
+    explorer._slider.value = 1
     time.sleep(0.02)
-    assert projector.titles == [] and on_screen(hands) is None and not hands._job.busy
-    assert load(hands) == (1, 0) and projector.titles == [f"λ = 0.5, no. {median(panel)}"]
-    assert set(kept(runs)) - set(before) == {f"{FILMS}0.5-{median(panel)}.gif"}
-    assert load(hands) == (1, 0) and len(projector.titles) == 1  # it is kept
+    assert projector.titles == [] and on_screen(hands, projector) is None
+    for _ in range(2):  # the second time it is kept
+        hands.draw()
+        assert on_screen(hands, projector) == (f"λ = 0.5, no. {median(explorer)}", 0)
+    assert len(projector.drawn) == 1 and kept(runs) == before
 
 
-def test_the_film_is_that_of_the_chosen_trajectory(panel, projector):
-    hands, lab = player.Player(panel), the_lab()
-    panel.pick(4)
-    load(hands)
+def test_the_film_is_that_of_the_chosen_trajectory_and_time(explorer, projector):
+    hands, lab = player.Player(explorer), the_lab()
+    explorer.pick(4)
+    hands.draw()
+    hands._frame.value = 5
+    assert on_screen(hands, projector) == ("λ = 1, no. 4", 5) and hands._frame.max == hands._play.max == TIMES - 1
     hands._guided.value = False
-    assert hands._job.wait(30) and projector.titles == ["λ = 1, no. 4", "λ = 0, no. 4"]
-    for (replay, errors), lam in zip(projector.given, (1.0, 0.0)):
-        steps = lab.normaliser.denormalise(panel.view.points[lam].x[4]).numpy()
-        expected = dynamics.replay(steps[:, data.OBS], steps[:, data.ACTIONS])
+    assert on_screen(hands, projector) == ("λ = 0, no. 4", 5)
+    for (replay, errors, _), lam in zip(projector.given, (1.0, 0.0), strict=True):
+        steps = lab.normaliser.denormalise(explorer.stops.sweep.points[lam].x[4]).numpy()
+        expected = dynamics.replay(PEN, steps[:, :45], steps[:, 45:69])
         np.testing.assert_array_equal(replay.simulated, expected.simulated)
         np.testing.assert_array_equal(errors, expected.normalised(lab.variance))
-    assert on_screen(hands) == (2, 0)
     hands._guided.value = True
-    assert on_screen(hands) == (1, 0) and len(projector.titles) == 2
+    assert on_screen(hands, projector) == ("λ = 1, no. 4", 5) and len(projector.drawn) == 3
 
 
-def test_the_frames_are_those_of_the_slider(panel, projector, runs):
-    hands = player.Player(panel)
-    hands._frame.value = 1
-    assert load(hands) == (1, 1) and hands._frame.max == hands._play.max == TIMES - 1
-    hands._frame.value = 5
-    assert on_screen(hands) == (1, 5)
-    with Image.open(next(runs.glob("films/*.gif"))) as gif:
-        assert (gif.n_frames, gif.size, gif.info["duration"]) == (TIMES, (8, 8), 100)
+def test_save_writes_both_films_below_each_other(explorer, projector, tmp_path):
+    hands = player.Player(explorer)
+    explorer.pick(2)
+    hands.save(tmp_path / "hands.gif")
+    assert projector.titles == ["λ = 0, no. 2", "λ = 1, no. 2"] and [size for *_, size in projector.given] == [(250, 210)] * 2
+    with Image.open(tmp_path / "hands.gif") as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"]) == (TIMES, (8, 16), 100)
+    assert projector.drawn == [(title, k) for title in projector.titles for k in range(TIMES)]
+    assert on_screen(hands, projector) is None
 
 
-def test_save_writes_both_films_into_one_file_alone(panel, projector, monkeypatch):
-    hands, saved = player.Player(panel), []
-    monkeypatch.setattr(film, "save_gif", lambda *given: saved.append(given))
-    panel.pick(2)
-    hands.save("hands.gif")
-    ((both, path, fps),) = saved
-    assert projector.titles == ["λ = 0, no. 2", "λ = 1, no. 2"] and (path, fps) == ("hands.gif", 10)
-    assert (both[:, :8, :, 0] == 1).all() and (both[:, 8:, :, 0] == 2).all() and both.shape == (TIMES, 16, 8, 3)
-    assert on_screen(hands) is None
-
-
-def test_the_number_follows_the_panel_and_leads_it(panel, projector):
-    hands = player.Player(panel)
-    assert hands.number == hands._number.value == median(panel) and hands._number.options == tuple(range(6))
-    panel.pick(5)
+def test_the_number_follows_the_explorer_and_leads_it(explorer, projector):
+    hands = player.Player(explorer)
+    assert hands.number == hands._number.value == median(explorer) and hands._number.options == tuple(range(6))
+    explorer.pick(5)
     assert hands.number == hands._number.value == 5
     hands._number.value = 1
-    assert panel.picked == panel.view.picked == 1 and b", 1, 0.9, 2.0)" in panel._cloud.value.tobytes()
-    panel._slider.value = 3
+    assert explorer.picked == explorer.view.picked == 1 and b", 1, 0.9, 2.0)" in explorer._cloud.value.tobytes()
+    explorer._slider.value = 3
     assert hands._number.value == 1 and hands._guided.options == (("λ = 0", False), ("λ = 2.5", True))
-    panel._rule.value = "smoothed"
-    assert hands._number.value == median(panel) and panel.picked is None
+    explorer._rule.value = "smoothed"
+    assert hands._number.value == median(explorer) and explorer.picked is None
     assert projector.titles == []
 
 
-def test_fewer_fresh_trajectories_than_what_is_picked(panel, projector, runs, monkeypatch):
-    monkeypatch.setattr(shelf, "FRESH", 3)
-    hands = player.Player(panel)
-    panel._number.value = 0.7
-    panel._now.click()
-    assert panel._job.wait(30) and panel.stop == (0.7, 1) and hands._guided.options[1] == ("λ = 0.7 (fresh)", True)
-    panel._slider.value = 0
-    panel.pick(5)
-    panel._slider.value = 2
-    assert panel.stop == (0.7, 1) and panel.picked == 5 and hands._number.options == (0, 1, 2)
+def test_fewer_fresh_trajectories_than_what_is_picked(explorer, projector, monkeypatch):
+    monkeypatch.setattr(stops, "FRESH", 3)
+    hands = player.Player(explorer)
+    sample(explorer, 0.7)
+    assert explorer.stop == (0.7, 1) and hands._guided.options == (("λ = 0, other noise", False), ("λ = 0.7 (fresh)", True))
+    explorer._slider.value = 0
+    explorer.pick(5)
+    explorer._slider.value = 2
+    assert explorer.stop == (0.7, 1) and explorer.picked == 5 and hands._number.options == (0, 1, 2)
     assert hands.number == hands._number.value < 3
-    load(hands)
-    assert projector.titles == [f"λ = 0.7, no. {hands.number}"] and f"{FILMS}0.7-fresh-1-{hands.number}.gif" in kept(runs)
-    panel._slider.value = 1
+    hands.draw()
+    assert projector.titles == [f"λ = 0.7, no. {hands.number}"]
+    explorer._slider.value = 1
     assert hands._number.value == 5
 
 
-def test_without_a_sweep_it_waits_for_one(projector, runs):
-    panel = a_panel()
-    hands = player.Player(panel)
-    hands.load()
+@pytest.mark.usefixtures("runs")
+def test_without_a_sweep_it_waits_for_one(projector):
+    explorer = panel.Explorer(the_lab(), SWEEPS)
+    hands = player.Player(explorer)
+    hands.draw()
     hands._guided.value = False
     hands._frame.value = 1
-    assert not hands._job.busy and on_screen(hands) is None
-    panel._compute.click()
-    assert panel._job.wait(30) and hands._number.value == hands.number
-    load(hands)
-    assert projector.titles == [f"λ = 0, no. {hands.number}"]
-    panel._rule.value = "proximal"
+    assert on_screen(hands, projector) is None
+    explorer._compute.click()
+    finish(explorer)
+    assert hands._number.value == hands.number
+    hands.draw()
+    assert on_screen(hands, projector) == (f"λ = 0, no. {hands.number}", 1)
+    explorer._rule.value = "proximal"
     hands._guided.value = True
-    assert not hands._job.busy and len(projector.titles) == 1
+    assert len(projector.titles) == 1
 
 
-# When it is rendered
-
-
-def test_another_choice_takes_the_place_of_what_is_rendered(panel, projector, runs):
-    hands, before = player.Player(panel), kept(runs)
-    projector.close()
-    panel.pick(1)
-    hands.load()
-    assert projector.waiting()
-    for number in (2, 3):
-        panel.pick(number)
-        hands.load()
-    projector.let_go()
-    assert hands._job.wait(30) and projector.titles == ["λ = 1, no. 1", "λ = 1, no. 3"]
-    assert on_screen(hands) == (2, 0) and set(kept(runs)) - set(before) == {f"{FILMS}1-3.gif"}
-
-
-def test_what_is_being_rendered_is_not_begun_again(panel, projector):
-    hands = player.Player(panel)
-    projector.close()
-    hands.load()
-    assert projector.waiting()
-    panel._estimator.value = "appendix_b"
-    hands.load()
-    projector.let_go()
-    assert hands._job.wait(30) and len(projector.titles) == 1 and on_screen(hands) == (1, 0)
-
-
-def test_one_can_change_ones_mind(panel, projector):
-    hands = player.Player(panel)
-    projector.close()
-    for number in (1, 2, 1):
-        panel.pick(number)
-        hands.load()
-    assert projector.waiting()
-    projector.let_go()
-    assert hands._job.wait(30) and projector.titles[-1] == "λ = 1, no. 1" and on_screen(hands) == (len(projector.titles), 0)
-
-
-def test_a_cancelled_film_leaves_nothing_and_is_not_begun_again(panel, projector, runs):
-    hands, before = player.Player(panel), kept(runs)
-    projector.close()
-    hands.load()
-    assert projector.waiting()
-    hands._job.cancel.click()
-    projector.let_go()
-    assert hands._job.wait(30) and hands._job.line.value == "cancelled"
-    assert len(projector.titles) == 1 and kept(runs) == before and on_screen(hands) is None
-    assert load(hands) == (2, 0)
-
-
-def test_a_user_who_cancels_the_second_film_is_heard(panel, projector):
-    """Though the player itself gave up the first, but too late."""
-    hands = player.Player(panel)
-    projector.close()
-    projector.at = 2 * TIMES - 1
-    panel.pick(1)
-    hands.load()
-    assert projector.waiting()
-    panel.pick(2)
-    hands.load()
-    projector.at = 3
-    projector.gate.release()
-    assert projector.waiting()
-    hands._job.cancel.click()
-    projector.let_go()
-    assert hands._job.wait(30) and len(projector.titles) == 2 and hands._job.line.value == "cancelled"
-
-
-def test_a_film_that_fails_is_told_and_the_next_is_rendered(panel, projector, monkeypatch):
-    hands = player.Player(panel)
-    with monkeypatch.context() as patch:
-        patch.setattr(film, "save_gif", lambda *_: {}["full"])
-        assert load(hands) is None and hands._job.line.value == "KeyError: &#x27;full&#x27;"
-    assert load(hands) == (2, 0) and hands._job.line.value == ""
-
-
-def test_the_oldest_film_is_forgotten(panel, projector, monkeypatch):
-    monkeypatch.setattr(player, "KEPT", 2)
-    hands = player.Player(panel)
-    for number in (1, 2, 3, 2, 1):
-        panel.pick(number)
-        load(hands)
-    assert [title[-1] for title in projector.titles] == ["1", "2", "3", "1"]
-
-
-def test_as_long_as_the_slider_moves_nothing_is_rendered(panel, projector, monkeypatch):
-    monkeypatch.setattr(widgets, "live", lambda: True)
-    monkeypatch.setattr(player, "PATIENCE", 0.3)
-    hands = player.Player(panel)
+@pytest.mark.usefixtures("is_live")
+def test_the_hand_follows_once_the_slider_rests(explorer, projector):
+    hands = player.Player(explorer)
+    hands._frame.value = 4
+    first = projector.drawn.copy()
     for place in (0, 1, 3):
-        panel._slider.value = place
-    assert projector.titles == [] and hands._timer.daemon
-    assert projector.waiting() and hands._job.wait(30)
-    assert projector.titles == [f"λ = 2.5, no. {hands.number}"] and on_screen(hands) == (1, 0)
+        explorer._slider.value = place
+    assert projector.drawn == first
+    wait_for(lambda: len(projector.drawn) == len(first) + TIMES)
+    title = f"λ = 2.5, no. {hands.number}"
+    assert projector.drawn[len(first) :] == [(title, k) for k in (4, 5, 6, 0, 1, 2, 3)]
+    assert on_screen(hands, projector) == (title, 4)
+    hands._frame.value = 6
+    assert on_screen(hands, projector) == (title, 6) and len(projector.drawn) == len(first) + TIMES
+    hands._guided.value = False  # at once, and the rest of it ahead
+    assert on_screen(hands, projector) == (f"λ = 0, no. {hands.number}", 6)
+    wait_for(lambda: len(projector.drawn) == len(first) + 2 * TIMES)
 
 
-def test_a_new_player_takes_the_place_of_the_old(panel, projector, monkeypatch):
-    """As the cell that makes it may be run again; other listeners stay."""
-    heard = []
-    panel.listeners.append(lambda: heard.append(panel.stop))
-    old, new = player.Player(panel), player.Player(panel)
-    monkeypatch.setattr(widgets, "live", lambda: True)
-    monkeypatch.setattr(player, "PATIENCE", 0.01)
-    panel._slider.value = 0
-    assert projector.waiting() and new._job.wait(30)
-    assert not old._timer.is_alive()
-    assert len(projector.titles) == 1 and on_screen(old) is None and on_screen(new) == (1, 0) and heard == [(0.0, 0)]
+@pytest.mark.usefixtures("is_live")
+def test_a_new_player_takes_the_place_of_the_old(explorer, projector, monkeypatch):
+    """As the cell that makes it may be run again."""
+    monkeypatch.setattr(player, "PATIENCE", 0.05)
+    old, new = player.Player(explorer), player.Player(explorer)
+    wait_for(lambda: on_screen(new, projector) and on_screen(old, projector))  # both begin where the explorer stands
+    explorer._slider.value = 0
+    title = f"λ = 0, no. {new.number}"
+    wait_for(lambda: on_screen(new, projector) == (title, 0))
+    wait_for(lambda: (title, TIMES - 1) in projector.drawn)
+    assert on_screen(old, projector)[0] != title and projector.titles.count(title) == 1
 
 
-def test_the_last_choice_is_what_is_shown(panel, projector, monkeypatch):
-    """However fast one chooses, with timers, jobs and pictures drawn ahead all at once."""
-    monkeypatch.setattr(widgets, "live", lambda: True)
+@pytest.mark.usefixtures("is_live")
+def test_the_last_choice_is_what_is_shown(explorer, projector, monkeypatch):
+    """However fast one chooses, while other frames and pictures are drawn ahead."""
     monkeypatch.setattr(player, "PATIENCE", 0.001)
-    hands, rng = player.Player(panel), np.random.default_rng(0)
+    hands, rng = player.Player(explorer), np.random.default_rng(0)
+    before = set(threading.enumerate())
     for i in range(90):
         if i % 3 == 0:
-            panel.pick(int(rng.integers(6)))
+            explorer.pick(int(rng.integers(6)))
         elif i % 3 == 1:
-            panel._slider.value = int(rng.integers(4))
+            explorer._slider.value = int(rng.integers(4))
         else:
             hands._guided.value = not hands._guided.value
         time.sleep(0.002 * (i % 2))
-    hands._timer.join(10)
-    assert hands._job.wait(30)
-    shown, lam = on_screen(hands)[0], panel.stop[0] if hands._guided.value else 0.0
-    assert projector.titles[shown - 1] == f"λ = {lam:.3g}, no. {hands.number}"
-    assert len(projector.titles) > 5
+    for thread in set(threading.enumerate()) - before:
+        if not thread.name.startswith("hand"):
+            thread.join(10)
+    lam = explorer.stop[0] if hands._guided.value else 0.0
+    assert on_screen(hands, projector) == (f"λ = {lam:.3g}, no. {hands.number}", 0) and len(projector.titles) > 5
 
 
-# Where nothing can be drawn
+# Where nothing can be drawn, and where it can
 
 
-def test_where_mujoco_cannot_render_it_says_so_and_all_else_works(panel, runs, monkeypatch, tmp_path):
+def test_where_mujoco_cannot_render_it_says_so_and_all_else_works(explorer, runs, monkeypatch, tmp_path):
     def fail(*_, **__):
-        raise film.CannotRender("install <libEGL>")
+        raise hand.CannotRender("install <libEGL>")
 
-    monkeypatch.setattr(film, "side_by_side", fail)
-    monkeypatch.setattr(film, "frames", fail)
-    hands, before = player.Player(panel), kept(runs)
-    assert load(hands) is None and hands._note.value == "<pre>install &lt;libEGL&gt;</pre>" and hands._job.line.value == ""
+    monkeypatch.setattr(hand, "frames", fail)
+    hands, before = player.Player(explorer), kept(runs)
+    hands.draw()
     for change in (lambda: hands._number.set_trait("value", 2), lambda: hands._guided.set_trait("value", False)):
         change()
-        assert hands._job.wait(30) and load(hands) is None
-    panel._slider.value = 3
-    assert panel.picked == 2 and hands._guided.options[1][0] == "λ = 2.5" and "install" in hands._note.value
+        assert not hands._image.value and hands._note.value == "<pre>install &lt;libEGL&gt;</pre>"
+    explorer._slider.value = 3
+    assert explorer.picked == 2 and hands._guided.options[1][0] == "λ = 2.5" and "install" in hands._note.value
     fig = hands.figure()
     assert isinstance(fig, Figure) and texts(fig) == ["install <libEGL>"]
     hands.save(tmp_path / "hands.gif")
@@ -336,24 +242,21 @@ def test_where_mujoco_cannot_render_it_says_so_and_all_else_works(panel, runs, m
 
 
 @pytest.mark.slow
-def test_a_real_film(panel, runs):
+def test_a_real_film(explorer):
     try:
-        film.frames(np.zeros((1, 30)), np.array([0, 0, 1.0]), (40, 30))
-    except film.CannotRender as reason:
+        hand.frames(np.zeros((1, 30)), np.array([0, 0, 1.0]), (40, 30))
+    except hand.CannotRender as reason:
         pytest.skip(f"NOTHING IS DRAWN IN THIS TEST: {reason}")
-    hands, size = player.Player(panel), (2 * 320 + 3 * film.EDGE, film.HEAD + 270 + film.FOOT)
-    hands.load()
-    assert hands._job.wait(120) and hands._note.value == hands._job.line.value == ""
+    hands, size = player.Player(explorer), (2 * 320 + 3 * hand.EDGE, hand.HEAD + 270 + hand.FOOT)
+    hands.draw()
     first = Image.open(io.BytesIO(hands._image.value))
     hands._frame.value = TIMES - 1
     last = Image.open(io.BytesIO(hands._image.value))
-    assert first.size == last.size == size and (np.asarray(first) != np.asarray(last)).any()
-    (path,) = runs.glob("films/*.gif")
-    with Image.open(path) as gif:
-        assert (gif.size, gif.n_frames) == (size, TIMES)
+    assert hands._note.value == "" and first.size == last.size == size and (np.asarray(first) != np.asarray(last)).any()
     fig = hands.figure(moments=3)
     names = {"λ = 0\nimagined", "λ = 0\nsimulated", "λ = 1\nimagined", "λ = 1\nsimulated"}
-    assert len(fig.axes) == 12 and names <= set(texts(fig)) and {"0.00 s", "0.06 s"} <= set(texts(fig))
-    pictures = [np.asarray(ax.get_images()[0].get_array()) for ax in fig.axes]
-    np.testing.assert_array_equal(pictures[0], pictures[3])  # the simulator begins where the model does
-    assert (pictures[2] != pictures[5]).any()  # and ends elsewhere
+    assert names | {"0.00 s", "0.06 s"} <= set(texts(fig))
+    picture = np.asarray(fig.axes[0].get_images()[0].get_array())
+    tiles = picture.reshape(4, 200, 3, 240, 3).swapaxes(1, 2)
+    np.testing.assert_array_equal(tiles[0, 0], tiles[1, 0])  # the simulator begins where the model does
+    assert (tiles[0, 2] != tiles[1, 2]).any()  # and ends elsewhere

@@ -271,7 +271,7 @@ def test_the_settings_of_a_maker_are_those_that_its_function_reads(function, kin
 def test_what_the_library_keeps_is_common_or_the_points_own():
     code = "\n".join(p.read_text() for p in (ROOT / "pgdlib").glob("*.py") if not p.name.startswith("sweep"))
     folders = set(re.findall(r'store\.root\(\) / "(\w+)"', code))
-    assert folders - set(sweep_task.COMMON) == {"figures", "results", "films"}
+    assert folders - set(sweep_task.COMMON) == {"figures", "results"}
     assert set(sweep_task.COMMON) <= folders
 
 

@@ -6,18 +6,19 @@ It shows the sweep of notebook 04 that is in runs/, and needs a Chromium. -> fig
 import sys
 from pathlib import Path
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL = """
-from pgdlib.lab import figures, settings, store, study
-from pgdlib.lab.explorer import explorer
-figures.style.use_style()
-chosen = dict(dataset="cloned", source="local", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
-lab = study.Study.open(settings.defaults("quick", **chosen))
-found = (store.root() / "sweeps").glob("*-cloned-quick-explicit-natural/*.safetensors")
-panel = explorer.Explorer(lab, {"explicit": [float(path.stem.partition("-")[2]) for path in found]})
-panel.widget
+from pgdlib.lab import artifacts, settings, study
+from pgdlib.lab.explorer import panel
+from pgdlib.lab.figures import style
+style.use_style()
+asked = dict(dataset="cloned", source="local", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
+lab = study.Study.open(settings.defaults("quick", **asked))
+found = (artifacts.root() / "sweeps").glob("*-cloned-quick-explicit-natural/*.safetensors")
+explorer = panel.Explorer(lab, {"explicit": [float(path.stem.partition("-")[2]) for path in found]})
+explorer.widget
 """
 
 
@@ -25,7 +26,7 @@ def main():
     sys.path.append(str(ROOT / "tests"))
     from browser import one_cell
 
-    with one_cell(CELL, {"PGD_RUNS": store.root()}, (1440, 1000)) as notebook:
+    with one_cell(CELL, {"PGD_RUNS": artifacts.root()}, (1440, 1000)) as notebook:
         notebook.wait_for("document.querySelector('.pgd-curve')?.naturalWidth > 0")
         notebook.page.locator(".pgd-explorer").screenshot(path=ROOT / "figures/explorer.png")
     print("figures/explorer.png")

@@ -1,5 +1,6 @@
 """Simulators: what happens to a state under an action, many simulations side by side. One file a domain."""
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,3 +52,17 @@ def advance(simulator: Simulator, qpos, qvel, actions, threads: int | None = Non
 def default_threads() -> int:
     """The number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def import_mujoco():
+    """MuJoCo, also where $MUJOCO_GL names a way to draw that does not work here: simulating needs none."""
+    try:
+        return importlib.import_module("mujoco")
+    except Exception:  # of whatever kind: they come from PyOpenGL, GLFW or the system
+        if (way := os.environ.get("MUJOCO_GL")) is None:
+            raise
+    os.environ["MUJOCO_GL"] = "disable"  # MuJoCo reads it as it is imported
+    try:
+        return importlib.import_module("mujoco")
+    finally:
+        os.environ["MUJOCO_GL"] = way

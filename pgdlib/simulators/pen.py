@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from pgdlib.simulators import Simulator, default_threads, pen_states
+from pgdlib.simulators import Simulator, default_threads, import_mujoco, pen_states
 from pgdlib.simulators.pen_states import (
     ACTION_DIM,
     CONTROL_DT,
@@ -30,6 +30,7 @@ def normalised_score(d4rl_return: float | np.ndarray) -> float | np.ndarray:
 
 @cache
 def _pen_class():
+    import_mujoco()
     with contextlib.redirect_stderr(io.StringIO()):  # importing it prints a notice about other environments
         from gymnasium_robotics.envs.adroit_hand.adroit_pen import AdroitHandPenEnv
     return AdroitHandPenEnv
@@ -42,10 +43,8 @@ def _gym_env():
 
 def pen_rest_pose() -> tuple[np.ndarray, np.ndarray]:
     """Position [3] and rotation [3, 3] of the pen's body where all its joints are zero."""
-    import mujoco
-
     body, matrix = _gym_env().model.body("Object"), np.empty(9)
-    mujoco.mju_quat2Mat(matrix, body.quat)
+    import_mujoco().mju_quat2Mat(matrix, body.quat)
     return body.pos, matrix.reshape(3, 3)
 
 
@@ -67,10 +66,9 @@ class PenBatch:
     """
 
     def __init__(self, n: int, threads: int | None = None):
-        from mujoco import mjtWarning as w
+        env, w = _gym_env(), import_mujoco().mjtWarning
         from mujoco.batch import Batch
 
-        env = _gym_env()
         self.n = n
         self._ctrl_mean, self._ctrl_range = env.act_mean, env.act_rng
         self._pen, self._target = env.obj_body_id, env.target_obj_body_id

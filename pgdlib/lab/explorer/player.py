@@ -1,38 +1,35 @@
 """The player: a trajectory of the λ explorer in the hand, as the model imagined it beside what the simulator makes of it."""
 
 import contextlib
+import functools
 import html
 import io
-import threading
 
 import ipywidgets as w
 import numpy as np
 from PIL import Image
 
-from pgdlib import data, dynamics
-from pgdlib.lab import artifacts
-from pgdlib.lab.explorer import film, plots_explorer, widgets
-from pgdlib.simulators import pen as adroit
+from pgdlib import dynamics
+from pgdlib.lab.explorer import hand, views, widgets
+from pgdlib.simulators import pen
 
 FPS = 10  # frames a second; they are 100 Hz, so ten times slower than life
-KEPT = 20  # films in memory
-PATIENCE = 0.4  # s that λ has to rest before a film is rendered
+PATIENCE = 0.3  # s that λ has to rest before the hand follows
 
 
 class Player:
-    """A film of the trajectory that is picked in an `explorer.Explorer`, unguided and at its λ; `widget` is what to display.
+    """The trajectory that is picked in a `panel.Explorer`, in the hand, unguided and at its λ; `widget` is what to display.
 
-    Films are rendered in a thread, kept, and saved as GIFs in runs/films/. Where MuJoCo cannot render, the player says so.
-    A panel has one player: another takes its place.
+    Frames are drawn when they are looked at, and before that in a thread. Where MuJoCo cannot render, the player says so. A
+    panel has one player: another takes its place.
     """
 
     def __init__(self, panel):
-        self.panel, self._films, self._shown = panel, {}, []
-        self._timer, self._lock = threading.Timer(PATIENCE, self.load), threading.RLock()  # taken before the panel's
+        self.panel, self._quiet = panel, False  # quiet while traits are set from here
+        self._album, self._side_by_side = widgets.Album(self._picture), functools.lru_cache(8)(_side_by_side)
         self._build()
         with panel.lock:
-            others = [f for f in panel.listeners if not isinstance(getattr(f, "__self__", None), Player)]
-            panel.listeners[:] = [*others, self.follow]  # the player of a cell that is run again renders no more
+            panel.follow = self.follow
             self.follow()
 
     @property
@@ -46,145 +43,104 @@ class Player:
         return int(np.argsort(error)[np.isfinite(error).sum() // 2])
 
     def follow(self):
-        """Show what the explorer stands at; a listener, so the panel's lock is held."""
+        """Show what the explorer stands at, once λ rests; the panel's lock is held."""
         if self.panel.stop is None:
             return
-        lam, fresh = self.panel.stop
-        n, number, guided, self._quiet = len(self.panel.view.here.x), self.number, self._guided.value, True
+        (lam, fresh), x, guided = self.panel.stop, self.panel.view.here.x, self._guided.value
         unguided, here = ("λ = 0, other noise", f"λ = {lam:.3g} (fresh)") if fresh else ("λ = 0", f"λ = {lam:.3g}")
+        self._quiet, number = True, self.number
         self._guided.options = [(unguided, False), (here, True)]
         self._guided.value = guided
-        self._number.options = list(range(n))
-        self._number.value, self._quiet = number, False
-        if widgets.live():
-            self._timer.cancel()  # as long as λ moves, nothing is rendered
-            self._timer = threading.Timer(PATIENCE, self.load)
-            self._timer.daemon = True
-            self._timer.start()
+        self._number.options = list(range(len(x)))
+        self._number.value = number
+        self._frame.max = self._play.max = x.shape[1] - 2  # the first step has no state: velocities are differences
+        self._quiet = False
+        self._draw_ahead(PATIENCE)
 
-    def load(self, _=None):
-        """Show the film of the chosen trajectory; if it is not kept, render it in a thread, in place of any other."""
-        with self._lock:  # the main thread, a timer and a job come here
+    def draw(self, _=None):
+        """Show the frame that is chosen, unless another has been chosen meanwhile."""
+        if (key := self._key()) is not None:
+            picture = self._album[key]
             with self.panel.lock:
-                if self.panel.stop is None:
-                    return
-                key, path, render = self._choice(self._guided.value)
-            if key in self._films:
-                return self._show(self._films[key])
-            if self._job.busy:
-                if key != self._rendering:
-                    self._again = True  # when the other has ended
-                    self._job.stop()
-                return
-
-            def work(report):
-                frames = render(report)
-                film.save_gif(frames, path, FPS)
-                return [_png(frame) for frame in frames]
-
-            def then(frames):
-                with self._lock:
-                    self._films[key] = frames
-                    while len(self._films) > KEPT:
-                        del self._films[next(iter(self._films))]
-                    self.load()  # perhaps another one is wanted by now
-
-            self._rendering, self._again = key, False
-            self._job.start("rendering", work, then, self._ended)
+                if key == self._key():
+                    self._image.value = picture
 
     def figure(self, moments=5):
         """Some frames, unguided and guided, or why there are none: what stands where the player cannot run."""
         rows = {}
         try:
             for guided in (False, True):
-                (_, _, (lam, _), _), played = self._replay(guided)
+                lab, view = self._shown(guided)
+                played = _replay(lab, view)
                 picks = np.linspace(0, len(played.imagined) - 1, moments).round().astype(int)
                 for name, qpos in (("imagined", played.imagined), ("simulated", played.simulated)):
-                    rows[f"λ = {lam:.3g}\n{name}"] = film.frames(qpos[picks], played.target_axis, (240, 200))
-        except film.CannotRender as reason:
-            return plots_explorer.message(str(reason))
-        view = self.panel.view
-        title = f"{view.label}, {view.rule} rule: trajectory {self.number} (green: where the pen should be)"
-        return film.strip(rows, picks * adroit.CONTROL_DT, title)
+                    rows[f"λ = {view.lam:.3g}\n{name}"] = hand.frames(qpos[picks], played.start[hand.TARGET], (240, 200))
+        except hand.CannotRender as reason:
+            return views.message(str(reason))
+        title = f"{view.sweep.label}, {view.sweep.rule} rule: trajectory {view.picked} (green: where the pen should be)"
+        return hand.strip(rows, picks * pen.CONTROL_DT, title)
 
     def save(self, path):
-        """Write a GIF of both films, unguided above and guided below; nothing where MuJoCo cannot render."""
-        with contextlib.suppress(film.CannotRender):
-            films = [self._choice(guided)[2](size=(250, 210)) for guided in (False, True)]
-            film.save_gif(film.stack(films), path, FPS)
+        """Write a GIF of the trajectory, unguided above and guided below; nothing where MuJoCo cannot render."""
+        with contextlib.suppress(hand.CannotRender):
+            hand.save_gif([_side_by_side(*self._shown(guided), (250, 210)) for guided in (False, True)], path, FPS)
 
-    def _replay(self, guided):
-        """(what names the shown trajectory: dataset, rule, stop and number; its replay)"""
+    def _shown(self, guided):
+        """(the study, the view of the shown trajectory at λ = 0 or where the explorer stands)"""
         with self.panel.lock:
-            shelf, view, number = self.panel.shelf, self.panel.view, self.number
-            key = shelf.dataset, shelf.rule, self.panel.stop if guided else (0.0, 0), number
-            x, normaliser = (view.here if guided else view.points[0.0]).x[number], shelf.lab.normaliser
-        steps = normaliser.denormalise(x).cpu().numpy()
-        return key, dynamics.replay(steps[:, data.OBS], steps[:, data.ACTIONS])
+            stops = self.panel.stops
+            return stops.lab, stops.view(self.panel.stop if guided else (0.0, 0), "normalised", self.number)
 
-    def _choice(self, guided):
-        """(what names a film, where its GIF belongs, a function of `report` that renders it)"""
-        lab, (key, played) = self.panel.shelf.lab, self._replay(guided)
-        _, rule, (lam, fresh), number = key
-        name = f"{lam:.3g}{f'-fresh-{fresh}' if fresh else ''}"
-        title = f"{lab.dataset.label}: λ = {lam:.3g}, no. {number}"
-        path = artifacts.root() / "films" / f"{lab.dataset.slug}-{lab.p.scale}-{rule}-{name}-{number}.gif"
+    def _key(self):
+        """What names the chosen frame; None where there is none to choose, or while that is being changed."""
+        with self.panel.lock:
+            return None if self._quiet or self.panel.stop is None else (*self._shown(self._guided.value), self._frame.value)
 
-        def render(report=lambda share: None, size=(320, 270)):
-            total, errors = 2 * len(played.imagined), played.normalised(lab.variance)
-            return film.side_by_side(played, errors, title, size, lambda done: report(done / total))
+    def _picture(self, key):
+        lab, view, k = key
+        buffer = io.BytesIO()
+        try:
+            Image.fromarray(self._side_by_side(lab, view)[k]).save(buffer, format="png", compress_level=1)
+        except hand.CannotRender as reason:
+            self._note.value = f"<pre>{html.escape(str(reason))}</pre>"
+        return buffer.getvalue()
 
-        return key, path, render
+    def _draw_ahead(self, rest=0.0):
+        """Draw all frames of what is chosen, from the one at the slider on."""
+        if (key := self._key()) is not None:
+            n = self._frame.max + 1
+            self._album.draw_ahead([(*key[:2], (key[2] + k) % n) for k in range(n)], rest, self.draw)
 
-    def _show(self, frames):
-        self._shown = frames
-        self._frame.max = self._play.max = len(frames) - 1
-        self._draw()
+    def _choose(self, _):
+        self.draw()
+        self._draw_ahead()
 
-    def _draw(self, _=None):
-        if self._shown:
-            self._image.value = self._shown[min(self._frame.value, len(self._shown) - 1)]
-
-    def _ended(self, error):
-        """After a film that was not finished: the wanted one next, or why there is none."""
-        with self._lock:
-            again, self._again = self._again, False
-        if again:
-            self.load()
-        elif isinstance(error, film.CannotRender):
-            self._job.line.value = ""
-            self._note.value = f"<pre>{html.escape(str(error))}</pre>"
-
-    def _chosen(self, _):
-        if not self._quiet:
-            self.load()
-
-    def _numbered(self, change):
+    def _pick(self, change):
         if not self._quiet:
             self.panel.pick(change["new"])
 
     def _build(self):
-        self._quiet = self._again = False  # whether traits are set from here; whether a film is given up for another
-        self._rendering = None
-        narrow = dict(style={"description_width": "initial"})
-        self._number = w.Dropdown(description="trajectory", layout=w.Layout(width="150px"), **narrow)
+        self._number = w.Dropdown(description="trajectory", layout={"width": "150px"}, style={"description_width": "initial"})
         self._guided = w.ToggleButtons(options=[("λ = 0", False), ("guided", True)], value=True, style={"button_width": "auto"})
         self._play = w.Play(interval=1000 // FPS, max=1, show_repeat=True)
         self._frame = w.IntSlider(max=1, readout=False, layout=w.Layout(flex="1 1 200px"))
-        self._image, self._note, self._job = widgets.picture("pgd-film", 670), w.HTML(), widgets.Job()
+        self._image, self._note = widgets.picture("pgd-film", 670), w.HTML()
         w.jslink((self._play, "value"), (self._frame, "value"))
-        self._number.observe(self._numbered, "value")
-        self._guided.observe(self._chosen, "value")
-        self._frame.observe(self._draw, "value")
-        row = w.Layout(flex_flow="row wrap", align_items="center")
-        choice = w.HBox([self._number, self._guided, self._job.view], layout=row)
+        for widget, react in ((self._number, self._pick), (self._guided, self._choose), (self._frame, self.draw)):
+            widget.observe(react, "value")
+        choice = w.HBox([self._number, self._guided], layout=widgets.ROW)
         controls = w.HBox([self._play, self._frame], layout=w.Layout(max_width="670px"))
         self.widget = w.VBox([choice, self._note, self._image, controls])
         self.widget.add_class("pgd-player")
 
 
-def _png(frame):
-    """A frame [H, W, 3] as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, format="png", compress_level=1)
-    return buffer.getvalue()
+def _replay(lab, view):
+    """The `dynamics.Replay` of the trajectory that is picked in a view."""
+    x, normaliser = view.here.x[view.picked], lab.normaliser
+    return dynamics.replay(pen.PEN, normaliser.obs(x).cpu(), normaliser.actions(x).cpu())
+
+
+def _side_by_side(lab, view, size=(320, 270)):
+    played = _replay(lab, view)
+    title = f"{view.sweep.label}: λ = {view.lam:.3g}, no. {view.picked}"
+    return hand.SideBySide(played, played.normalised(lab.variance), title, size)

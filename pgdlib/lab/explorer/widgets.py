@@ -1,12 +1,11 @@
-"""Interactive panels for notebooks. Where no frontend runs them, each leaves a figure in its place.
+"""Interactive panels for notebooks. Beside each stands a figure, for readers whose notebook has no kernel.
 
-What a panel draws is made by pure functions (`plots_explorer`); here is only what reacts. Work that takes longer than a
-redraw runs in a thread of its own, a `Job`: the kernel stays free, and the work can be cancelled.
+What a panel draws is made by pure functions (`views`); here is only what reacts. Work that takes longer than a redraw runs in
+a thread of its own, a `Job`: the kernel stays free, and the work can be cancelled.
 """
 
 import html
 import io
-import math
 import os
 import sys
 import threading
@@ -14,32 +13,37 @@ import time
 
 import ipywidgets as w
 import matplotlib.pyplot as plt
+from IPython import get_ipython
 from IPython.display import display
+from tqdm import tqdm
 
 PAD = w.Layout(margin="2px 0", width="100%")
+ROW = w.Layout(flex_flow="row wrap", align_items="center")
 DPI = 110
 
 
 def live():
-    """Whether a frontend that runs widgets has started this kernel: JupyterLab, Notebook, VS Code or Colab.
+    """Whether this kernel may have a front end that runs widgets.
 
-    papermill and nbconvert start kernels too, and nobody is there to move a slider.
+    papermill and nbconvert start kernels too, by nbclient, and nobody is there to move a slider. $PGD_WIDGETS (0 or 1) decides
+    where this is wrong, as under Voilà, which also starts kernels by nbclient. ValueError if it is anything else.
     """
-    if "--HistoryManager.hist_file=:memory:" in sys.argv:  # so nbclient starts kernels, from within JupyterLab too
-        return False
-    return bool({"JPY_SESSION_NAME", "VSCODE_PID"} & set(os.environ)) or "google.colab" in sys.modules
+    if (asked := os.environ.get("PGD_WIDGETS", "")) not in ("", "0", "1"):
+        raise ValueError(f"PGD_WIDGETS={asked!r} is not allowed; it must be 0, 1 or unset")
+    by_nbclient = "--HistoryManager.hist_file=:memory:" in sys.argv  # from within JupyterLab too
+    return asked == "1" if asked else hasattr(get_ipython(), "kernel") and not by_nbclient
 
 
-def png(fig, dpi=DPI):
+def png(fig):
     """`fig` as the bytes of a PNG."""
     buffer = io.BytesIO()
     whole = fig.bbox_inches  # also where the user's own style would crop it: clicks are told in its pixels
-    fig.savefig(buffer, format="png", dpi=dpi, facecolor="white", bbox_inches=whole, pil_kwargs={"compress_level": 1})
+    fig.savefig(buffer, format="png", dpi=DPI, facecolor="white", bbox_inches=whole, pil_kwargs={"compress_level": 1})
     return buffer.getvalue()
 
 
 def show(widget, figure):
-    """Display `widget` and, for every reader who cannot run it, `figure`."""
+    """Display `widget` where a front end may run it and, for every other reader, `figure`."""
     bundle = {"image/png": png(figure), "text/plain": "a figure"}
     plt.close(figure)  # or the notebook would show it a second time
     if live():
@@ -58,36 +62,39 @@ def picture(name, width):
 class Album:
     """What `draw(key)` gives, kept; and drawn ahead of time, in a thread, so that a slider answers at once."""
 
-    SIZE = 200
+    SIZE = 500
 
     def __init__(self, draw):
-        self._draw, self._kept, self._ahead = draw, {}, []
-        self.lock = threading.RLock()  # figures are drawn one at a time
+        self._draw, self._kept, self._ahead, self._lock = draw, {}, [], threading.RLock()
 
     def __getitem__(self, key):
         if (kept := self._kept.get(key)) is not None:  # at once, whatever is being drawn
             return kept
-        with self.lock:
+        with self._lock:  # one at a time
             if key not in self._kept:
                 self._kept[key] = self._draw(key)
                 while len(self._kept) > self.SIZE:
                     del self._kept[next(iter(self._kept))]
             return self._kept[key]
 
-    def draw_ahead(self, keys):
-        """Draw `keys`, a list, in a thread, and no more of those that were to be drawn ahead before."""
-        if self._ahead == keys or not live():
-            return
-        self._ahead = keys
-        if keys:
-            threading.Thread(target=self._draw_all, args=(keys,), daemon=True).start()
+    def draw_ahead(self, keys, rest=0.0, then=lambda: None):
+        """Draw `keys`, a list, in a thread, and no more of those that were to be drawn ahead before.
 
-    def _draw_all(self, keys):
+        It begins after `rest` s, if no others have come by then; `then()` is called after the first.
+        """
+        if self._ahead != keys and live():
+            self._ahead = keys
+            threading.Thread(target=self._draw_all, args=(keys, rest, then), daemon=True).start()
+
+    def _draw_all(self, keys, rest, then):
+        time.sleep(rest)
         for key in keys:
-            with self.lock:
+            with self._lock:
                 if self._ahead is not keys:
                     return
                 self[key]
+            if key is keys[0]:
+                then()
             time.sleep(0.001)  # or this thread would take the lock again before those who wait for it
 
 
@@ -123,30 +130,40 @@ class Job:
         self.bar = w.FloatProgress(min=0.0, max=1.0, layout=w.Layout(width="180px"))
         self.line = w.HTML(layout=w.Layout(margin="0 8px"))
         self.cancel = w.Button(description="Cancel", icon="stop", layout=w.Layout(width="90px"))
-        self.cancel.on_click(lambda _: self.stop())
-        self.view = w.HBox([self.line, self.bar, self.cancel], layout=w.Layout(flex_flow="row wrap", align_items="center"))
+        self.cancel.on_click(lambda _: self._stopped.set())
+        self.view = w.HBox([self.line, self.bar, self.cancel], layout=ROW)
         self.view.add_class("pgd-job")
-        self.busy, self._stopped, self._thread, self._lock = False, threading.Event(), None, threading.Lock()
-        self._rest()
+        self.thread, self._stopped, self._lock = None, threading.Event(), threading.Lock()
+        self._tell("", "none")
 
-    def start(self, text, work, then, failed=lambda error: None):
-        """Run `work(report)` in a thread, then `then(result)` there, or `failed(error)`; nothing if busy.
+    @property
+    def busy(self):
+        """Whether it is at work."""
+        return self.thread is not None and self.thread.is_alive()
 
-        `report(share, text)` moves the bar, and raises Cancelled if the user asked for an end.
+    def start(self, text, work):
+        """Run `work(report)` in a thread, and leave the text that it returns; nothing if busy.
+
+        `report(share, text)` moves the bar, from 0 to 1, and raises Cancelled if the user asked for an end.
         """
         with self._lock:
-            if self.busy:
-                return
-            self.busy = True
-        self._stopped.clear()
-        self.bar.value, self.line.value = 0.0, html.escape(text)
-        self.bar.layout.display = self.cancel.layout.display = ""
-        with self._lock:
-            self._thread = threading.Thread(target=self._run, args=(work, then, failed), daemon=True)  # dies with the kernel
-            self._thread.start()
+            if not self.busy:
+                self._stopped.clear()
+                self.thread = threading.Thread(target=self._run, args=(text, work), daemon=True)  # dies with the kernel
+                self.thread.start()
 
-    def report(self, share, text=None):
-        """Move the bar to `share` (0 to 1); raises Cancelled if the user asked for an end."""
+    def _run(self, text, work):
+        self.bar.value = 0.0
+        self._tell(text, "")
+        try:
+            text = work(self._report)
+        except Cancelled:
+            text = "cancelled"
+        except Exception as e:  # a thread has no cell to show it in
+            text = f"{type(e).__name__}: {e}"
+        self._tell(text, "none")
+
+    def _report(self, share, text=None):
         if self._stopped.is_set():
             raise Cancelled
         if share - self.bar.value > 0.02 or share < self.bar.value or share == 1.0:  # few messages
@@ -154,64 +171,21 @@ class Job:
         if text is not None:
             self.line.value = html.escape(text)
 
-    def stop(self):
-        """Ask the work to end; it does so at its next report."""
-        self._stopped.set()
-
-    def wait(self, timeout=None):
-        """Until the work and what follows it have ended, `timeout` s at most; whether they have."""
-        ends = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
-            with self._lock:  # what follows may be starting another
-                if self._thread is None or not self._thread.is_alive():
-                    return True
-            if time.monotonic() > ends:
-                return False
-            time.sleep(0.01)
-
-    def _run(self, work, then, failed):
-        try:
-            result = work(self.report)
-        except Exception as e:  # a thread has no cell to show it in
-            self._rest("cancelled" if isinstance(e, Cancelled) else f"{type(e).__name__}: {e}")
-            then, result = failed, e
-        else:
-            self._rest()
-        self.busy = False  # what follows may start the next
-        try:
-            then(result)
-        except Exception as e:
-            self.line.value = html.escape(f"{type(e).__name__}: {e}")
-            raise  # into the log
-
-    def _rest(self, text=""):
-        self.bar.layout.display = self.cancel.layout.display = "none"
+    def _tell(self, text, display):
         self.line.value = html.escape(text)
+        self.bar.layout.display = self.cancel.layout.display = display
 
 
 def bars(report):
-    """A maker of bars as tqdm's, for `load` and `study`, which move the bar of a `Job` instead."""
+    """A maker of bars as tqdm's, for what is made in a `Job`, which move the bar of that job instead."""
 
-    class Bar:
-        def __init__(self, iterable=None, total=None, desc="", **_):
-            self.iterable, self.total, self.desc, self.n = iterable, total, desc, 0
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread of its own
 
-        def __iter__(self):
-            self.total = len(self.iterable)
-            for each in self.iterable:
-                self.update(0)
-                yield each
-                self.update(1)
+        def __init__(self, *given, **how):
+            super().__init__(*given, **how | dict(mininterval=0, miniters=1, file=io.StringIO(), disable=False))
 
-        def __enter__(self):
-            self.update(0)
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def update(self, n=1):
-            self.n += n
-            report(self.n / self.total if self.total else 1.0, self.desc)
+        def refresh(self, *_, **__):
+            report(self.n / self.total if self.total else 1.0, self.desc.removesuffix(": "))
 
     return Bar

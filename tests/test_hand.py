@@ -13,9 +13,10 @@ import pytest
 from conftest import TITLE, texts
 from PIL import Image
 
+import pgdlib
 from pgdlib import dynamics
 from pgdlib.lab import artifacts
-from pgdlib.lab.explorer import film
+from pgdlib.lab.explorer import hand
 from pgdlib.simulators import pen as adroit
 
 SIZE = 120, 110
@@ -27,8 +28,8 @@ REST = np.zeros(30)
 def opengl():
     """Nothing, where MuJoCo can draw."""
     try:
-        film.frames(REST[None], UP, SIZE)
-    except film.CannotRender as reason:
+        hand.frames(REST[None], UP, SIZE)
+    except hand.CannotRender as reason:
         pytest.skip(f"NOTHING IS DRAWN IN THIS TEST: {reason}")
 
 
@@ -42,7 +43,7 @@ def posed(**joints):
 
 def shown(*poses, axis=UP, size=SIZE):
     """One picture of each pose, as integers that can be subtracted."""
-    return film.frames(np.stack(poses), axis, size).astype(int)
+    return hand.frames(np.stack(poses), axis, size).astype(int)
 
 
 def changed(a, b):
@@ -61,10 +62,10 @@ def green(picture):
 
 @pytest.mark.usefixtures("opengl")
 def test_a_picture_follows_the_joints_and_nothing_else():
-    rest, same, hand, pen, gone = shown(REST, REST, posed(hand3=0.8), posed(pen1=0.03), posed(pen0=9.0))
+    rest, same, bent, pen, gone = shown(REST, REST, posed(hand3=0.8), posed(pen1=0.03), posed(pen0=9.0))
     np.testing.assert_array_equal(rest, same)
-    assert rest.shape == (110, 120, 3) and (rest == film.BACKDROP).all(-1).mean() > 0.3
-    for other in (hand, pen, gone):
+    assert rest.shape == (110, 120, 3) and (rest == hand.BACKDROP).all(-1).mean() > 0.3
+    for other in (bent, pen, gone):
         assert changed(rest, other) > 0.01
     blue = [(p[..., 2] - p[..., 0] > 130).sum() for p in (rest, pen, gone)]
     assert min(blue[:2]) > 20 and not blue[2]  # the pen's cap; the hand is not blue
@@ -88,24 +89,24 @@ def test_the_target_points_where_its_axis_does():
 def test_the_target_covers_a_pen_that_is_where_it_should_be():
     """Adroit Pen starts with the pen in its goal's place. With the target along its axis it makes no difference to outlines."""
     axis = adroit.PenBatch(1).reset(np.array([[1.0, 0, 0, 0]]))[0, 33:36]
-    there, gone = ((p != film.BACKDROP).any(-1) for p in shown(REST, posed(pen0=9.0), axis=axis, size=(320, 300)))
+    there, gone = ((p != hand.BACKDROP).any(-1) for p in shown(REST, posed(pen0=9.0), axis=axis, size=(320, 300)))
     assert (
         (there != gone).mean()
         < 0.003
         < 0.01
-        < (there != (shown(REST, axis=UP, size=(320, 300))[0] != film.BACKDROP).any(-1)).mean()
+        < (there != (shown(REST, axis=UP, size=(320, 300))[0] != hand.BACKDROP).any(-1)).mean()
     )
 
 
 FORKING = """
 import multiprocessing
 import numpy as np
-from pgdlib.lab.explorer import film
+from pgdlib.lab.explorer import hand
 
 def draw():
     try:
-        return film.frames(np.zeros((1, 30)), [0, 0, 1], (40, 30)).std() > 1
-    except film.CannotRender as reason:
+        return hand.frames(np.zeros((1, 30)), [0, 0, 1], (40, 30)).std() > 1
+    except hand.CannotRender as reason:
         return reason
 
 def child():
@@ -124,7 +125,7 @@ for after in (False, True):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 def test_a_process_may_fork_before_and_after_it_has_drawn():
     out, errors = python(FORKING)
-    assert out == f"child True\n0 True\nchild {film.FORKED}\n0 True\n" and errors == []
+    assert out == f"child True\n0 True\nchild {hand.FORKED}\n0 True\n" and errors == []
 
 
 @pytest.mark.slow
@@ -144,29 +145,29 @@ def test_what_is_not_finite_is_a_blank_frame():
     bad = [posed(hand3=np.nan), posed(pen0=np.inf)]
     first, *blank, last = shown(REST, *bad, REST)
     np.testing.assert_array_equal(first, last)
-    assert (first != film.BLANK).any() and all((frame == film.BLANK).all() for frame in blank)
-    assert (shown(REST, axis=np.array([0, np.nan, 1])) == film.BLANK).all()
-    assert film.frames(np.zeros((0, 30)), UP, SIZE).shape == (0, 110, 120, 3)
+    assert (first != hand.BLANK).any() and all((frame == hand.BLANK).all() for frame in blank)
+    assert (shown(REST, axis=np.array([0, np.nan, 1])) == hand.BLANK).all()
+    assert hand.frames(np.zeros((0, 30)), UP, SIZE).shape == (0, 110, 120, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("opengl")
 def test_threads_draw_at_once_and_as_one_does(monkeypatch):
     """And all drawing is done by one thread: what OpenGL needs belongs to a thread, on some systems for good."""
-    picture, drew = film._picture, set()
+    picture, drew = hand._picture, set()
 
     def spy(*args):
         drew.add(threading.get_ident())
         return picture(*args)
 
-    monkeypatch.setattr(film, "_picture", spy)
+    monkeypatch.setattr(hand, "_picture", spy)
     poses = [np.stack([posed(hand3=0.1 * k + i, pen1=0.01 * k) for k in range(6)]) for i in range(3)]
     work = [(pose, axis, size) for pose, axis, size in zip(poses, np.eye(3), (SIZE, SIZE, (80, 90)))]
-    alone, together = [film.frames(*w) for w in work], {}
-    threads = [threading.Thread(target=lambda i=i: together.update({i: film.frames(*work[i])})) for i in range(3)]
+    alone, together = [hand.frames(*w) for w in work], {}
+    threads = [threading.Thread(target=lambda i=i: together.update({i: hand.frames(*work[i])})) for i in range(3)]
     for thread in threads:
         thread.start()
-    here = film.frames(*work[0])
+    here = hand.frames(*work[0])
     for thread in threads:
         thread.join()
     for i in range(3):
@@ -175,31 +176,17 @@ def test_threads_draw_at_once_and_as_one_does(monkeypatch):
     assert len(drew) == 1 and threading.get_ident() not in drew
 
 
-@pytest.mark.usefixtures("opengl")
-def test_report_counts_frames_and_can_end_the_work():
-    seen = []
-    qpos = np.stack([REST, posed(pen0=np.nan), REST, REST])
-    film.frames(qpos, UP, SIZE, seen.append)
-    assert seen == [1, 2, 3, 4]
-
-    def stop(done):
-        seen.append(done)
-        if done == 2:
-            raise KeyboardInterrupt("enough")
-
-    seen.clear()
-    with pytest.raises(KeyboardInterrupt, match="enough"):
-        film.frames(qpos, UP, SIZE, stop)
-    assert seen == [1, 2]
-    np.testing.assert_array_equal(film.frames(qpos, UP, SIZE)[3], film.frames(qpos, UP, SIZE)[0])
-
-
 def python(program, **environment):
     """(what it prints, its errors but for those of the graphics driver) of a new Python; it must end well."""
     unset = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID", "DISPLAY", "WAYLAND_DISPLAY")
     env = {k: v for k, v in os.environ.items() if k not in unset} | environment
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=artifacts.PACKAGE.parent, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program],
+        cwd=Path(pgdlib.__file__).parent.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, [line for line in done.stderr.splitlines() if not line.startswith(("libEGL", "MESA"))]
@@ -213,8 +200,8 @@ def test_a_process_that_draws_ends_without_a_word():
     out, errors = python(
         "import numpy as np\n"
         "import mujoco\n"
-        "from pgdlib import film\n"
-        "print(film.frames(np.zeros((2, 30)), [0, 0, 1], (40, 30)).std() > 1)\n"
+        "from pgdlib.lab.explorer import hand\n"
+        "print(hand.frames(np.zeros((2, 30)), [0, 0, 1], (40, 30)).std() > 1)\n"
     )
     assert out == "True\n" and errors == []
 
@@ -223,16 +210,16 @@ BROKEN = """
 import sys, types
 seaborn = types.SimpleNamespace(color_palette=lambda name: [(0, 0, 0)] * 8)  # all that is needed of it here
 sys.modules["seaborn"] = seaborn  # importing it takes longer than all the rest
-import numpy as np
-from pgdlib.lab.explorer import film
-from pgdlib.simulators import pen as adroit
 {}
+import numpy as np
+from pgdlib.simulators import pen as adroit
+print(adroit.PenBatch(1).reset(np.array([[1.0, 0, 0, 0]])).shape)
+from pgdlib.lab.explorer import hand
 for _ in range(2):
     try:
-        film.frames(np.zeros((2, 30)), [0, 0, 1], (40, 30))
-    except film.CannotRender as reason:
+        hand.frames(np.zeros((2, 30)), [0, 0, 1], (40, 30))
+    except hand.CannotRender as reason:
         print(reason)
-print(adroit.PenBatch(1).reset(np.array([[1.0, 0, 0, 0]])).shape)
 """
 NO_EGL = """
 from OpenGL.platform import ctypesloader
@@ -243,6 +230,7 @@ def without(kind, name, *args, **kwargs):
     return load(kind, name, *args, **kwargs)
 ctypesloader.loadLibrary = without
 """
+NO_OSMESA = NO_EGL.replace("EGL", "OSMesa")
 
 
 @pytest.mark.slow
@@ -251,56 +239,61 @@ ctypesloader.loadLibrary = without
     "breaking, environment, reason",
     [
         (NO_EGL, {}, "(MUJOCO_GL is unset): "),
+        (NO_EGL, {"MUJOCO_GL": "egl"}, "(MUJOCO_GL is egl): "),
+        (NO_OSMESA, {"MUJOCO_GL": "osmesa"}, "(MUJOCO_GL is osmesa): "),
         ("", {"MUJOCO_GL": "glfw"}, "(MUJOCO_GL is glfw): FatalError"),
     ],
-    ids=["no library", "no display"],
+    ids=["no library", "no EGL", "no OSMesa", "no display"],
 )
-def test_without_opengl_it_says_how_to_get_it_and_goes_on(breaking, environment, reason):
+def test_without_opengl_it_simulates_and_says_how_to_get_it(breaking, environment, reason):
     out, errors = python(BROKEN.format(breaking), **environment)
-    assert out.count("apt install libegl1 libgl1") == 2 and reason in out and out.endswith("(1, 45)\n")
+    assert out.startswith("(1, 45)\n") and out.count("apt install libegl1 libgl1") == 2 and reason in out
     assert not [line for line in errors if "Exception ignored" in line or "Traceback" in line]
 
 
-# Films; these need no OpenGL
+# Side by side; these need no OpenGL
 
 
 @pytest.fixture
 def grey(monkeypatch):
-    """Pictures that are grey, lighter from frame to frame."""
+    """Pictures that are grey, lighter from frame to frame; blank where they are not finite."""
 
-    def frames(qpos, target_axis, size, report=lambda done: None):
-        for k in range(len(qpos)):
-            report(k + 1)
-        return np.stack([np.full((size[1], size[0], 3), 100 + k, np.uint8) for k in range(len(qpos))])
+    def frames(qpos, target_axis, size):
+        shades = np.where(np.isfinite(qpos).all(1), 100 + qpos[:, 0], hand.BLANK).astype(np.uint8)
+        return np.broadcast_to(shades[:, None, None, None], (len(qpos), size[1], size[0], 3))
 
-    monkeypatch.setattr(film, "frames", frames)
+    monkeypatch.setattr(hand, "frames", frames)
 
 
 def replay(K=20, broken=()):
-    """A `Replay` of K steps at rest; NaN in `broken` of what is simulated."""
-    simulated = np.zeros((K + 1, 30))
+    """A `Replay` of K steps, the first joint at k; NaN in `broken` of what is simulated."""
+    imagined = np.zeros((K + 1, 30))
+    imagined[:, 0] = np.arange(K + 1)
+    simulated = imagined.copy()
     simulated[list(broken)] = np.nan
-    return dynamics.Replay(np.zeros((K + 1, 30)), simulated, np.zeros((K + 1, 45)), UP)
+    return dynamics.Replay(imagined, simulated, np.zeros((K + 1, 45)), np.eye(45)[38])
+
+
+def filmed(errors, size=(150, 80), **how):
+    return np.stack(list(hand.SideBySide(replay(**how), errors, "λ = 0", size)))
 
 
 def black(frame):
     """The columns that are black along the axis of the error, but for a mark."""
-    low = film.HEAD + 80 + 30  # the axis begins above and ends below
-    return np.flatnonzero((frame[low : low + 70] == 0).all(2).mean(0) > 0.8)
+    low = hand.HEAD + 80 + 30  # the axis begins above and ends below
+    return np.flatnonzero((frame[low : low + 70] < 60).all(2).mean(0) > 0.7)
 
 
 @pytest.mark.usefixtures("grey")
 def test_side_by_side_shows_both_the_error_and_the_time():
-    errors, seen = np.r_[0, np.geomspace(1e-2, 5, 20)], []
-    made = film.side_by_side(replay(), errors, "λ = 0", (150, 80), seen.append)
-    assert made.shape == (21, film.HEAD + 80 + film.FOOT, 330, 3) and made.dtype == np.uint8
-    assert seen == list(range(1, 43))
+    made = filmed(np.r_[0, np.geomspace(1e-2, 5, 20)])
+    assert made.shape == (21, hand.HEAD + 80 + hand.FOOT, 330, 3) and made.dtype == np.uint8
     for k in (0, 7, 20):
-        for x in (film.EDGE, 2 * film.EDGE + 150):
-            assert (made[k, film.HEAD : film.HEAD + 80, x : x + 150] == 100 + k).all()
+        for x in (hand.EDGE, 2 * hand.EDGE + 150):
+            assert (made[k, hand.HEAD : hand.HEAD + 80, x : x + 150] == 100 + k).all()
     at = np.array([black(frame).max() for frame in made])  # the axis on the left is black as well
     assert (np.diff(at) > 0).all() and abs(np.diff(at) - np.diff(at).mean()).max() <= 1
-    orange = np.abs(made[:, film.HEAD + 80 :].astype(int) - np.array(film.MODEL) * 255).max(-1) < 10
+    orange = np.abs(made[:, hand.HEAD + 80 :].astype(int) - np.array(hand.MODEL) * 255).max(-1) < 10
     marks = [np.nonzero(frame & ~orange[0]) for frame in orange]  # only the mark is not in the frame of the start
     rows, columns = (np.array([m[i].mean() for m in marks[1:]]) for i in (0, 1))
     assert np.abs(columns - at[1:]).max() < 4 and (np.diff(rows) < 0).all()  # it rises with the error
@@ -309,45 +302,47 @@ def test_side_by_side_shows_both_the_error_and_the_time():
 
 @pytest.mark.usefixtures("grey")
 def test_films_can_be_compared_by_their_axis():
-    a, b = (film.side_by_side(replay(), np.r_[0, np.full(20, e)], "x", (150, 80)) for e in (0.05, 0.5))
-    strip = np.s_[0, film.HEAD + 80 + 24 : -40, :50]  # the numbers on the left
-    np.testing.assert_array_equal(a[strip], b[strip])
-    c = film.side_by_side(replay(), np.r_[0, np.full(20, 500.0)], "x", (150, 80))
-    assert (a[strip] != c[strip]).any()
+    a, b, c = (filmed(np.r_[0, np.full(20, e)])[0, hand.HEAD + 80 + 24 : -40, :50] for e in (0.05, 0.5, 500.0))
+    np.testing.assert_array_equal(a, b)  # the numbers on the left
+    assert (a != c).any()
 
 
 @pytest.mark.usefixtures("grey")
 @pytest.mark.filterwarnings("error")
 def test_side_by_side_says_where_there_is_no_simulation():
-    K, right = 20, np.s_[film.HEAD : film.HEAD + 80, 180:320]
-    errors = np.r_[0, np.full(9, 0.1), np.full(11, np.nan)]
-    made = film.side_by_side(replay(broken=range(10, K + 1)), errors, "x", (150, 80))
-    written = [(frame[right] < 50).any() for frame in made]
-    assert written == [False] * 10 + [True] * 11
-    nowhere = film.side_by_side(replay(broken=range(K + 1)), np.full(K + 1, np.nan), "x", (150, 80))
+    K, right = 20, np.s_[hand.HEAD : hand.HEAD + 80, 180:320]
+    made = filmed(np.r_[0, np.full(9, 0.1), np.full(11, np.nan)], broken=range(10, K + 1))
+    assert [(frame[right] < 50).any() for frame in made] == [False] * 10 + [True] * 11
+    nowhere = filmed(np.full(K + 1, np.nan), broken=range(K + 1))
     assert all((frame[right] < 50).any() for frame in nowhere)
     assert (nowhere[0][right] < 50).sum() != (made[10][right] < 50).sum()  # not the same words
     assert len({black(frame).max() for frame in nowhere}) == K + 1  # time goes on
 
 
+@pytest.mark.usefixtures("grey")
+def test_a_frame_that_is_not_there():
+    film = hand.SideBySide(replay(3), np.ones(4), "λ = 0")
+    assert len(film) == 4
+    for k in (-1, 4):
+        with pytest.raises(IndexError, match=f"frame {k} is not there; there are 4"):
+            film[k]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("opengl")
-def test_side_by_side_of_a_real_replay(guided):
-    played = dynamics.replay(guided.obs[0, :8], guided.actions[0, :8])
-    made = film.side_by_side(played, played.normalised(guided.obs.var((0, 1))), "guide", SIZE)
-    first, *_, last = made[:, film.HEAD : film.HEAD + SIZE[1]].astype(int)
-    left, right = (first[:, x : x + SIZE[0]] for x in (film.EDGE, 2 * film.EDGE + SIZE[0]))
+def test_side_by_side_of_a_real_replay(quiet):
+    obs, actions = (x[0, :8].copy() for x in quiet)
+    actions[1:] = 1.0  # not what moved the pen
+    played = dynamics.replay(adroit.PEN, obs, actions)
+    film = hand.SideBySide(played, played.normalised(np.ones(45)), "guide", SIZE)
+    first, *_, last = (frame[hand.HEAD : hand.HEAD + SIZE[1]].astype(int) for frame in film)
+    left, right = (first[:, x : x + SIZE[0]] for x in (hand.EDGE, 2 * hand.EDGE + SIZE[0]))
     np.testing.assert_array_equal(left, right)  # one start
-    np.testing.assert_array_equal(left, shown(played.imagined[0], axis=played.target_axis)[0])
-    assert len(made) == 7 and (first != last).any()
+    np.testing.assert_array_equal(left, shown(played.imagined[0], axis=played.start[36:39])[0])
+    assert len(film) == 7 and (first != last).any()
 
 
-def test_stack_waits_for_the_longer_film():
-    long, short = (np.random.default_rng(0).integers(0, 255, (n, 4, 5, 3), np.uint8) for n in (6, 2))
-    both = film.stack([short, long])
-    assert both.shape == (6, 8, 5, 3)
-    np.testing.assert_array_equal(both[:, 4:], long)
-    np.testing.assert_array_equal(both[:, :4], short[[0, 1, 1, 1, 1, 1]])
+# Files and figures
 
 
 @pytest.fixture
@@ -360,16 +355,17 @@ def moving():
     return frames
 
 
-def test_a_gif_holds_the_film(moving, tmp_path):
-    path = film.save_gif(moving, tmp_path / "new" / "film.gif", fps=20)
+def test_a_gif_holds_the_films(moving, tmp_path):
+    path = hand.save_gif([moving, moving[::-1]], tmp_path / "new" / "film.gif", fps=20)
+    both = np.concatenate([moving, moving[::-1]], 1)
     with Image.open(path) as gif:
-        assert (gif.n_frames, gif.size, gif.info["loop"]) == (10, (80, 60), 0)
+        assert (gif.n_frames, gif.size, gif.info["loop"]) == (10, (80, 120), 0)
         read = []
         for k in range(10):
             gif.seek(k)
             assert gif.info["duration"] == 50
             read.append(np.asarray(gif.convert("RGB")).astype(int))
-    assert np.abs(np.stack(read) - moving).mean() < 6
+    assert np.abs(np.stack(read) - both).mean() < 6
     for frame in read[1:]:
         np.testing.assert_array_equal(frame[:50], read[0][:50])  # what stays keeps its colours
     assert conftest.kept(tmp_path) == ["new/film.gif"]
@@ -379,19 +375,23 @@ def test_a_gif_that_cannot_be_written_leaves_nothing(moving, tmp_path, monkeypat
     def fail(*args):
         raise OSError("disk full")
 
-    kept = film.save_gif(moving[:1], tmp_path / "old.gif").read_bytes()
+    kept = hand.save_gif([moving[:1]], tmp_path / "old.gif").read_bytes()
     monkeypatch.setattr(artifacts.os, "fsync", fail)
     for name in ("new.gif", "old.gif"):
         with pytest.raises(OSError, match="disk full"):
-            film.save_gif(moving, tmp_path / name)
+            hand.save_gif([moving], tmp_path / name)
     assert conftest.kept(tmp_path) == ["old.gif"] and Path(tmp_path / "old.gif").read_bytes() == kept
 
 
-@pytest.mark.usefixtures("style")
 def test_strip_shows_the_frames_with_their_times(moving):
     picked = moving[[0, 4, 9]]
-    fig = conftest.drawn(film, "strip", {"imagined": picked, "simulated": 255 - picked}, [0, 0.04, 0.09])
+    fig = conftest.drawn(hand, "strip", {"imagined": picked, "simulated": 255 - picked}, [0, 0.04, 0.09])
     assert {TITLE, "imagined", "simulated", "0.00 s", "0.04 s", "0.09 s"} <= set(texts(fig))
-    pictures = [ax.get_images()[0].get_array() for ax in fig.axes]
-    for found, expected in zip(pictures, [*picked, *(255 - picked)], strict=True):
-        np.testing.assert_array_equal(found, expected)
+    (ax,) = fig.axes
+    picture = ax.get_images()[0].get_array()
+    for j, name in enumerate(("imagined", "simulated")):
+        for i, time in enumerate(("0.00 s", "0.04 s", "0.09 s")):
+            expected = picked[i] if name == "imagined" else 255 - picked[i]
+            np.testing.assert_array_equal(picture[60 * j : 60 * (j + 1), 80 * i : 80 * (i + 1)], expected)
+            assert 80 * i < ax.get_xticks()[i] < 80 * (i + 1) and ax.get_xticklabels()[i].get_text() == time
+        assert 60 * j < ax.get_yticks()[j] < 60 * (j + 1) and ax.get_yticklabels()[j].get_text() == name
