@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-from pgdlib.lab.equal_likelihood import on_front
 from pgdlib.lab.figures.plots import DATA, GUIDED, MODEL, MUTED, THEIRS
+from pgdlib.lab.fronts import on_front
 
 LIKELIHOOD = "log-likelihood under the guide\n(nats per action dimension)"
 MARKERS = "osD^vPX*"
