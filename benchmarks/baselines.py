@@ -10,7 +10,7 @@ from torch import nn
 
 from pgdlib import data, edm
 from pgdlib.agents import stack as agents
-from pgdlib.simulators import pen as adroit
+from pgdlib.simulators import pen, pen_states
 from pgdlib.simulators.pen_states import state_from_observations
 
 
@@ -253,4 +253,21 @@ class PlainWindows:
 
 def gym_env():
     """The gym environment with 200 steps, as `play` and `dynamics_error` take it."""
-    return adroit.make_env("native").env
+    return make_env("native").env
+
+
+def make_env(scale: str = "d4rl", **kwargs):
+    """The gym environment: `native` (200 steps, never ends) or `d4rl` (100 steps, ends on the fall)."""
+    import gymnasium
+
+    class EndOnFall(gymnasium.Wrapper):
+        def step(self, action):
+            obs, reward, _, truncated, info = self.env.step(action)
+            return obs, reward, bool(obs[pen_states.PEN_HEIGHT] < pen_states.FALL_HEIGHT), truncated, info
+
+    horizons = {"d4rl": pen.D4RL_HORIZON, "native": pen.NATIVE_HORIZON}
+    if scale not in horizons:
+        raise ValueError(f"scale must be one of {', '.join(horizons)}; got {scale!r}")
+    env = pen._pen_class()(**kwargs)
+    env = EndOnFall(env) if scale == "d4rl" else env
+    return gymnasium.wrappers.TimeLimit(env, horizons[scale])

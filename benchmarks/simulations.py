@@ -86,7 +86,7 @@ def ppo_steps(bench):
         "ppo",
         f"{PPO_ENVS} x {PPO_STEPS} steps, {bench.threads} threads",
         learner(ppo.PenVecEnv(PPO_ENVS, threads=bench.threads)),
-        learner(DummyVecEnv([adroit.make_env] * PPO_ENVS)),
+        learner(DummyVecEnv([baselines.make_env] * PPO_ENVS)),
         PPO_ENVS * PPO_STEPS,
         "steps",
         against="gym environments",

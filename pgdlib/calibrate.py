@@ -1,14 +1,22 @@
-"""Calibrated λ: the weight at which guided trajectories are as likely under the policy as the policy's own are."""
+"""Calibrated λ: the weight at which guided trajectories are as likely under the policy as the policy's own are.
+
+Log-likelihoods are in nats per action dimension; the target is `measures.on_policy_log_likelihood`. No environment is asked.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
+
+LOWEST, HIGHEST = 1e-4, 1e4  # λ
 
 
 @dataclass
 class Calibration:
-    """The λ found, and what it rests on; log-likelihoods are in nats per action dimension."""
+    """The λ found, and what it rests on."""
 
     lam: float
     log_likelihood: float  # at λ, from `samples` trajectories
@@ -22,70 +30,74 @@ class Calibration:
 class OutOfReach(ValueError):
     """No λ brings the trajectories to the target; `nearest` is the `Calibration` of the draw that came nearest."""
 
-    def __init__(self, message, nearest):
+    def __init__(self, message: str, nearest: Calibration):
         super().__init__(message)
         self.nearest = nearest
 
 
-def calibrate(draw, target, tolerance=0.02, first=64, most=16_384, start=1.0, highest=1e4):
-    """The λ at which the mean of `draw(λ, n, seed)`, log-likelihoods [n] of n guided trajectories, is `target`: -H(π) / 24.
+def bisect(log_likelihoods: Callable, targets: Tensor, lowest=1e-3, highest=30.0, rounds: int = 8) -> Tensor:
+    """The λ of each run [R] at which `log_likelihoods(lam [R])` [R], all from the same noise, meets `targets` [R].
 
-    "Is" means within `tolerance` of |target| (of 0.1 nats, if |target| is smaller). No environment is asked. Bisection in
-    log λ (the middle moved to where a straight line through both ends meets the target), all on the same `first` seeds'
-    noise, finds a first λ. How many trajectories are needed to see the tolerance follows from their spread: as many as make
-    the standard error of the mean half of it. So many are then drawn from other noise, and λ is moved along the slope found
-    before, until the mean holds. Where unguided trajectories are at the target already, λ is 0.
+    Bisection in log λ, all runs at once; 0 where unguided trajectories are at the target already, `highest` where it is out
+    of reach.
+    """
+    unguided = log_likelihoods(torch.zeros_like(targets))
+
+    def enough(lam):
+        found = log_likelihoods(lam)
+        return (found >= targets) | ~(found > unguided - 1)  # less likely than unguided, or diverged: beyond the rule's limit
+
+    low, high = torch.full_like(targets, lowest), torch.full_like(targets, highest)
+    done, reached = unguided >= targets, enough(high)
+    for _ in range(rounds):
+        middle = (low * high).sqrt()
+        above = enough(middle)
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return torch.where(done, 0.0, torch.where(reached, (low * high).sqrt(), highest))
+
+
+def calibrate(draw: Callable, target: float, tolerance: float = 0.02, first: int = 64, most: int = 16_384) -> Calibration:
+    """The λ at which the mean of `draw(λ, n, number)`, log-likelihoods [n] of n guided trajectories, is `target`.
+
+    "Is" means within `tolerance` of |target| (of 0.1 nats, if |target| is smaller). `bisect`, all on the `first` trajectories
+    of number 0, finds a first λ. How many trajectories are needed to see the tolerance follows from their spread: as many as
+    make the standard error of the mean half of it. So many are then drawn from other noise, number 1, 2, ..., and λ is moved
+    along the slope of the likelihood in log λ, until the mean holds. OutOfReach if it does not.
     """
     allowed, trace = tolerance * max(abs(target), 0.1), []
 
-    def gap(lam, n, seed):
-        values = np.asarray(draw(lam, n, seed), dtype=np.float64)
-        mean, error = values.mean(), values.std(ddof=1) / math.sqrt(n)
-        trace.append((float(lam), n, float(mean), float(error)))
-        if not math.isfinite(mean):
-            raise out_of_reach(f"log-likelihood at λ={lam:g} is {mean}: the rule diverges before it reaches {target:.3f}")
-        return mean - target
+    def ask(lam, n, number):
+        values = np.asarray(draw(float(lam), n, number), dtype=np.float64)
+        trace.append((float(lam), n, float(values.mean()), float(values.std(ddof=1) / math.sqrt(n))))
+        return trace[-1][2]
 
-    def result(draw):
-        lam, n, mean, error = draw
+    def found(entry):
+        lam, n, mean, error = entry
         return Calibration(lam, mean, error, n, target, sum(t[1] for t in trace), trace)
 
-    def out_of_reach(message):
-        finite = [t for t in trace if math.isfinite(t[2])]
-        return OutOfReach(message, result(min(finite, key=lambda t: abs(t[2] - target), default=trace[0])))
-
-    if gap(0.0, first, 0) >= -allowed:
-        return result(trace[-1])
-    ends = _bracket(lambda lam: gap(lam, first, 0), start, highest)
-    if ends is None:
-        unguided, (last, _, mean, _) = trace[0][2], trace[-1]
-        raise out_of_reach(f"log-likelihood is {unguided:.3f} at λ=0, {mean:.3f} at λ={last:g}: {target:.3f} is not reached")
-    (low, gap_low), (high, gap_high) = ends
-    slope = (gap_high - gap_low) / math.log(high / low)
-    lam, off = (low, gap_low) if abs(gap_low) < abs(gap_high) else (high, gap_high)
-    while abs(off) > allowed / 2 and high / low > 1.001:
-        slope = (gap_high - gap_low) / math.log(high / low)
-        share = np.clip(-gap_low / (gap_high - gap_low), 0.1, 0.9)
-        lam = low * (high / low) ** share
-        off = gap(lam, first, 0)
-        (low, gap_low), (high, gap_high) = ((lam, off), (high, gap_high)) if off < 0 else ((low, gap_low), (lam, off))
-    needed = min(most, max(first, math.ceil((2 * trace[-1][3] * math.sqrt(first) / allowed) ** 2)))
-    for seed in range(1, 9):
-        off = gap(lam, needed, seed)
+    if ask(0.0, first, 0) >= target - allowed:
+        return found(trace[0])
+    aim = torch.tensor([target], dtype=torch.float64)
+    lam = float(bisect(lambda lam: torch.tensor([ask(lam, first, 0)], dtype=aim.dtype), aim, LOWEST, HIGHEST, 12))
+    known = sorted({(t[0], t[2]) for t in trace if t[0] > 0 and math.isfinite(t[2]) and t[2] > trace[0][2] - 1})
+    slope, needed = _slope(known, lam), min(most, max(first, math.ceil((2 * trace[-1][3] * math.sqrt(first) / allowed) ** 2)))
+    for number in range(1, 9) if slope > 0 and lam < HIGHEST else ():
+        off = ask(lam, needed, number) - target
         if abs(off) <= allowed:
-            return result(trace[-1])
+            return found(trace[-1])
+        if not math.isfinite(off):
+            break
         lam *= math.exp(np.clip(-off / slope, -0.7, 0.7))
-    raise out_of_reach(f"log-likelihood stays {off:+.3f} from {target:.3f} at λ={lam:g} after {len(trace)} draws")
+    finite = [t for t in trace if math.isfinite(t[2])]
+    nearest = found(min(finite, key=lambda t: abs(t[2] - target), default=trace[0]))
+    told = f"log-likelihood is {trace[0][2]:.3f} at λ=0, at best {nearest.log_likelihood:.3f}, at λ={nearest.lam:.3g}"
+    raise OutOfReach(f"{told}: {target:.3f} is not reached within {allowed:.2g}", nearest)
 
 
-def _bracket(gap, start, highest):
-    """((λ below, its gap), (λ above, its gap)), a factor of 4 apart, up or down from `start`; None if there are none."""
-    lam, off = start, gap(start)
-    factor = 4.0 if off < 0 else 0.25
-    while 1e-6 < lam * factor <= highest:
-        before, off_before = lam, off
-        lam *= factor
-        off = gap(lam)
-        if (off < 0) != (off_before < 0):
-            return tuple(sorted([(before, off_before), (lam, off)]))
-    return None
+def _slope(known, lam):
+    """By how much the log-likelihood rises around λ if log λ rises by 1, of (λ, log-likelihood) rising in λ; NaN if unknown."""
+    below = [point for point in known if point[0] <= lam / 1.2][-1:]
+    above = [point for point in known if point[0] >= lam * 1.2][:1]
+    if not (below and above):
+        return math.nan
+    return (above[0][1] - below[0][1]) / math.log(above[0][0] / below[0][0])

@@ -1,20 +1,22 @@
 """Guidance: pushing the actions of a trajectory, while it is denoised, toward a target policy.
 
-A rule is a pure function of trajectories x [B, T, 71] (normalised space) that gives a shift of their actions [B, T, 24];
-a `Guide` puts one into the sampler. Below, a, μ and s are an action, the policy's mean and its std, σ is the noise level, all
-in normalised units. Rules need a policy with a differentiable `log_prob(obs, actions)`; for a Gaussian one (`is_gaussian`)
-they are closed forms.
+A rule is a pure function of trajectories x [B, T, width] (normalised space) that gives a shift of their actions
+[B, T, action_dim]; a `Guide` puts one into the sampler. Below, a, μ and s are an action, the policy's mean and std, σ is the
+noise level, all in normalised units. Rules need a policy with a differentiable `log_prob(obs, actions)`; for a Gaussian one
+(`is_gaussian`) they are closed forms.
 """
 
 import math
 
 import torch
+from torch import Tensor
 
-from pgdlib.data import ACTIONS
-from pgdlib.policies import is_gaussian, quick
+from pgdlib.data import Normaliser
+from pgdlib.policies import fast_moments, is_gaussian
 
 RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
 NOISED = ("explicit", "annealed")  # rules that are taken on noised trajectories by default
+WARMED = ("explicit", "proximal", "annealed")  # rules that leave the highest noise unguided; the others begin there
 
 
 class Guide:
@@ -29,7 +31,9 @@ class Guide:
               is, or on every denoised estimate. The default is noised for `NOISED`, denoised for the others.
     """
 
-    def __init__(self, rule, policy, normaliser, lam, steps, warmup=0, units="natural", on=None):
+    def __init__(
+        self, rule: str, policy, normaliser: Normaliser, lam, steps: int, warmup: int = 0, units: str = "natural", on=None
+    ):
         on = on or ("noised" if rule in NOISED else "denoised")
         for name, value, allowed in (
             ("rule", rule, RULES),
@@ -47,8 +51,8 @@ class Guide:
         self.steps, self.warmup = steps, warmup
 
     @torch.no_grad()
-    def __call__(self, x, denoised, sigma, step):
-        """The shift [B, T, 71] of x or of the denoised estimate at noise level `sigma` and `step`."""
+    def __call__(self, x: Tensor, denoised: Tensor | None, sigma: float, step: int) -> Tensor:
+        """The shift [B, T, width] of x or of the denoised estimate at noise level `sigma` and `step`."""
         shift = torch.zeros_like(x)
         if step < self.warmup or not self.lam.any():
             return shift
@@ -66,11 +70,11 @@ class Guide:
         else:
             bump = 0.3 if self.rule == "normalised_cosine" else 0.0
             actions = normalised(*args, lam * schedule(step, self.steps, bump))
-        shift[..., ACTIONS] = torch.where(lam > 0, actions, 0.0)
+        shift[..., self.normaliser.spec.actions] = torch.where(lam > 0, actions, 0.0)
         return shift
 
 
-def explicit(policy, normaliser, x, lam, units="natural"):
+def explicit(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, units: str = "natural") -> Tensor:
     """The paper's rule (Eq. 3): λ ∇_a log π(a|s).
 
     With units="natural" the gradient is preconditioned by the policy's own variance, which makes it the natural gradient in
@@ -80,28 +84,28 @@ def explicit(policy, normaliser, x, lam, units="natural"):
     return lam * action_gradient(policy, normaliser, x, units)
 
 
-def normalised(policy, normaliser, x, lam):
+def normalised(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor) -> Tensor:
     """λ g / |g| with g = ∇_a log π, its norm over a whole trajectory: the form of the authors' later code."""
     gradient = action_gradient(policy, normaliser, x, "raw")
     return lam * gradient / (gradient.square().sum((1, 2), keepdim=True).sqrt() + 1e-6)
 
 
-def schedule(step, steps, bump):
+def schedule(step: int, steps: int, bump: float) -> float:
     """1 - k/N + bump sin(π(k+1)/N) at step k of N, none on the last: the authors' later λ schedule, with bump 0 or 0.3."""
     if step >= steps - 1:
         return 0.0
     return 1 - step / steps + bump * math.sin(math.pi * (step + 1) / steps)
 
 
-def proximal(policy, normaliser, x, lam, units="natural"):
+def proximal(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, units: str = "natural") -> Tensor:
     """The implicit step: to argmin |a' - a|² / (2 λ) - log π(a'|s), stable for every λ, for λ to infinity the policy's mean.
 
     For a Gaussian policy λ/(λ + s²) (μ - a), and in natural units, where λ counts in s², λ/(1 + λ) (μ - a).
     """
-    return nearby(policy, normaliser, x, lam, units) - x[..., ACTIONS]
+    return nearby(policy, normaliser, x, lam, units) - x[..., normaliser.spec.actions]
 
 
-def smoothed(policy, normaliser, x, lam, sigma):
+def smoothed(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, sigma: float) -> Tensor:
     """The score of the policy convolved with the noise level, as an implicit step of weight λ: stable for every λ.
 
     For a Gaussian policy the score is (μ - a) / (s² + σ²), a shift of the denoised estimate by f (μ - a) with
@@ -109,10 +113,10 @@ def smoothed(policy, normaliser, x, lam, sigma):
     other policies the Moreau envelope of -log π stands in for the convolution: equal for a Gaussian, and its implicit step is
     known, λ/(1 + λ) of the way to the proximal point of weight (1 + λ) σ².
     """
-    return lam / (1 + lam) * (nearby(policy, normaliser, x, (1 + lam) * sigma**2, "raw") - x[..., ACTIONS])
+    return lam / (1 + lam) * (nearby(policy, normaliser, x, (1 + lam) * sigma**2, "raw") - x[..., normaliser.spec.actions])
 
 
-def annealed(policy, normaliser, x, lam, sigma, units="natural"):
+def annealed(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, sigma: float, units: str = "natural") -> Tensor:
     """The proximal step with the weight λ √(σ / (1 + σ)): like the paper's, but gentler as the noise falls below the data.
 
     By then the states have settled and can no longer follow. The form was found on the fronts of notebook 04, not derived.
@@ -120,8 +124,8 @@ def annealed(policy, normaliser, x, lam, sigma, units="natural"):
     return proximal(policy, normaliser, x, lam * math.sqrt(sigma / (1 + sigma)), units)
 
 
-def action_gradient(policy, normaliser, x, units):
-    """∇ log π(a|s) by the normalised actions of x [B, T, 71]: [B, T, 24]; in natural units times the policy's variance.
+def action_gradient(policy, normaliser: Normaliser, x: Tensor, units: str) -> Tensor:
+    """∇ log π(a|s) by the normalised actions of x [B, T, width]: [B, T, action_dim]; in natural units times the variance.
 
     The step a + s² ∇_a log π ends at a Gaussian policy's mean; natural units take it in environment space and give its end's
     distance in normalised actions, which arctanh, that has no slope to divide by where actions saturate, leaves finite.
@@ -129,19 +133,19 @@ def action_gradient(policy, normaliser, x, units):
     obs, actions = normaliser.obs(x).detach(), normaliser.actions(x).detach()
     if units == "natural":
         with torch.no_grad():
-            return normaliser.normalise_actions(quick(policy, obs)[0]) - x[..., ACTIONS]
+            return normaliser.normalise_actions(fast_moments(policy, obs)[0]) - x[..., normaliser.spec.actions]
     return _gradient(policy, obs, actions) * normaliser.action_slope(x).detach()
 
 
-def nearby(policy, normaliser, x, weight, units):
-    """argmin_a' |a' - a|² / (2 weight) - log π(a'|s): [B, T, 24], normalised; weight a number or [B, 1, 1].
+def nearby(policy, normaliser: Normaliser, x: Tensor, weight: float | Tensor, units: str) -> Tensor:
+    """argmin_a' |a' - a|² / (2 weight) - log π(a'|s): [B, T, action_dim], normalised; weight a number or [B, 1, 1].
 
     In natural units the weight counts in the policy's variance. It is worked out in environment space, where the policy lives.
     """
     with torch.no_grad():
         obs, actions = normaliser.obs(x), normaliser.actions(x)
         if is_gaussian(policy):
-            mean, std = quick(policy, obs)
+            mean, std = fast_moments(policy, obs)
             weight = weight * (std.square() if units == "natural" else normaliser.action_slope(x).square())
             nearest = actions + (mean - actions) / (1 + std.square() / weight)  # for an infinite weight too
         else:
@@ -149,8 +153,8 @@ def nearby(policy, normaliser, x, weight, units):
         return normaliser.normalise_actions(nearest)
 
 
-def newton(policy, obs, actions, weight, iterations=32):
-    """Solve a - actions = weight ∇ log π(a|obs) for a [..., 24], all in environment space, by damped Newton steps.
+def newton(policy, obs: Tensor, actions: Tensor, weight: Tensor, iterations: int = 32) -> Tensor:
+    """Solve a - actions = weight ∇ log π(a|obs) for a [..., action_dim], all in environment space, by damped Newton steps.
 
     The curvature of log π is taken dimension by dimension from the last two gradients, and bounded where log π is not
     concave. Steps are at most 1 long, the reach of an action, then 2 and so on until one goes too far, then half of that one.

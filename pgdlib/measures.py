@@ -1,39 +1,46 @@
-"""Likelihood of trajectories under a policy, intervals of means, and whether two sets of trajectories visit the same states."""
+"""What is measured of trajectories: likelihood under a policy, intervals, whether two sets of them visit the same states."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from scipy import stats
+from torch import Tensor
+
+BLOCK = 32  # trajectories whose distances to all others are held at once
 
 
 @torch.no_grad()
-def log_likelihood(policy, obs, actions, alive=None):
-    """The mean over steps of log π(a|s) per action dimension, in nats: [B], for obs [B, T, 45], actions [B, T, 24].
+def log_likelihood(policy, obs: Tensor, actions: Tensor, alive: Tensor | None = None) -> Tensor:
+    """The mean over steps of log π(a|s) per action dimension, in nats: [B], for obs [B, T, ...], actions [B, T, action_dim].
 
-    `alive` [B, T] is 1 on the steps that count (all by default). On-policy trajectories have mean -H(π) / 24.
+    `alive` [B, T] is 1 on the steps that count (all by default). Environment space.
     """
-    log_prob = policy.log_prob(obs, actions).double() / actions.shape[-1]
-    return _masked_mean(log_prob, alive)
+    return _masked_mean(policy.log_prob(obs, actions).double() / actions.shape[-1], alive)
 
 
 @torch.no_grad()
-def mean_density(policy, obs, actions, alive=None):
+def mean_density(policy, obs: Tensor, actions: Tensor, alive: Tensor | None = None) -> Tensor:
     """The paper's trajectory likelihood, read literally: the mean over steps of the density π(a|s), [B].
 
-    In 24 dimensions a few steps decide it; `log_likelihood` is the measure to trust.
+    In many dimensions a few steps decide it; `log_likelihood` is the measure to trust.
     """
     return _masked_mean(policy.log_prob(obs, actions).double().exp(), alive)
 
 
-def on_policy_log_likelihood(policy):
-    """-H(π) per action dimension, in nats: what trajectories of the policy itself have, in the mean."""
-    return -float(policy.entropy()) / policy.log_std.shape[-1]
+def on_policy_log_likelihood(policy) -> Tensor:
+    """-H(π) per action dimension, in nats: what trajectories of the policies themselves [R] have, in the mean."""
+    return -policy.entropy() / policy.action_dim
 
 
-def interval(values, level=0.95, resamples=2_000, seed=0):
+def interval(values, level: float = 0.95, resamples: int = 2_000, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high) of `values` [n]: percentile bootstrap over the n trajectories, values that are not finite left out."""
     return bootstrap(lambda v: v.mean(-1), values, level=level, resamples=resamples, seed=seed)
 
 
-def bootstrap(statistic, *samples, paired=False, level=0.95, resamples=2_000, seed=0):
+def bootstrap(
+    statistic: Callable, *samples, paired: bool = False, level: float = 0.95, resamples: int = 2_000, seed: int = 0
+) -> tuple[float, float, float]:
     """(value, low, high) of `statistic(*samples)`, samples [n] each: percentile bootstrap over trajectories.
 
     `statistic` takes arrays whose last axis is trajectories. paired: all samples are of the same trajectories, or of the same
@@ -46,12 +53,13 @@ def bootstrap(statistic, *samples, paired=False, level=0.95, resamples=2_000, se
     samples = [s[f] for s, f in zip(samples, finite, strict=True)]
     if min(map(len, samples)) == 0:
         return float("nan"), float("nan"), float("nan")
+    value = float(statistic(*samples))
+    if min(map(len, samples)) == 1:
+        return value, value, value
+    how = dict(n_resamples=resamples, paired=paired, confidence_level=level, method="percentile", vectorized=True)
     rng = np.random.default_rng(seed)
-    rows = [rng.integers(len(s), size=(resamples, len(s))) for s in (samples[:1] if paired else samples)]
-    rows *= len(samples) if paired else 1
-    values = statistic(*(s[r] for s, r in zip(samples, rows, strict=True)))
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(statistic(*samples)), float(low), float(high)
+    found = stats.bootstrap(samples, lambda *drawn, axis: statistic(*drawn), rng=rng, **how).confidence_interval
+    return value, float(found.low), float(found.high)
 
 
 def ratio_of_means(numerator, denominator):
@@ -59,34 +67,7 @@ def ratio_of_means(numerator, denominator):
     return numerator.mean(-1) / denominator.mean(-1)
 
 
-def error_at(likelihoods, errors, target):
-    """The mean error at the mean log-likelihood `target`, of a rule's front: [L, n] each, for L rising λ from 0.
-
-    Linear between neighbours in λ, up to the first that passes the target; NaN if none does.
-    """
-    x = likelihoods.mean(1)
-    passed = np.flatnonzero(x >= target)
-    if len(passed) == 0:
-        return float("nan")
-    around = slice(max(passed[0] - 1, 0), passed[0] + 1)
-    finite = np.isfinite(errors[around])
-    with np.errstate(invalid="ignore"):  # NaN where no trajectory has an error
-        y = np.where(finite, errors[around], 0.0).sum(1) / finite.sum(1)
-    return float(np.interp(target, x[around], y))
-
-
-def bootstrap_ids(statistic, n, level=0.95, resamples=500, seed=0):
-    """(value, low, high) of `statistic(ids)`: percentile bootstrap over n trajectories that several arrays share.
-
-    Resamples of which the statistic is NaN are left out.
-    """
-    rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(n, size=n)) for _ in range(resamples)]
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(statistic(np.arange(n))), float(low), float(high)
-
-
-def alive(terminal, threshold=0.5):
+def alive(terminal: Tensor, threshold: float = 0.5) -> Tensor:
     """[B, T]: 1 up to and including the first step whose terminal flag [B, T] is above `threshold`, then 0."""
     ended = (terminal > threshold).float()
     return ((ended.cumsum(-1) - ended) == 0).float()
@@ -98,11 +79,10 @@ def _masked_mean(values, alive):
     return torch.where(alive > 0, values, 0.0).sum(-1) / alive.sum(-1)
 
 
-BLOCK = 32  # trajectories whose distances to all others are held at once
-
-
 @torch.no_grad()
-def energy_distance(x, y, scale, generator, permutations=500, steps_each=32):
+def energy_distance(
+    x, y, scale, generator: torch.Generator, permutations: int = 500, steps_each: int = 32
+) -> tuple[float, float, float]:
     """(E, p, q): squared energy distance of the states of trajectories x [n, T, D] and y [m, T', D], p-value, null quantile.
 
     Any space; the states are divided by `scale` [D], the data's standard deviations, and E is in that unit. The steps of a
@@ -177,7 +157,7 @@ def _energies(distances, x):
 
 
 @torch.no_grad()
-def coverage(reference, generated, scale, neighbours=5, steps_each=8):
+def coverage(reference, generated, scale, neighbours: int = 5, steps_each: int = 8) -> float:
     """The share of the states of `reference` [n, T, D] that have a state of `generated` [m, T', D] near (Naeem et al. 2020).
 
     Near is no farther than the state's own `neighbours`-th nearest neighbour among the states of other reference

@@ -1,198 +1,113 @@
-"""Gaussian policies that carry their observation normalisation, stacks of them, and their import from Stable-Baselines3."""
+"""Gaussian policies that carry their observation normalisation, one or a stack of them."""
 
-import io
-import json
+import copy
 import math
-import zipfile
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pgdlib import edm
+from pgdlib.fast import StackedMLP, tanh
 
-
-class Tanh(nn.Module):
-    """tanh z as 2 σ(2 z) - 1, to 1e-6 the same and several times faster on CPUs, where it is most of what a policy costs."""
-
-    def forward(self, z):
-        """tanh of z, of any shape; it takes the place of z where no gradient is wanted."""
-        if torch.is_grad_enabled():
-            return 2 * (2 * z).sigmoid() - 1
-        return z.mul_(2).sigmoid_().mul_(2).sub_(1)
-
-
-ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU}
+ACTIVATIONS = {"tanh": tanh, "relu": torch.relu_}
 
 
 class GaussianPolicy(nn.Module):
-    """π(a|s) = N(μ(s), diag(std²)): an MLP mean, a std that does not depend on the state.
+    """R policies π(a|s) = N(μ(s), diag(std²)): an MLP mean, a std that does not depend on the state. R = 1 by default.
 
+    As a target of guidance a stack is one policy for a batch whose blocks belong to its runs: the first B/R rows to the first.
     Observations and actions are in environment space; (s - obs_mean) / obs_std, clipped to ±obs_clip, enters the network.
-    Actions are not squashed: the environment clips them.
+    Actions are not squashed: the environment clips them. `squash`: the mean is a tanh. `low`: hidden layers in bfloat16 where
+    the device multiplies it, in likelihoods too. `generators`, one a run, give the initial weights.
     """
 
     is_gaussian = True  # a call gives mean and std
 
-    def __init__(self, obs_dim, action_dim, hidden=(256, 256), activation="tanh", obs_clip=10.0):
+    def __init__(
+        self, obs_dim: int, action_dim: int, hidden=(256, 256), activation: str = "tanh", obs_clip: float = 10.0,
+        squash: bool = False, low: bool = False, log_std_range: tuple = (-math.inf, math.inf), generators=(None,),
+    ):  # fmt: skip
         super().__init__()
-        self.config = dict(
-            obs_dim=obs_dim, action_dim=action_dim, hidden=list(hidden), activation=activation, obs_clip=obs_clip
-        )
-        self.obs_clip = obs_clip
+        self.config = dict(obs_dim=obs_dim, action_dim=action_dim, hidden=list(hidden), activation=activation)
+        self.config |= dict(obs_clip=obs_clip, squash=squash, low=low)
+        self.log_std_range = log_std_range
+        self.runs, self.action_dim = len(generators), action_dim
+        self.obs_clip, self.squash, self.low = obs_clip, squash, low
+        self.net = StackedMLP([obs_dim, *hidden, action_dim], generators, ACTIVATIONS[activation])
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
-        widths = [obs_dim, *hidden]
-        layers = [m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), ACTIVATIONS[activation]())]
-        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], action_dim))
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.log_std = nn.Parameter(torch.zeros(self.runs, 1, action_dim))
 
-    def forward(self, obs):
-        """Mean and std of the action, both [..., action_dim], at `obs` [..., obs_dim]."""
-        normalised = ((obs - self.obs_mean) / self.obs_std).clamp(-self.obs_clip, self.obs_clip)
-        mean = self.net(normalised)
-        return mean, self.log_std.exp().expand_as(mean)
+    @property
+    def std(self) -> Tensor:
+        """[R, action_dim]"""
+        return self._log_std[:, 0].exp()
 
-    def log_prob(self, obs, actions):
-        """log π(a|s) [...], the sum over action dimensions; differentiable in both."""
+    @property
+    def _log_std(self):
+        return self.log_std.clamp(*self.log_std_range)
+
+    def normalise(self, obs: Tensor) -> Tensor:
+        """Observations [..., obs_dim] as the networks see them."""
+        return ((obs - self.obs_mean) / self.obs_std).clamp(-self.obs_clip, self.obs_clip)
+
+    def forward(self, obs: Tensor, low: bool | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and std, both [B, ..., action_dim], at obs [B, ..., obs_dim]; ValueError if B is no multiple of R."""
+        if self.runs > 1 and len(obs) % self.runs:
+            raise ValueError(f"batch={len(obs)} is not allowed; it must be a multiple of the {self.runs} stacked policies")
+        inputs = self.normalise(obs).reshape(self.runs, -1, obs.shape[-1])
+        mean = self.net(inputs, low=self.low if low is None else low)
+        mean, std = mean.tanh() if self.squash else mean, self._log_std.exp().expand_as(mean)
+        shape = (*obs.shape[:-1], self.action_dim)
+        return mean.reshape(shape), std.reshape(shape)
+
+    def log_prob(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """log π(a|s) [B, ...] of each row under its own policy, the sum over action dimensions; differentiable in both."""
         mean, std = self(obs)
-        z = (actions - mean) / std
-        return (-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return (-0.5 * ((actions - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def sample(self, obs, generator=None):
-        """One action [..., action_dim] for every observation."""
+    def entropy(self) -> Tensor:
+        """H(π) of each run [R], in nats; -H(π) is the mean log-likelihood of the policy's own actions."""
+        return (self._log_std + 0.5 * math.log(2 * math.pi * math.e)).sum((1, 2)).detach()
+
+    def sample(self, obs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One action [B, ..., action_dim] for every observation."""
         mean, std = self(obs)
         return mean + std * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
-    def entropy(self):
-        """H(π) in nats, the sum over action dimensions; -H(π) is the mean log-likelihood of the policy's own actions."""
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
+        """On numpy arrays, [R n, obs_dim] -> [R n, action_dim]: the mean actions, or with a generator sampled ones."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_std.device)
+        return (self(obs)[0] if generator is None else self.sample(obs, generator)).cpu().numpy()
 
-    def act(self, generator=None):
-        """A function obs [n, obs_dim] -> actions [n, action_dim] on numpy arrays: the mean, or with a generator a sample."""
-
-        @torch.no_grad()
-        def choose(obs):
-            obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_std.device)
-            actions = self(obs)[0] if generator is None else self.sample(obs, generator)
-            return actions.cpu().numpy()
-
-        return choose
+    def select(self, runs) -> "GaussianPolicy":
+        """The policies of the `runs` (indices) as a stack of their own, a copy without gradients."""
+        other = copy.deepcopy(self).requires_grad_(False)
+        other.runs = len(runs)
+        for parameter in other.parameters():
+            parameter.data = parameter.data[list(runs)]
+        return other
 
 
-def is_gaussian(policy):
+def is_gaussian(policy) -> bool:
     """Whether `policy(obs)` gives the mean and std of a diagonal Gaussian."""
     return getattr(policy, "is_gaussian", False)
 
 
-def quick(policy, obs):
+@torch.no_grad()
+def fast_moments(policy: GaussianPolicy, obs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of a Gaussian policy as a call gives them, without gradients and in less precision: for guidance alone.
 
     Where the device multiplies bfloat16 the mean is off by a hundredth of a typical std: little beside the noise that guidance
     works in, but a likelihood must come from `log_prob`.
     """
-    with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=edm.has_bfloat16(obs.device)):
-        mean, std = policy(obs)
+    mean, std = policy(obs, low=True)
     return mean.to(obs.dtype), std.to(obs.dtype)
 
 
-def sharpened(policy, factor):
-    """A copy of a `GaussianPolicy` whose std is `factor` times as large; the mean is the same."""
-    other = GaussianPolicy(**policy.config).to(policy.log_std)
-    other.load_state_dict({**policy.state_dict(), "log_std": policy.log_std.detach() + math.log(factor)})
-    return other.requires_grad_(False)
-
-
-class Stacked:
-    """S policies as one, each for its own block of the batch: B must be a multiple of S, the first B/S rows are the first's."""
-
-    def __init__(self, policies):
-        self.policies = list(policies)
-        if not self.policies:
-            raise ValueError("policies=[] is not allowed; it must hold at least one policy")
-        self.is_gaussian = all(map(is_gaussian, self.policies))
-
-    def __call__(self, obs):
-        """Mean and std [B, ..., action_dim] at `obs` [B, ..., obs_dim]; Gaussian policies only."""
-        each = [policy(o) for policy, o in zip(self.policies, self._blocks(obs), strict=True)]
-        return tuple(torch.cat(parts) for parts in zip(*each, strict=True))
-
-    def log_prob(self, obs, actions):
-        """log π(a|s) [B, ...] of each row under its own policy; differentiable in both."""
-        blocks = zip(self.policies, self._blocks(obs), self._blocks(actions), strict=True)
-        return torch.cat([policy.log_prob(o, a) for policy, o, a in blocks])
-
-    def _blocks(self, x):
-        if len(x) % len(self.policies):
-            raise ValueError(
-                f"batch={len(x)} is not allowed; it must be a multiple of the {len(self.policies)} stacked policies"
-            )
-        return x.chunk(len(self.policies))
-
-
-def from_sb3_zip(path, obs_dim, action_dim):
-    """The `GaussianPolicy` in a Stable-Baselines3 PPO zip with an MLP policy and a Box action space.
-
-    Only weights (`policy.pth`) and plain JSON are read; nothing in the file is unpickled. Raises ValueError, naming the
-    parameter `guide`, for a file that is no such zip, is damaged, was trained for other observations or actions, or holds
-    a policy that is another function.
-    """
-    guide = f"guide={str(path)!r}"
-    try:
-        with zipfile.ZipFile(path) as z:
-            state = torch.load(io.BytesIO(z.read("policy.pth")), map_location="cpu", weights_only=True)
-            config = json.loads(z.read("data"))
-    except Exception as e:  # a damaged or foreign file breaks these in a dozen ways
-        raise ValueError(f"{guide} is not a readable Stable-Baselines3 zip: {type(e).__name__}: {e}") from e
-    try:
-        return _from_sb3_state(state, config, obs_dim, action_dim)
-    except Exception as e:
-        reason = str(e) if isinstance(e, _Unfit) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"{guide} holds no PPO MLP policy with continuous actions that fits here: {reason}") from e
-
-
-class _Unfit(ValueError):
-    """The reason why a policy cannot be a `GaussianPolicy`."""
-
-
-def _from_sb3_state(state, config, obs_dim, action_dim):
-    """The `GaussianPolicy` of an SB3 policy's state dict and the JSON beside it; raises anything if they are odd."""
-    numbers = sorted({int(k.split(".")[2]) for k in state if k.startswith("mlp_extractor.policy_net.")})
-    names = [f"mlp_extractor.policy_net.{i}" for i in numbers] + ["action_net"]
-    needed = [f"{n}.{part}" for n in names for part in ("weight", "bias")] + ["log_std"]
-    if missing := [k for k in needed if k not in state]:
-        raise _Unfit(f"{', '.join(missing)} missing")
-    if not all(t.isfinite().all() for t in state.values()):
-        raise _Unfit("some values are not finite")
-    found = state[f"{names[0]}.weight"].shape[1], len(state["action_net.bias"])
-    if found != (obs_dim, action_dim):
-        raise _Unfit(
-            f"it is of another environment, with {found[0]} observations and {found[1]} actions; "
-            f"needed are {obs_dim} and {action_dim}"
-        )
-    kwargs = config["policy_kwargs"]
-    activation = _class_name(kwargs.get("activation_fn", "Tanh")).lower()
-    if activation not in ACTIVATIONS:
-        raise _Unfit(f"its activation is {activation}; known are {', '.join(ACTIVATIONS)}")
-    if config["use_sde"]:
-        raise _Unfit("its exploration is state-dependent (use_sde)")
-    extractor = _class_name(kwargs.get("features_extractor_class", "FlattenExtractor"))
-    if extractor not in ("FlattenExtractor", "ObservationNormaliser") or kwargs.get("features_extractor_kwargs"):
-        raise _Unfit(f"its features extractor is {extractor}({kwargs.get('features_extractor_kwargs', '')})")
-
-    policy = GaussianPolicy(obs_dim, action_dim, [len(state[f"{n}.bias"]) for n in names[:-1]], activation)
-    linear = {k: v for k, v in policy.net.named_children() if isinstance(v, nn.Linear)}
-    loaded = {f"net.{k}.{part}": state[f"{n}.{part}"] for k, n in zip(linear, names) for part in ("weight", "bias")}
-    loaded["log_std"] = state["log_std"]
-    if extractor == "ObservationNormaliser":  # normalisation inside the policy, as `ppo.train` keeps it
-        loaded["obs_mean"] = state["features_extractor.mean"]
-        loaded["obs_std"] = (state["features_extractor.var"] + 1e-8).sqrt()
-    else:
-        loaded["obs_mean"], loaded["obs_std"] = policy.obs_mean, policy.obs_std
-        policy.obs_clip = policy.config["obs_clip"] = math.inf
-    policy.load_state_dict(loaded)  # checks every shape
-    return policy
-
-
-def _class_name(text):
-    """The bare name in the string that SB3 keeps of a class, "<class 'a.b.Name'>"."""
-    return str(text).rstrip("'>").rsplit(".", 1)[-1]
+def sharpened(policy: GaussianPolicy, factor: float) -> GaussianPolicy:
+    """A copy of the policy whose std is `factor` times as large; the mean is the same."""
+    other = policy.select(range(policy.runs))
+    other.log_std += math.log(factor)
+    return other

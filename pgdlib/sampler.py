@@ -1,11 +1,10 @@
 """The sampler of diffusion models (Karras et al. 2022), with a hook for guidance. Trajectories x are in normalised space."""
 
 import math
+from collections.abc import Callable
 
 import torch
-
-from pgdlib.edm import seeded
-from pgdlib.lab import store
+from torch import Tensor
 
 BLOCK = 32  # trajectories that share a generator
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # the paper's Table 2; RHO: Karras et al., Table 1
@@ -14,7 +13,7 @@ SOLVERS = ("heun", "multistep")
 DIVERGED = 100.0  # a value this many std of the noised data away from its mean marks a trajectory as diverged
 
 
-def noise_levels(steps):
+def noise_levels(steps: int) -> Tensor:
     """σ_0 = SIGMA_MAX down to σ_{steps-1} = SIGMA_MIN, then 0: [steps + 1] (Eq. 5 of Karras et al.)."""
     if steps < 2:
         raise ValueError(f"steps={steps} is not allowed; it must be 2 or more")
@@ -24,68 +23,53 @@ def noise_levels(steps):
 
 
 @torch.no_grad()
-def sample(denoise, shape, steps, churn, generator, guide=None, device="cpu", dtype=torch.float32, solver="heun"):
+def sample(
+    denoise: Callable,
+    shape: tuple,
+    steps: int,
+    churn: float,
+    noise,
+    guide: Callable | None = None,
+    solver: str = "heun",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
     """Draw trajectories `shape` = (B, T, C) with `denoise(x, σ)`; returns them and which have diverged [B].
 
-    solver "heun": Algorithm 2 of Karras et al. with churn, two network evaluations a step, as the paper. "multistep":
-    DPM-Solver++(2M) (Lu et al. 2022), no churn, one evaluation a step.
-
-    `generator` is one, or a list of (generator, trajectories) for each block of the batch.
-
+    "heun": Algorithm 2 of Karras et al. with churn, two network evaluations a step, as the paper. "multistep": DPM-Solver++(2M)
+    (Lu et al. 2022), no churn, one. `noise`: a generator, or for each block of the batch one with its size, in a list.
     `guide(x, denoised, σ, step)` gives a shift: added to x before the step if `guide.on == "noised"` (then `denoised` is
-    None), or to every denoised estimate if `guide.on == "denoised"`. Values beyond `DIVERGED` std are clamped, so that a
-    guide that diverges is counted, not fatal.
+    None), or to every denoised estimate if "denoised". Values beyond `DIVERGED` std are clamped: such a guide is not fatal.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is not allowed; it must be one of {', '.join(map(repr, SOLVERS))}")
-    if solver == "multistep" and churn != 0:
-        raise ValueError(f"churn={churn!r} is not allowed with solver='multistep'; it must be 0")
-    noised = guide if guide is not None and guide.on == "noised" else None
-    shifted = guide if guide is not None and guide.on == "denoised" else None
+    _check(solver, churn)
+    noised, shifted = (guide if guide is not None and guide.on == on else None for on in ("noised", "denoised"))
 
-    def estimate(x, sigma, step):
+    def estimate(x, sigma):
         denoised = denoise(x, sigma)
         return denoised if shifted is None else denoised + shifted(x, denoised, sigma, step)
 
-    def randn():
-        blocks = generator if isinstance(generator, list) else [(generator, shape[0])]
-        drawn = [torch.randn((size, *shape[1:]), generator=g, device=device, dtype=dtype) for g, size in blocks]
-        return torch.cat(drawn) if len(drawn) > 1 else drawn[0]
-
-    sigmas = noise_levels(steps).tolist()
-    gamma = min(churn / steps, math.sqrt(2) - 1)
-    x, before = randn() * sigmas[0], None
-    diverged = torch.zeros(shape[0], dtype=torch.bool, device=device)
-    for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
-        if noised is not None:
-            x = x + noised(x, None, sigma, step)
-        x, out_of_range = _clamp(x, sigma)
-        diverged |= out_of_range
+    sigmas, gamma = noise_levels(steps).tolist(), min(churn / steps, math.sqrt(2) - 1)
+    x, before, diverged = _randn(noise, shape, dtype) * sigmas[0], None, False
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
+        x, out_of_range = _clamp(x if noised is None else x + noised(x, None, sigma, step), sigma)
+        diverged = diverged | out_of_range
         # Raise the noise level for a moment (lines 4 to 6), then step from the raised point.
-        sigma_hat, x_hat = sigma, x
-        if gamma > 0 and S_TMIN <= sigma <= S_TMAX:
-            sigma_hat = sigma * (1 + gamma)
-            x_hat = torch.add(x, randn(), alpha=math.sqrt(sigma_hat**2 - sigma**2) * S_NOISE)
-        denoised = estimate(x_hat, sigma_hat, step)
-        if solver == "multistep":
-            x, before = _multistep(x_hat, denoised, sigma_hat, sigma_next, before)
-            continue
-        # Euler's step along d = (x_hat - denoised) / σ, then Heun's along the mean of d at both ends, in few passes over x.
-        euler = torch.lerp(denoised, x_hat, sigma_next / sigma_hat)
-        x = euler
-        if sigma_next > 0:
-            x = torch.lerp(x_hat, euler, 0.5)
-            x.add_(euler - estimate(euler, sigma_next, step), alpha=(sigma_next - sigma_hat) / (2 * sigma_next))
+        sigma_hat, x_hat = sigma * (1 + gamma if S_TMIN <= sigma <= S_TMAX else 1), x
+        if sigma_hat > sigma:
+            x_hat = torch.add(x, _randn(noise, shape, dtype), alpha=math.sqrt(sigma_hat**2 - sigma**2) * S_NOISE)
+        if solver == "heun":
+            x = _heun(x_hat, sigma_hat, sigma_next, estimate)
+        else:
+            x, before = _multistep(x_hat, estimate(x_hat, sigma_hat), sigma_hat, sigma_next, before)
     x, out_of_range = _clamp(x, 0.0)
     return x, diverged | out_of_range
 
 
-def evaluations(solver, steps):
+def evaluations(solver: str, steps: int) -> int:
     """How often the network is asked for each trajectory."""
     return 2 * steps - 1 if solver == "heun" else steps
 
 
-def chunks(n, most):
+def chunks(n: int, most: int) -> list[list[tuple[int, int]]]:
     """How n trajectories are drawn, at most `most` or one block at once: for each chunk the (number, size) of its blocks."""
     blocks = [(i, min(BLOCK, n - first)) for i, first in enumerate(range(0, n, BLOCK))]
     each = max(1, most // BLOCK)
@@ -93,61 +77,63 @@ def chunks(n, most):
 
 
 def draw(
-    denoise,
-    shape,
-    steps,
-    churn,
-    seed,
-    guide=None,
-    device="cpu",
-    solver="heun",
-    most=None,
-    parts=None,
-    watch=None,
-    dtype=torch.float32,
-):
-    """`sample`, at most `most` trajectories at once (None: all), each block with noise of its own, from `seed` and its number.
+    denoise: Callable, shape: tuple, steps: int, churn: float, noise: Callable, guide=None, solver: str = "heun",
+    most: int | None = None, keep: Callable | None = None, watch: Callable | None = None, dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`sample`, at most `most` trajectories at once (None: all), each block with noise of its own, from `noise(its number)`.
 
-    So trajectory i has the same noise for every guide and every `most`; what is drawn is equal up to float rounding. With a
-    folder `parts` each finished chunk but an only one is kept there, and a drawing that finds some goes on, to the same
-    values if `most` is the same (`kept_most`). `watch(x, denoised, σ, done)` sees every evaluation of the network, `done` the
-    share that is over; what it raises ends the drawing.
+    `noise` is a `fast.stream`: trajectory i has the same noise for every guide and every `most`; what is drawn is equal up to
+    float rounding. `keep(name, make)` gives what `make()` does, (x, diverged) of one chunk of several, or what it knows of the
+    same name from before. `watch(x, denoised, σ, done)` sees every evaluation of the network, `done` the share that is over;
+    what it raises ends the drawing.
     """
-    n, drawn, total = shape[0], [], evaluations(solver, steps) * shape[0]
-    over = 0  # evaluations, counted for each trajectory
+    asked, over = evaluations(solver, steps), 0  # of the network for each trajectory: in all, and until now for all
 
     def watched(x, sigma):
         nonlocal over
         denoised = denoise(x, sigma)
         over += len(x)
-        watch(x, denoised, sigma, over / total)
+        watch(x, denoised, sigma, over / (asked * shape[0]))
         return denoised
 
     def make(blocks):
-        noise = [(seeded(device, 5_000_000 + seed, number), size) for number, size in blocks]
         some = sum(size for _, size in blocks), *shape[1:]
-        asked = denoise if watch is None else watched
-        return sample(asked, some, steps, churn, noise, guide, device, dtype, solver)
+        streams = [(noise(number), size) for number, size in blocks]
+        return sample(denoise if watch is None else watched, some, steps, churn, streams, guide, solver, dtype)
 
-    plan = chunks(n, most or n)
+    drawn, plan = [], chunks(shape[0], most or shape[0])
     for blocks in plan:
-        first = blocks[0][0] * BLOCK
-        end = first + sum(size for _, size in blocks)
-        if parts is None or len(plan) == 1:
+        if keep is None or len(plan) == 1:
             drawn.append(make(blocks))
             continue
-        path = parts / f"{first}-{end}.safetensors"
-        tensors, _ = store.artifact(path, lambda b=blocks: (dict(zip("xd", make(b))), {}), report=lambda message: None)
-        drawn.append([tensors[k].to(device) for k in "xd"])
-        over = end * evaluations(solver, steps)
+        first = blocks[0][0] * BLOCK
+        end = first + sum(size for _, size in blocks)
+        drawn.append(keep(f"{first}-{end}", lambda b=blocks: make(b)))
+        over = asked * end
     x, diverged = (torch.cat(each) for each in zip(*drawn))
     return x, diverged
 
 
-def kept_most(parts):
-    """How many trajectories at once made what `draw` keeps in the folder `parts`; None if there is nothing."""
-    first = next(parts.glob("0-*.safetensors"), None)
-    return first and int(first.stem.split("-")[1])
+def _check(solver, churn):
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is not allowed; it must be one of {', '.join(map(repr, SOLVERS))}")
+    if solver == "multistep" and churn != 0:
+        raise ValueError(f"churn={churn!r} is not allowed with solver='multistep'; it must be 0")
+
+
+def _randn(noise, shape, dtype):
+    blocks = noise if isinstance(noise, list) else [(noise, shape[0])]
+    drawn = [torch.randn((n, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g, n in blocks]
+    return torch.cat(drawn) if len(drawn) > 1 else drawn[0]
+
+
+def _heun(x, sigma, sigma_next, estimate):
+    """Euler's step along d = (x - denoised) / σ, then Heun's along the mean of d at both ends, in few passes over x."""
+    euler = torch.lerp(estimate(x, sigma), x, sigma_next / sigma)
+    if sigma_next == 0:
+        return euler
+    x = torch.lerp(x, euler, 0.5)
+    return x.add_(euler - estimate(euler, sigma_next), alpha=(sigma_next - sigma) / (2 * sigma_next))
 
 
 def _multistep(x, denoised, sigma, sigma_next, before):

@@ -7,7 +7,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from pgdlib.fast import Convolution, GroupNorm
 
 
 class UNet(nn.Module):
@@ -18,7 +20,7 @@ class UNet(nn.Module):
     the trajectories; the embedding, and the statistics of group norm, in that of the weights.
     """
 
-    def __init__(self, channels, features=1024, blocks=2, kernel_size=3, groups=8):
+    def __init__(self, channels: int, features: int = 1024, blocks: int = 2, kernel_size: int = 3, groups: int = 8):
         super().__init__()
         if blocks < 1 or features % groups or kernel_size % 2 == 0:
             raise ValueError(
@@ -35,7 +37,7 @@ class UNet(nn.Module):
         self.leave = Convolution(features, channels)
         self.stride = 2 ** (blocks - 1)
 
-    def forward(self, x, noise):
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         if x.shape[1] % self.stride:
             raise ValueError(f"horizon={x.shape[1]} is not allowed; it must be divisible by {self.stride}")
         embedding = self.embed(noise)
@@ -51,7 +53,7 @@ class UNet(nn.Module):
 class ResidualBlock(nn.Module):
     """Twice convolution, group norm and SiLU, added to the input; the noise level scales and shifts the first norm."""
 
-    def __init__(self, channels_in, channels_out, embedding, kernel_size, groups):
+    def __init__(self, channels_in: int, channels_out: int, embedding: int, kernel_size: int, groups: int):
         super().__init__()
         self.conv_1 = Convolution(channels_in, channels_out, kernel_size)
         self.conv_2 = Convolution(channels_out, channels_out, kernel_size)
@@ -60,115 +62,22 @@ class ResidualBlock(nn.Module):
         self.modulate = nn.Linear(embedding, 2 * channels_out)
         self.skip = nn.Identity() if channels_in == channels_out else Convolution(channels_in, channels_out)
 
-    def forward(self, x, embedding):
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         in_place = not torch.is_grad_enabled()
         y = F.silu(self.norm_1(self.conv_1(x), *self.modulate(embedding).chunk(2, 1)), in_place)
         y = F.silu(self.norm_2(self.conv_2(y)), in_place)
         return y.add_(self.skip(x)) if in_place else y + self.skip(x)
 
 
-class Convolution(nn.Module):
-    """A convolution along time of [B, T, in], padded with zeros: [B, T, out], in the type of its input.
-
-    Weights that are not trained are cast to that type once, not in every call.
-    """
-
-    UNFOLD = 512  # from so many channels on, a product with the unfolded input is faster than the library's convolution
-
-    def __init__(self, channels_in, channels_out, kernel_size=1):
-        super().__init__()
-        bound = 1 / math.sqrt(channels_in * kernel_size)  # as torch's own convolutions begin
-        self.weight = nn.Parameter(torch.empty(channels_out, kernel_size, channels_in).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(channels_out).uniform_(-bound, bound))
-
-    def forward(self, x):
-        weight, bias = self._cast(x.dtype)
-        _, size, channels = weight.shape
-        if size == 1:
-            return F.linear(x, weight[:, 0], bias)
-        half = size // 2
-        if channels < self.UNFOLD:  # an image of height 1, in whose memory channels come last
-            image, kernel = x.transpose(1, 2).unsqueeze(2), weight.transpose(1, 2).unsqueeze(2)
-            return F.conv2d(image, kernel, bias, padding=(0, half)).squeeze(2).transpose(1, 2)
-        padded = F.pad(x, (0, 0, half, half))
-        unfolded = torch.cat([padded[:, i : i + x.shape[1]] for i in range(size)], -1)
-        return F.linear(unfolded, weight.flatten(1), bias)
-
-    def _cast(self, dtype):
-        if self.weight.dtype == dtype:
-            return self.weight, self.bias
-        if self.weight.requires_grad:
-            return self.weight.to(dtype), self.bias.to(dtype)
-        state = dtype, self.weight.data_ptr(), self.weight._version, self.bias._version
-        if getattr(self, "_kept", (None,))[0] != state:
-            self._kept = state, self.weight.to(dtype), self.bias.to(dtype)
-        return self._kept[1:]
-
-
-class GroupNorm(nn.Module):
-    """Group norm of [B, T, channels] over time and the channels of a group; torch's own is slow on this layout."""
-
-    def __init__(self, groups, channels, eps=1e-5):
-        super().__init__()
-        self.groups, self.eps = groups, eps
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x, scale=None, shift=None):
-        """The normalised x times weight plus bias, then times 1 + scale plus shift, where they are given [1 or B, channels]."""
-        weight, bias = self.weight[None], self.bias[None]
-        if scale is not None:
-            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
-        return _Normalise.apply(x, weight, bias, self.groups, self.eps)
-
-
-class _Normalise(torch.autograd.Function):
-    """Group norm of x [B, T, C] with weight and bias [1 or B, C]. The variance, a difference, is of sums kept in float32.
-
-    With m, r the mean and 1/std of a group: y = (x - m) r w + b, a scale and a shift of every channel. Its gradient is
-    r w dy - r A - r² D (x - m), where A and D are the means over the group of w dy and of w dy (x - m) r.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps):
-        def mean_of(v):  # over time and the channels of a group: [B, groups, 1]
-            sums = v.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
-            return sums.unflatten(1, (groups, -1)).mean(-1, keepdim=True) / x.shape[1]
-
-        mean = mean_of(x)
-        inverse = (mean_of(x * x) - mean.square()).clamp_min(0).add(eps).rsqrt()
-        factor = inverse * weight.unflatten(1, (groups, -1))
-        offset = bias.unflatten(1, (groups, -1)) - mean * factor
-        ctx.save_for_backward(x, weight, mean, inverse)
-        return torch.addcmul(_of_channels(offset, x), x, _of_channels(factor, x))
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, mean, inverse = ctx.saved_tensors
-        groups, count = mean.shape[1], x.shape[1] * x.shape[2] // mean.shape[1]
-        d_bias, product = (v.sum(1).to(mean).unflatten(1, (groups, -1)) for v in (dy, dy * x))
-        d_weight = inverse * (product - mean * d_bias)
-        w = weight.unflatten(1, (groups, -1))
-        a, d = ((w * v).sum(-1, keepdim=True) / count for v in (d_bias, d_weight))
-        slope = (-inverse.square() * d).expand_as(d_bias)
-        dx = torch.addcmul(_of_channels(-inverse * a - slope * mean, x), dy, _of_channels(inverse * w, x))
-        dx.addcmul_(x, _of_channels(slope, x))
-        return dx, *(v.flatten(1).sum_to_size(weight.shape) for v in (d_weight, d_bias)), None, None
-
-
-def _of_channels(v, x):
-    """Values [B, groups, channels of each] to be broadcast over x [B, T, C], in its type."""
-    return v.flatten(1)[:, None].to(x.dtype)
-
-
 class NoiseEmbedding(nn.Module):
     """Sines and cosines of one number a trajectory, through two layers: [B] -> [B, features]."""
 
-    def __init__(self, features):
+    def __init__(self, features: int):
         super().__init__()
         half = max(features // 8, 4)
         self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.5), math.log(50.0), half)), persistent=False)
         self.layers = nn.Sequential(nn.Linear(2 * half, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
 
-    def forward(self, noise):
+    def forward(self, noise: Tensor) -> Tensor:
         angles = noise[:, None] * self.frequencies
         return self.layers(torch.cat([angles.sin(), angles.cos()], -1))

@@ -5,10 +5,13 @@ is to be seen in figures.
 """
 
 import gc
+import json
 import os
 import sys
 import time
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import gymnasium
 import matplotlib
@@ -16,13 +19,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from safetensors import safe_open
 from stable_baselines3 import PPO
 from torch import nn
 
+import pgdlib
 from pgdlib import data
-from pgdlib.agents import stack as agents
-from pgdlib.lab import minari_files, pipeline
-from pgdlib.lab.figures import plots
+from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 
 matplotlib.use("agg")
@@ -30,6 +34,7 @@ matplotlib.use("agg")
 os.register_at_fork(before=gc.disable, after_in_parent=gc.enable)
 sys.modules["rfc3987_syntax"] = None  # jsonschema's optional check of web addresses, which takes 3 s to import
 torch.set_num_threads(1)
+SPEC = data.Spec(45, 24)  # of Adroit Pen
 
 
 def white(rng, n, steps):
@@ -76,11 +81,11 @@ def toy(episodes, seed=0, **changes):
 class Ideal(nn.Module):
     """The denoiser of independent N(0, 1), normalised."""
 
-    horizon = 10
+    horizon, spec = 10, SPEC
 
     def __init__(self):
         super().__init__()
-        self.normaliser = data.Normaliser().fit(toy([40]).packed())
+        self.normaliser = data.Normaliser(SPEC).fit(toy([40]).packed())
 
     def forward(self, x, sigma):
         return x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
@@ -89,9 +94,9 @@ class Ideal(nn.Module):
 def random_batch(runs=3, n=32, seed=0):
     """Random transitions [R, n, 116] in float64, a third of them terminal."""
     x = torch.randn(runs * n, 116, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    obs, actions, next_obs = (x[:, s] for s in (agents.OBS, agents.ACTIONS, agents.NEXT_OBS))
-    terminal = (x[:, agents.TERMINAL] > 0.43).double()
-    return agents.transitions(obs, actions, x[:, agents.REWARD], terminal, next_obs).unflatten(0, (runs, n))
+    obs, actions, next_obs = (x[:, s] for s in (SPEC.obs, SPEC.actions, SPEC.next_obs))
+    terminal = (x[:, SPEC.terminal] > 0.43).double()
+    return data.transitions(obs, actions, x[:, SPEC.reward], terminal, next_obs).unflatten(0, (runs, n))
 
 
 def plain_network(mlp, i, *after):
@@ -135,7 +140,7 @@ def drawn(figures, name, *arguments, **named):
     """The figure that the module `figures` makes, rendered: what cannot be drawn fails here."""
     fig = getattr(figures, name)(*arguments, title=TITLE, **named)
     assert isinstance(fig, matplotlib.figure.Figure)
-    fig.canvas.draw()
+    FigureCanvasAgg(fig).draw()  # of a figure without pyplot, `fig.canvas` draws nothing
     return fig
 
 
@@ -160,7 +165,9 @@ def line(ax, label):
 @pytest.fixture
 def style():
     """The style of all figures; none is left open."""
-    plots.use_style()
+    from pgdlib.lab import figures
+
+    figures.style.use_style()
     yield
     plt.close("all")
     plt.rcdefaults()
@@ -176,14 +183,17 @@ def real(request):
 @pytest.fixture(scope="session")
 def guide():
     """The shipped guide, whichever it is."""
-    return pipeline.load_guide()[0]
+    with safe_open(Path(pgdlib.__file__).parent / "assets" / "ppo_pen.safetensors", "pt") as f:
+        policy = GaussianPolicy(**json.loads(f.metadata()["card"])["config"]).requires_grad_(False)
+        policy.load_state_dict({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118 (not a dict)
+    return policy
 
 
 @pytest.fixture(scope="session", params=["sampled", "mean"])
 def guided(request, guide):
     """Sixteen D4RL-scale episodes of the shipped guide, acting by samples or by its mean."""
     generator = torch.Generator().manual_seed(0) if request.param == "sampled" else None
-    return adroit.rollout(guide.act(generator), 16, np.random.default_rng(0), adroit.D4RL_HORIZON)
+    return adroit.rollout(partial(guide.act, generator=generator), 16, np.random.default_rng(0), adroit.D4RL_HORIZON)
 
 
 @pytest.fixture(scope="session")
@@ -197,6 +207,8 @@ def quiet():
 @pytest.fixture(scope="session")
 def minari_file(tmp_path_factory):
     """The folder of a Minari dataset of three episodes of six steps; not to be changed."""
+    from pgdlib.lab import minari_files
+
     rng = np.random.default_rng(0)
     episodes = adroit.rollout(replay(white(rng, 3, 6)), 3, rng, 6)
     return minari_files.write_minari(tmp_path_factory.mktemp("minari"), "standin/pen/toy-v0", [episodes], "a toy")

@@ -8,7 +8,6 @@ the same instruction set, one thread) the digests of all bits are equal; elsewhe
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +16,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # to be run as a program
 from conftest import toy
 
-from pgdlib import data, edm, guidance, pgd, sampler, synthetic, worldmodel
+from pgdlib import data, dynamics, edm, fast, guidance, measures, pgd, sampler, synthetic, worldmodel
 from pgdlib.agents import stack
+from pgdlib.agents.bc import BC
 from pgdlib.agents.iql import IQL
 from pgdlib.agents.td3_bc import TD3BC
-from pgdlib.lab import pipeline, store, study
+from pgdlib.lab import store
+from pgdlib.policies import GaussianPolicy
+from pgdlib.simulators import pen
 
 FILE = Path(__file__).with_name("golden.json")
 RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
@@ -33,7 +35,7 @@ def machine():
 
 
 def _bfloat16():
-    return edm.has_bfloat16(torch.device("cpu"))
+    return fast.has_bfloat16(torch.device("cpu"))
 
 
 def episodes():
@@ -44,43 +46,50 @@ def denoiser():
     """60 training steps of a small denoiser: (its EMA, the losses)."""
     torch.manual_seed(0)
     trajectories = episodes()
-    model = edm.Denoiser(16, 16, 2)
+    model = edm.Denoiser(45, 24, 16, 16, 2)
     model.normaliser.fit(trajectories.packed())
     windows = data.Windows(trajectories, model.normaliser, 16)
-    return edm.train(model, windows, edm.Training(60, 16, 1e-3, seed=3))
+    training = edm.Training(model, windows, edm.Recipe(60, 16, 1e-3, seed=3))
+    assert list(training)[-1] == 60
+    return training.ema, training.losses
 
 
 def make():
     """Name -> tensors of everything that is golden."""
     torch.set_num_threads(1)
     model, losses = denoiser()
-    guide = pipeline.load_guide()[0]
+    tensors, card = store.load(store.PACKAGE / "assets" / "ppo_pen.safetensors")
+    guide = GaussianPolicy(**card["config"]).requires_grad_(False)
+    guide.load_state_dict(tensors)
+    noise = fast.stream("cpu", "drawing", 2)
     found = {"denoiser": [*model.state_dict().values(), losses]}
     model.eval().requires_grad_(False)
     for rule in RULES:
         lam = 5.0 if rule.startswith("normalised") else 0.3
         aim = guidance.Guide(rule, guide, model.normaliser, lam, 8, 2)
-        found[f"guided, {rule}"] = list(sampler.draw(model, (6, 16, data.CHANNELS), 8, 1.6, 2, aim))
-    found["multistep"] = list(sampler.draw(model, (6, 16, data.CHANNELS), 8, 0.0, 2, solver="multistep"))
-    transitions = stack.of_trajectories(episodes())
+        found[f"guided, {rule}"] = list(sampler.draw(model, (6, 16, 71), 8, 1.6, noise, aim))
+    found["multistep"] = list(sampler.draw(model, (6, 16, 71), 8, 0.0, noise, solver="multistep"))
+    transitions = episodes().transitions()
     mean, std = transitions[:, :45].mean(0), transitions[:, :45].std(0)
-    for name, kind in (("IQL", IQL), ("TD3+BC", TD3BC), ("BC", stack.BC)):
-        learner = stack.Learner(kind([0, 7], mean, std, (32, 32)), [0, 7], 40, 32, 1e-3)
-        learner.train([transitions] * 2, 20)
+    for name, kind in (("IQL", IQL), ("TD3+BC", TD3BC), ("BC", BC)):
+        learner = stack.Learner(kind(episodes().spec, [0, 7], mean, std, (32, 32)), [0, 7], 40, 32, 1e-3)
+        assert list(learner.train([transitions] * 2, 20))[-1] == 20
         found[f"agent, {name}"] = list(learner.agent.state_dict().values())
-    lab = SimpleNamespace(normaliser=model.normaliser, variance=episodes().obs.var(0).numpy(), policy=guide, device="cpu")
-    x = torch.randn(4, 16, data.CHANNELS, generator=torch.Generator().manual_seed(1)) * 0.3
-    values, _ = study.Study.judge(lab, x)
-    found["judge"] = [torch.from_numpy(np.nan_to_num(v)) for v in values.values()]
+    x = model.normaliser.denormalise(torch.randn(4, 16, 71, generator=torch.Generator().manual_seed(1)) * 0.3)
+    obs, actions, alive = x[..., :45], x[..., 45:69], measures.alive(x[..., 70])
+    found["judge"] = [measures.log_likelihood(guide, obs, actions, alive), measures.mean_density(guide, obs, actions, alive)]
+    for estimator in dynamics.ESTIMATORS:
+        judged = obs.numpy(), actions.numpy(), episodes().variance, estimator, alive.numpy()
+        found["judge"].append(torch.from_numpy(np.nan_to_num(dynamics.dynamics_error(pen.PEN, *judged).squared)))
     torch.manual_seed(1)
-    ensemble = worldmodel.Ensemble(3, 2, (32, 32))
-    how = worldmodel.Training(20, 32, seed=2, weight_decay=(1e-5, 1e-5, 1e-5))
-    losses = worldmodel.train(ensemble, episodes(), toy([30], seed=6), how)
-    found["world model"] = [*ensemble.state_dict().values(), losses]
+    ensemble = worldmodel.Ensemble(45, 24, 3, 2, (32, 32))
+    recipe = worldmodel.Recipe(20, 32, seed=2, weight_decay=(1e-5, 1e-5, 1e-5))
+    training = worldmodel.Training(ensemble, episodes(), toy([30], seed=6), recipe)
+    assert list(training)[-1] == 20
+    found["world model"] = [*ensemble.state_dict().values(), training.losses]
     policy = learner.agent.policy.requires_grad_(False)
-    real = stack.of_trajectories(episodes())
     diffusion = synthetic.Diffusion(model, "heun", 6, 1.2, 1)
-    sources = pgd.Sources(real, diffusion, ensemble, policy, 5, 0.25, [0, 7])
+    sources = pgd.Sources(transitions, diffusion, ensemble, policy, 5, 0.25, [0, 7], pen.outcome)
     rows = pgd.Row("guided", "diffusion", "explicit", 0.5), pgd.Row("calibrated", "diffusion", "annealed", "calibrated")
     for row in (*rows, pgd.Row("model", "world model")):
         made, batch = sources(row, policy, 1)

@@ -1,1 +1,1 @@
-"""Offline agents in stacks."""
+"""Offline agents: one file an algorithm, S seeds as one batch (`stack`)."""

@@ -3,10 +3,11 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pgdlib.agents.stack import ACTIONS, NEXT_OBS, OBS, REWARD, TERMINAL, StackedMLP, StackedPolicy, generators
-from pgdlib.simulators.pen import ACTION_DIM, OBS_DIM
+from pgdlib.agents.stack import Twins, generators, policies
+from pgdlib.data import Spec
+from pgdlib.fast import StackedMLP
 
 
 class IQL(nn.Module):
@@ -15,59 +16,46 @@ class IQL(nn.Module):
     Defaults are the paper's Table 4 and, where it is silent, those of IQL's authors.
     """
 
+    expectile, temperature, discount, max_weight = 0.7, 3.0, 0.99, 100.0
+
     def __init__(
-        self,
-        seeds,
-        obs_mean,
-        obs_std,
-        hidden=(256, 256),
-        expectile=0.7,
-        temperature=3.0,
-        discount=0.99,
-        polyak=0.005,
-        max_weight=100.0,
+        self, spec: Spec, seeds: list, obs_mean: Tensor, obs_std: Tensor, hidden: tuple = (256, 256), polyak: float = 0.005
     ):
         super().__init__()
-        self.expectile, self.temperature, self.discount = expectile, temperature, discount
-        self.polyak, self.max_weight, self.runs = polyak, max_weight, len(seeds)
-        drawn = generators(seeds)
-        self.policy = StackedPolicy(hidden, drawn, obs_mean, obs_std)
-        self.q = StackedMLP([OBS_DIM + ACTION_DIM, *hidden, 1], drawn + drawn)  # first all first twins, then the second
-        self.v = StackedMLP([OBS_DIM, *hidden, 1], drawn)
+        self.spec, self.polyak, drawn = spec, polyak, generators(seeds)
+        self.policy = policies(spec, drawn, obs_mean, obs_std, hidden)
+        self.q, self.v = Twins(spec, hidden, drawn), StackedMLP([spec.obs_dim, *hidden, 1], drawn)
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
-    def losses(self, batch, step, seeds):
-        """The sum of the three losses of each run [R], which share no weights, and the mean V [R]; batch [R, B, 116]."""
+    def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[Tensor, Tensor]:
+        """The sum of the three losses of each run [R], which share no weights, and the mean V [R]; batch [R, B, ...]."""
         parts, value = self.parts(batch)
         return sum(parts.values()), value
 
-    def parts(self, batch):
+    def parts(self, batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The losses of V, Q and the policy by name, [R] each, and the mean V [R] (Eqs. 5, 6, 7)."""
-        obs, next_obs = (self.policy.normalise(batch[..., s]) for s in (OBS, NEXT_OBS))
-        pairs = torch.cat([obs, batch[..., ACTIONS]], -1)
+        spec, reward, terminal = self.spec, batch[..., self.spec.reward], batch[..., self.spec.terminal]
+        obs, next_obs = (self.policy.normalise(batch[..., s]) for s in (spec.obs, spec.next_obs))
+        pairs = torch.cat([obs, batch[..., spec.actions]], -1)
         with torch.no_grad():
-            slow = self._twins(self.target_q, pairs).amin(0)
-            next_v = self.v(next_obs)[..., 0]
-            aim = batch[..., REWARD] + self.discount * (1 - batch[..., TERMINAL]) * next_v
+            slow, next_v = self.target_q(pairs).amin(0), self.v(next_obs)[..., 0]
+            aim = reward + self.discount * (1 - terminal) * next_v
         v = self.v(obs)[..., 0]
         advantage = slow - v
         weight = (self.temperature * advantage.detach()).exp().clamp_max(self.max_weight)
         parts = dict(
             v=(expectile_weight(advantage.detach(), self.expectile) * advantage.square()).mean(1),
-            q=(self._twins(self.q, pairs) - aim).square().mean(2).sum(0),
-            policy=-(weight * self.policy.log_prob(batch[..., OBS], batch[..., ACTIONS])).mean(1),
+            q=(self.q(pairs) - aim).square().mean(2).sum(0),
+            policy=-(weight * self.policy.log_prob(batch[..., spec.obs], batch[..., spec.actions])).mean(1),
         )
         return parts, v.detach().mean(1)
 
     @torch.no_grad()
-    def after_step(self):
+    def after_step(self) -> None:
         """Move the targets toward the twins."""
         torch._foreach_lerp_(list(self.target_q.parameters()), list(self.q.parameters()), self.polyak)
 
-    def _twins(self, q, pairs):
-        return q(pairs.repeat(2, 1, 1)).reshape(2, self.runs, -1)
 
-
-def expectile_weight(difference, expectile):
+def expectile_weight(difference: Tensor, expectile: float) -> Tensor:
     """|τ - 1(difference < 0)|: the weight of a squared difference whose minimum is the τ-expectile."""
     return torch.where(difference < 0, 1 - expectile, expectile)

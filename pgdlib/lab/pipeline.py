@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pgdlib import data, edm, measures, worldmodel
 from pgdlib.lab import budget, collect, minari_files, store
-from pgdlib.policies import GaussianPolicy, from_sb3_zip
+from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 
 SHIPPED_GUIDE = store.PACKAGE / "assets" / "ppo_pen.safetensors"

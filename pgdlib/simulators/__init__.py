@@ -1,1 +1,53 @@
-"""Simulators: what happens to a state under an action."""
+"""Simulators: what happens to a state under an action, many simulations side by side. One file a domain."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """What the core asks of a simulator. Arrays are numpy, in environment space; n simulations or rows, B trajectories.
+
+    A batch, `batch(n, threads)`, is n simulations in closed loop: `set_state(qpos, qvel)`, which gives the observations there,
+    `place(qpos, qvel)`, the same without them, `step(actions [n, action_dim])`, which gives the next observations
+    [n, obs_dim], NaN for what it cannot simulate, and `state()`: copies of qpos and qvel first.
+    """
+
+    name: str
+    obs_dim: int
+    action_dim: int
+    qpos_dim: int
+    qvel_dim: int
+    dt: float  # s, between observations
+    groups: dict[str, slice]  # of the observation, for tables
+    batch: Callable  # (n, threads) -> a batch
+    states: dict[str, Callable]  # estimator -> function (obs [B, T, obs_dim], actions) -> (qpos, qvel) [B, T, ...]
+    within_reach: Callable  # (qpos, qvel) [n, ...] -> [n], whether simulating from there means something
+    outcome: Callable  # (obs [..., obs_dim]) -> (reward, success, ended) [...] of the step that led there
+    with_goal: Callable  # (obs [..., obs_dim], start [..., obs_dim]) -> obs, its goal being that of `start`; in place
+
+
+def advance(simulator: Simulator, qpos, qvel, actions, threads: int | None = None, chunk: int = 4096) -> np.ndarray:
+    """One control step from each state qpos, qvel [n, ...] with `actions` [n, action_dim]: the next observations [n, obs_dim].
+
+    A goal is that of an untouched simulation. A row is NaN where the state is outside the simulator's reach
+    (`within_reach`) or it gives up.
+    """
+    reach = simulator.within_reach(qpos, qvel) & np.isfinite(actions).all(-1)
+    out = np.full((len(qpos), simulator.obs_dim), np.nan)
+    rows = np.flatnonzero(reach)
+    batch = simulator.batch(min(chunk, len(rows)), threads) if len(rows) else None
+    for first in range(0, len(rows), chunk):
+        ids = rows[first : first + chunk]
+        padded = np.resize(ids, batch.n)  # the last chunk is filled up with rows again
+        batch.place(qpos[padded], qvel[padded])
+        out[ids] = batch.step(actions[padded])[: len(ids)]
+    return out
+
+
+def default_threads() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,55 +1,31 @@
-"""The simulator: Adroit Pen in batches, on D4RL's scale and the native one. Nothing else simulates, and only `film` draws.
-
-An observation (45 numbers, environment space) is, with the slices of `OBS_SLICES`:
-hand joint angles, pen position, pen velocity (linear, angular), pen axis, target axis, pen-target position, pen-target axis.
-"""
+"""Adroit Pen in batches, on D4RL's scale and the native one. What its observation holds: `pen_states`."""
 
 import contextlib
 import io
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
-OBS_DIM, ACTION_DIM = 45, 24
-CONTROL_DT = 0.01  # s between observations (100 Hz)
-SUBSTEP_DT = 0.002  # s between physics steps
-N_SUBSTEPS = 5
-OBS_SLICES = {
-    "hand joints": slice(0, 24),
-    "pen position": slice(24, 27),
-    "pen linear velocity": slice(27, 30),
-    "pen angular velocity": slice(30, 33),
-    "pen axis": slice(33, 36),
-    "target axis": slice(36, 39),
-    "pen - target position": slice(39, 42),
-    "pen - target axis": slice(42, 45),
-}
-PEN_HEIGHT = 26  # index of the pen's height, m
-FALL_HEIGHT = 0.075  # m; below it the pen has fallen
+from pgdlib.simulators import Simulator, default_threads, pen_states
+from pgdlib.simulators.pen_states import (
+    ACTION_DIM,
+    CONTROL_DT,
+    GROUPS,
+    N_SUBSTEPS,
+    OBS_DIM,
+    STATE_DIM,
+    outcome,
+)
+
 D4RL_HORIZON, NATIVE_HORIZON = 100, 200  # steps
 D4RL_RANDOM_RETURN, D4RL_EXPERT_RETURN = 96.262799, 3076.833073  # D4RL's reference returns of pen-*-v1
 
 
-def normalised_score(d4rl_return):
+def normalised_score(d4rl_return: float | np.ndarray) -> float | np.ndarray:
     """D4RL's score (0 random, 100 expert) of a return on D4RL's scale. It has no meaning for a native return."""
     return 100.0 * (d4rl_return - D4RL_RANDOM_RETURN) / (D4RL_EXPERT_RETURN - D4RL_RANDOM_RETURN)
-
-
-def outcome(obs):
-    """Reward, success and fall of the step that led to `obs` [..., 45]: in Adroit Pen all three are functions of it."""
-    distance = np.linalg.norm(obs[..., 39:42], axis=-1)
-    similarity = (obs[..., 33:36] * obs[..., 36:39]).sum(-1)
-    near, fallen = distance < 0.075, obs[..., PEN_HEIGHT] < FALL_HEIGHT
-    success = near & (similarity > 0.95)
-    reward = similarity - distance + 10.0 * (near & (similarity > 0.9)) + 50.0 * success - 5.0 * fallen
-    return reward, success, fallen
-
-
-def default_threads():
-    """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @cache
@@ -64,7 +40,7 @@ def _gym_env():
     return _pen_class()()
 
 
-def pen_rest_pose():
+def pen_rest_pose() -> tuple[np.ndarray, np.ndarray]:
     """Position [3] and rotation [3, 3] of the pen's body where all its joints are zero."""
     import mujoco
 
@@ -73,7 +49,7 @@ def pen_rest_pose():
     return body.pos, matrix.reshape(3, 3)
 
 
-def sample_targets(n, rng):
+def sample_targets(n: int, rng: np.random.Generator) -> np.ndarray:
     """Target orientations [n, 4] (quaternions) as the environment draws them: x and y Euler angles uniform in [-1, 1]."""
     half = rng.uniform(-1.0, 1.0, (n, 2)) / 2
     (cx, cy), (sx, sy) = np.cos(half).T, np.sin(half).T
@@ -90,7 +66,7 @@ class PenBatch:
     observations are NaN from then until its next `reset` or `set_state`; the others are untouched.
     """
 
-    def __init__(self, n, threads=None):
+    def __init__(self, n: int, threads: int | None = None):
         from mujoco import mjtWarning as w
         from mujoco.batch import Batch
 
@@ -108,7 +84,7 @@ class PenBatch:
             self._batch.bind(name) for name in ("qpos", "qvel", "ctrl", "qacc_warmstart", "xpos", "site_xpos")
         )
 
-    def reset(self, targets, ids=None):
+    def reset(self, targets: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
         """Start an episode with `targets` [k, 4] in simulations `ids` (sorted; default all); their observations [k, 45]."""
         ids = np.arange(self.n) if ids is None else np.asarray(ids)
         self._target_quat[ids] = targets
@@ -116,22 +92,23 @@ class PenBatch:
         self._broken[ids] = False
         return self.observe()[ids]
 
-    def set_state(self, qpos, qvel, targets=None):
+    def set_state(self, qpos: np.ndarray, qvel: np.ndarray, targets: np.ndarray | None = None) -> np.ndarray:
         """Put every simulation into the state qpos, qvel [n, 30] (rad, m, s); the observations [n, 45]."""
-        self._place(qpos, qvel, targets)
+        self.place(qpos, qvel, targets)
         return self._observe_after(self._batch.forward)
 
-    def _place(self, qpos, qvel, targets=None):
+    def place(self, qpos: np.ndarray, qvel: np.ndarray, targets: np.ndarray | None = None) -> None:
+        """`set_state` without the observations, which take time."""
         self._qpos[:], self._qvel[:], self._warmstart[:] = qpos, qvel, 0.0
         if targets is not None:
             self._target_quat[:] = targets
         self._broken[:] = False
 
-    def state(self):
+    def state(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Copies of qpos, qvel [n, 30] and of the targets [n, 4]."""
         return self._qpos.copy(), self._qvel.copy(), self._target_quat.copy()
 
-    def step(self, actions):
+    def step(self, actions: np.ndarray) -> np.ndarray:
         """One control step (0.01 s) with `actions` [n, 24], clipped to [-1, 1]; the observations [n, 45]."""
         finite = np.isfinite(actions).all(-1)  # MuJoCo prints and logs a warning for each other one, each step anew
         self._broken |= ~finite
@@ -145,7 +122,7 @@ class PenBatch:
         self._broken |= self._warnings[:, self._fatal].any(1)
         return self.observe()
 
-    def observe(self):
+    def observe(self) -> np.ndarray:
         """The observations [n, 45] of the gym environment."""
         pen_top, pen_bottom, target_top, target_bottom, goal = (self._site[:, i] for i in self._sites)
         axis, target_axis = (
@@ -171,24 +148,31 @@ class Episodes:
     targets: np.ndarray  # [n, 4]
 
     @property
-    def native_returns(self):
+    def native_returns(self) -> np.ndarray:
         """[n]: the sum of all rewards."""
         return self.rewards.sum(1)
 
     @property
-    def d4rl_lengths(self):
+    def d4rl_lengths(self) -> np.ndarray:
         """[n]: steps until D4RL ends the episode, by the fall or after 100."""
         fallen = self.fallen[:, :D4RL_HORIZON]
         return np.where(fallen.any(1), fallen.argmax(1) + 1, fallen.shape[1])
 
     @property
-    def d4rl_returns(self):
+    def d4rl_returns(self) -> np.ndarray:
         """[n]: the sum of rewards until D4RL ends the episode, the falling step included."""
         lived = np.arange(self.rewards.shape[1]) < self.d4rl_lengths[:, None]
         return (self.rewards * lived).sum(1)
 
 
-def rollout(act, n, rng, horizon=NATIVE_HORIZON, targets=None, threads=None):
+def rollout(
+    act: Callable,
+    n: int,
+    rng: np.random.Generator | None,
+    horizon: int = NATIVE_HORIZON,
+    targets=None,
+    threads: int | None = None,
+) -> Episodes:
     """`n` episodes of `horizon` steps side by side, with `act(obs [n, 45]) -> actions [n, 24]`, as `Episodes`."""
     batch = PenBatch(n, threads)
     targets = sample_targets(n, rng) if targets is None else targets
@@ -204,25 +188,7 @@ def rollout(act, n, rng, horizon=NATIVE_HORIZON, targets=None, threads=None):
     return Episodes(obs, actions, rewards, fallen, qpos, qvel, targets)
 
 
-def advance(qpos, qvel, actions, threads=None, chunk=4096):
-    """One control step from each state qpos, qvel [n, 30] with `actions` [n, 24]: the next observations [n, 45].
-
-    The target's entries are those of an untouched target. A row is NaN where the state is outside the simulator's reach
-    (`within_reach`) or MuJoCo gives up on it.
-    """
-    reach = within_reach(qpos, qvel) & np.isfinite(actions).all(-1)
-    out = np.full((len(qpos), OBS_DIM), np.nan)
-    rows = np.flatnonzero(reach)
-    batch = PenBatch(min(chunk, len(rows)), threads) if len(rows) else None
-    for first in range(0, len(rows), chunk):
-        ids = rows[first : first + chunk]
-        padded = np.resize(ids, batch.n)  # the last chunk is filled up with rows again
-        batch._place(qpos[padded], qvel[padded])  # a step needs no observation of where it starts
-        out[ids] = batch.step(actions[padded])[: len(ids)]
-    return out
-
-
-def within_reach(qpos, qvel):
+def within_reach(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
     """[n]: whether the states qpos, qvel [n, 30] are such that simulating them means something.
 
     Finite; hand joints at most 1 rad beyond their limits and slower than 100 rad/s; pen within 2 m of its origin and slower
@@ -236,18 +202,34 @@ def within_reach(qpos, qvel):
     return near & slow & np.isfinite(qpos).all(-1)
 
 
-def make_env(scale="d4rl", **kwargs):
-    """The gym environment: `native` (200 steps, never ends) or `d4rl` (100 steps, ends on the fall)."""
-    import gymnasium
+@cache
+def _kick():
+    return pen_states.kick_response(PenBatch(25, threads=1))
 
-    class EndOnFall(gymnasium.Wrapper):
-        def step(self, action):
-            obs, reward, _, truncated, info = self.env.step(action)
-            return obs, reward, bool(obs[PEN_HEIGHT] < FALL_HEIGHT), truncated, info
 
-    horizons = {"d4rl": D4RL_HORIZON, "native": NATIVE_HORIZON}
-    if scale not in horizons:
-        raise ValueError(f"scale must be one of {', '.join(horizons)}; got {scale!r}")
-    env = _pen_class()(**kwargs)
-    env = EndOnFall(env) if scale == "d4rl" else env
-    return gymnasium.wrappers.TimeLimit(env, horizons[scale])
+def reconstructed(obs: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """qpos, qvel [B, T, 30] of trajectories obs [B, T, 45], actions [B, T, 24] by `pen_states.state_from_observations`."""
+    return pen_states.state_from_observations(obs, actions, *pen_rest_pose(), _kick())
+
+
+def appendix_b(obs: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The paper's Appendix B: hand joint angles from the observation, the pen's pose and all velocities zero."""
+    qpos, qvel = np.zeros((2, *obs.shape[:-1], STATE_DIM))
+    qpos[..., GROUPS["hand joints"]] = obs[..., GROUPS["hand joints"]]
+    return qpos, qvel
+
+
+PEN = Simulator(
+    name="Adroit Pen",
+    obs_dim=OBS_DIM,
+    action_dim=ACTION_DIM,
+    qpos_dim=STATE_DIM,
+    qvel_dim=STATE_DIM,
+    dt=CONTROL_DT,
+    groups=GROUPS,
+    batch=PenBatch,
+    states={"reconstructed": reconstructed, "appendix_b": appendix_b},
+    within_reach=within_reach,
+    outcome=outcome,
+    with_goal=pen_states.with_goal,
+)

@@ -66,20 +66,19 @@ def read(path, needed, scale, parameter="sweep"):
     A table's name may go on after `needed`. Raises ValueError that names `parameter` if there is no such file.
     """
     if path == "newest":
-        found = sorted((store.root() / FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime)
-        heads = ((path, pd.read_parquet(path, columns=["run.table", "p.scale"])) for path in found)
-        path = next((path for path, head in heads if (_of_table(head, needed) & (head["p.scale"] == scale)).any()), None)
-        if path is None:
-            raise ValueError(
-                f"{parameter}='newest' is not allowed: runs/ has no sweep at scale {scale!r} with the table {needed}"
-            )
+        for found in sorted((store.root() / FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime):
+            frame = pd.read_parquet(found)
+            if (_of_table(frame, needed) & (frame["p.scale"] == scale)).any():
+                return found, frame
+        where = f"runs/ has no sweep at scale {scale!r} with the table {needed}"
+        raise ValueError(f"{parameter}='newest' is not allowed: {where}")
     try:
         frame = pd.read_parquet(path)
-        found = sorted(frame["run.table"].dropna().unique())
+        has = ", ".join(sorted(frame["run.table"].dropna().unique()))
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{parameter}={str(path)!r} is not a file that a sweep has written: {e}") from e
     if not _of_table(frame, needed).any():
-        raise ValueError(f"{parameter}={str(path)!r} has no table {needed}; it has {', '.join(found) or 'none'}")
+        raise ValueError(f"{parameter}={str(path)!r} has no table {needed}; it has {has or 'none'}")
     return Path(path), frame
 
 
