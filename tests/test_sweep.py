@@ -258,7 +258,12 @@ def test_costs_are_those_of_the_points_most_alike(toy, runs):
     for i, (seconds, x) in enumerate([(10, 8), (20, 8), (30, 8), (999, 256)]):
         done(f"old {i}", {}, seconds=seconds, x=x, seed=i)
     (new,), (other,) = planned(toy, "x: 8", "seed: 9"), planned(toy, "scale: quick")
-    assert plan.costs(toy, [new, other]) == [20, None]
+    new.name, other.name = "new", "other"
+    assert list(plan.forecast(toy, [new, other])) == [
+        "  new: 0:00:20",
+        "  other: unknown",
+        "2 to run: 0:00:20 on one worker, and 1 of unknown cost: nothing like them has run yet",
+    ]
 
 
 def test_the_users_number_of_threads_holds_for_every_library(runs, monkeypatch):

@@ -5,7 +5,6 @@ second core idle a third of the time. What two of them need is made once, the ot
 """
 
 import argparse
-import os
 import sys
 import time
 from collections import deque
@@ -23,8 +22,7 @@ def together(names, scale, folder):
     """Run the notebooks side by side, each with its share of the cores; the name of one that failed, or None."""
     most = max(1, min(len(names), run.CORES, 1 if scale == "paper" else 4))  # at paper's scale one plans with all the memory
     more = run.environment(max(1, run.CORES // most))
-    given = [] if scale == "quick" else ["-p", "scale", scale]  # the default needs no injected cell
-    command = [sys.executable, "-m", "papermill", "-k", "python3", *given]
+    command = [sys.executable, "-m", "papermill", "-k", "python3", *("-p", "scale", scale) * (scale != "quick")]
 
     def start(name):
         print(f"== {name}, scale {scale}, {more['OMP_NUM_THREADS']} threads", flush=True)
@@ -51,14 +49,12 @@ def main(argv=None):
         parser.error(f"notebook {min(unknown)!r} is not known; it must be one of {', '.join(known)}")
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in known if name in (given.notebooks or known)]
-    for names in ([name for name in chosen if name != LAST], [name for name in chosen if name == LAST]):
-        if names and (failed := together(names, given.scale, folder)):
+    for names in ([name for name in chosen if name != LAST], [LAST] * (LAST in chosen)):
+        if failed := together(names, given.scale, folder):
             log = folder / f"{failed}.log"
             print(*run.tail(log, 40), f"== {failed} FAILED, see {log.with_suffix('.ipynb')}", sep="\n", file=sys.stderr)
             return 1
-    print(
-        f"== all took {time.monotonic() - begun:.0f} s; figures are in {os.path.relpath(folder.parent)}/figures/{given.scale}/"
-    )
+    print(f"== all took {time.monotonic() - begun:.0f} s; figures are in {folder.parent}/figures/{given.scale}/")
     return 0
 
 

@@ -10,7 +10,6 @@ and tables lie in a folder of its own.
 import argparse
 import signal
 import sys
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,8 @@ def main(argv=None):
         plan.check(notebook, missing, given.backend == "ray")
         say(f"{notebook.name}: {len(points)} points, {len(points) - len(missing)} of them are done")
         if given.dry_run:
-            return _dry_run(notebook, missing, say)
+            say(*plan.forecast(notebook, missing), sep="\n")
+            return 0
         failed = {}
         if missing:
             notebook.keep()
@@ -54,16 +54,6 @@ def main(argv=None):
     for point, why in failed.values():
         say(f"\nFAILED {point.name}: {point.folder / 'notebook.ipynb'}\n{why}")
     return 1 if failed else 0
-
-
-def _dry_run(notebook, points, say):
-    costs = plan.costs(notebook, points)
-    for point, cost in zip(points, costs):
-        say(f"  {point.name}: {'unknown' if cost is None else timedelta(seconds=round(cost))}")
-    known = [cost for cost in costs if cost is not None]
-    unknown = f", and {len(costs) - len(known)} of unknown cost: nothing like them has run yet" * (len(known) < len(costs))
-    say(f"{len(points)} to run: {timedelta(seconds=round(sum(known)))} on one worker{unknown}")
-    return 0
 
 
 def _arguments(argv):

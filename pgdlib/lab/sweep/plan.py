@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 from dataclasses import dataclass
+from datetime import timedelta
 from os.path import isfile  # Path.is_file fails for a name that is too long
 from pathlib import Path
 
@@ -154,18 +155,20 @@ def check(notebook, points, elsewhere=False):
         raise BadSweep("\n".join(wrong))
 
 
-def costs(notebook, points):
-    """Seconds that each point will take: the median of the earlier ones of its scale that are most alike, or None."""
+def forecast(notebook, points):
+    """Lines that tell what the points will cost: the median of the earlier ones of their scale that are most alike."""
     records = [json.loads(path.read_text()) for path in (store.root() / FOLDER / notebook.name).glob("*/done.json")]
-    found = []
+    costs = {}
     for point in points:
         alike = {}
-        for r in records:
-            if r["settings"].get("scale") == point.settings.get("scale"):
-                same = sum(r["settings"].get(k, point) == v for k, v in point.settings.items())
-                alike.setdefault(same, []).append(r["seconds"])
-        found.append(statistics.median(alike[max(alike)]) if alike else None)
-    return found
+        for r in (r for r in records if r["settings"].get("scale") == point.settings.get("scale")):
+            same = sum(r["settings"].get(k, point) == v for k, v in point.settings.items())
+            alike.setdefault(same, []).append(r["seconds"])
+        if alike:
+            costs[point.key] = round(statistics.median(alike[max(alike)]))
+        yield f"  {point.name}: {timedelta(seconds=costs[point.key]) if alike else 'unknown'}"
+    unknown = f", and {len(points) - len(costs)} of unknown cost: nothing like them has run yet" * (len(costs) < len(points))
+    yield f"{len(points)} to run: {timedelta(seconds=sum(costs.values()))} on one worker{unknown}"
 
 
 def _digest(path):

@@ -55,9 +55,14 @@ class Processes:
         with open(log, "w") as f:
             how = dict(stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
             child = subprocess.Popen(command, env={**os.environ, **environment}, **how)
-        future = self.threads.submit(_over, child)
+        future = self.threads.submit(self._over, child)
         self.children[future] = child
         return future
+
+    @staticmethod
+    def _over(child):
+        status = child.wait()
+        return status, f"killed by {signal.Signals(-status).name}" if status < 0 else ""
 
     def point(self, text, folder, environment):
         """The same of a `plan.Point`, given as JSON."""
@@ -74,11 +79,6 @@ class Processes:
             wait(self.children, PATIENCE)
             for child in self.children.values():
                 child.kill()
-
-
-def _over(child):
-    status = child.wait()
-    return status, f"killed by {signal.Signals(-status).name}" if status < 0 else ""
 
 
 @contextlib.contextmanager
