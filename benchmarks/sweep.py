@@ -64,7 +64,7 @@ def sweep(notebook, runs, given, workers):
     call = [
         sys.executable,
         "-m",
-        "pgdlib.lab.sweep.sweep",
+        "pgdlib.lab.sweep",
         str(notebook),
         "-p",
         "seconds",

@@ -42,7 +42,7 @@ def hear():
 
 def start(toy, runs, *arguments, **how):
     """A running sweep of the toy; its lines go to <runs>.log."""
-    call = [sys.executable, "-m", "pgdlib.lab.sweep.sweep", str(toy), *POINTS, "--out", f"{runs}.parquet", *arguments]
+    call = [sys.executable, "-m", "pgdlib.lab.sweep", str(toy), *POINTS, "--out", f"{runs}.parquet", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PGD_RUNS": str(runs)}
     with open(f"{runs}.log", "a") as log:
         how = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=hear) | how
@@ -144,7 +144,7 @@ def test_stopped_it_ends_its_children_and_the_same_command_goes_on(toy, tmp_path
     told("sweeps stopped by Ctrl-C or SIGTERM", injected=1, survived=1, identical=1, lost=0)
 
 
-@pytest.mark.parametrize(("what", "why"), [("sweep_task", "killed by SIGKILL"), ("ipykernel", "its kernel died")])
+@pytest.mark.parametrize(("what", "why"), [("sweep.point", "killed by SIGKILL"), ("ipykernel", "its kernel died")])
 def test_a_point_whose_process_is_killed_is_run_again(toy, tmp_path, undisturbed, what, why, told):
     runs = tmp_path / "lost"
     sweep = start(toy, runs)

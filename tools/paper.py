@@ -1,100 +1,60 @@
 """Run the notebooks with papermill, up to four at a time where there are cores for it: `make paper`.
 
-python tools/paper.py [--scale quick] [--lanes N] [NOTEBOOK ...]
-
 A core for each of several notebooks is faster than all cores for one after the other: networks this small leave the
 second core idle a third of the time. What two of them need is made once, the other waits for it.
 """
 
 import argparse
-import os
-import re
-import signal
-import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
-from pgdlib.lab import settings, store
-from pgdlib.simulators import pen as adroit
+from pgdlib.lab import params, store
+from pgdlib.lab.sweep import run
 
-ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["02_diffusion", "05_iql_benchmark", "06_world_model", "01_data", "03_ppo_guide", "07_sweep"]  # the longest first
-LANES = {"ci": 4, "quick": 4, "paper": 1}  # at most; at paper's scale each notebook plans with all of the device's memory
-EVERY = 30  # s between two lines of progress
-LAST = ["04_guidance"]  # alone, with all cores: it gathers the verdicts of the others
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+LONGEST = ["02_diffusion", "05_iql_benchmark", "08_threshold", "06_world_model"]  # begin first
+LAST = "04_guidance"  # alone, with all cores: it gathers the verdicts of the others
 
 
-def start(name, scale, threads):
-    """A running papermill, which writes into runs/notebooks/; its progress goes into a log beside the notebook."""
-    folder = store.root() / "notebooks"
-    folder.mkdir(parents=True, exist_ok=True)
-    scales = [] if scale == "quick" else ["-p", "scale", scale]  # the default needs no injected cell
-    paths = ROOT / "notebooks" / f"{name}.ipynb", folder / f"{name}.ipynb"
-    command = [sys.executable, "-m", "papermill", "-k", "python3", *scales, *map(str, paths)]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-    with (folder / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-    print(f"== {name}, scale {scale}, {threads} threads", flush=True)
-    return process
+def together(names, scale, folder):
+    """Run the notebooks side by side, each with its share of the cores; the name of one that failed, or None."""
+    most = max(1, min(len(names), run.CORES, 1 if scale == "paper" else 4))  # at paper's scale one plans with all the memory
+    more = run.environment(max(1, run.CORES // most))
+    command = [sys.executable, "-m", "papermill", "-k", "python3", *("-p", "scale", scale) * (scale != "quick")]
 
+    def start(name):
+        print(f"== {name}, scale {scale}, {more['OMP_NUM_THREADS']} threads", flush=True)
+        return processes.start([*command, NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb"], folder / f"{name}.log", more)
 
-def run(names, scale, lanes, threads):
-    """Run the notebooks `names`, at most `lanes` at once with `threads` each; the name of one that failed, or None."""
-    waiting, running, told = list(names), {}, time.monotonic()
-    try:
-        while waiting or running:
-            while waiting and len(running) < lanes:
-                running[waiting[0]] = start(waiting[0], scale, threads), time.monotonic()
-                del waiting[0]
-            for name, (process, begun) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[name]
-                if process.returncode:
-                    return name
-                print(f"== {name} took {time.monotonic() - begun:.0f} s", flush=True)
-            if time.monotonic() - told > EVERY:
-                told = time.monotonic()
-                print("\n".join(f"   {name}: {last_line(name)}" for name in running), flush=True)
-            time.sleep(0.2)
-    finally:
-        for process, _ in running.values():  # after a failure or Ctrl-C; asked so, papermill ends its kernel
-            process.send_signal(signal.SIGTERM)
-        for process, _ in running.values():
-            process.wait()
-    return None
+    def tell(running):
+        print("\n".join(f"   {name}: {''.join(run.tail(folder / f'{name}.log', 1))}" for name in running), flush=True)
 
-
-def last_line(name):
-    """What papermill's bar shows at present."""
-    lines = re.split(r"[\r\n]+", (store.root() / "notebooks" / f"{name}.log").read_text().strip())
-    return lines[-1]
+    begun = time.monotonic()
+    with run.Processes(most) as processes:
+        for name, future in run.side_by_side(deque(names), start, most, tell, every=30):
+            if future.result()[0]:
+                return name
+            print(f"== {name} is done after {time.monotonic() - begun:.0f} s", flush=True)
 
 
 def main(argv=None):
+    known = sorted((path.stem for path in NOTEBOOKS.glob("*.ipynb")), key=lambda name: ([*LONGEST, name].index(name), name))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=settings.SCALES, default="quick")
-    parser.add_argument("--lanes", type=int, choices=(1, 2, 3, 4), help="notebooks at once; a core for each by default")
-    parser.add_argument(
-        "notebooks", nargs="*", metavar="NOTEBOOK", help=f"of {', '.join(sorted(ORDER + LAST))}; all by default"
-    )
-    given = parser.parse_args(argv)
-    if unknown := set(given.notebooks) - {*ORDER, *LAST}:
-        parser.error(f"notebook {sorted(unknown)[0]!r} is not known; it must be one of {', '.join(sorted(ORDER + LAST))}")
-    cores, begun = adroit.default_threads(), time.monotonic()
-    lanes = given.lanes or min(LANES[given.scale], cores)
-    chosen = given.notebooks or ORDER + LAST
-    for names, most in (([n for n in ORDER if n in chosen], lanes), ([n for n in LAST if n in chosen], 1)):
-        at_once = max(1, min(most, len(names)))
-        if failed := run(names, given.scale, at_once, max(1, cores // at_once)):
-            log = store.root() / "notebooks" / f"{failed}.log"
-            print(f"{log.read_text()[-3000:]}\n== {failed} FAILED, see {log.with_suffix('.ipynb')}", file=sys.stderr)
+    parser.add_argument("--scale", choices=params.SCALES, default="quick")
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=f"of {', '.join(known)}; all by default")
+    given, begun, folder = parser.parse_args(argv), time.monotonic(), store.root() / "notebooks"
+    if unknown := set(given.notebooks) - {*known}:
+        parser.error(f"notebook {min(unknown)!r} is not known; it must be one of {', '.join(known)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [name for name in known if name in (given.notebooks or known)]
+    for names in ([name for name in chosen if name != LAST], [LAST] * (LAST in chosen)):
+        if failed := together(names, given.scale, folder):
+            log = folder / f"{failed}.log"
+            print(*run.tail(log, 40), f"== {failed} FAILED, see {log.with_suffix('.ipynb')}", sep="\n", file=sys.stderr)
             return 1
-    figures = store.root() / "figures" / given.scale
-    print(f"== all notebooks took {time.monotonic() - begun:.0f} s; figures are in {os.path.relpath(figures)}/")
+    print(f"== all took {time.monotonic() - begun:.0f} s; figures are in {folder.parent}/figures/{given.scale}/")
     return 0
 
 

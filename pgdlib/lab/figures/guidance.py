@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pgdlib.lab.equal_likelihood import on_front
 from pgdlib.lab.figures.style import DATA, LIKELIHOOD, MODEL, MUTED, figure, finished, interval, lines, looks, ring
+from pgdlib.lab.fronts import on_front
 from pgdlib.simulators import pen
 
 LABELS = {

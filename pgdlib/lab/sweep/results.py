@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from pgdlib.lab import artifacts
+from pgdlib.lab import store
 from pgdlib.lab.seedstats import mean_se, paired_interval
-from pgdlib.lab.sweep import sweep_plan
+from pgdlib.lab.sweep.plan import FOLDER
 
 SLUG = re.compile(r"_((?:d4rl|standin)-(?:human|cloned|expert))(?=_|$)")  # the data's, in names of files
 
@@ -33,16 +33,16 @@ def tables(folder):
         yield SLUG.sub("", path.stem), slug and slug[1], frame
 
 
-def gather(tasks):
-    """The frame of the points `tasks`, of those that are done. A point without a table has one row, for its seconds."""
+def gather(points):
+    """The frame of the points `points`, of those that are done. A point without a table has one row, for its seconds."""
     parts = []
-    for task in tasks:
-        if (record := task.record) is None:
+    for point in points:
+        if (record := point.record) is None:
             continue
-        run = {"point": task.key, "notebook": task.source, "seconds": record["seconds"], "threads": record["threads"]}
-        run |= {"code": task.identity["code"], **record["versions"]}
-        p = {f"p.{k}": v if isinstance(v, str | int | float | None) else json.dumps(v) for k, v in task.settings.items()}
-        for name, slug, frame in list(tables(task.folder)) or [(None, None, pd.DataFrame(index=[0]))]:
+        run = {"point": point.key, "notebook": point.notebook, "seconds": record["seconds"], "threads": record["threads"]}
+        run |= {"code": point.identity["code"], **record["versions"]}
+        p = {f"p.{k}": v if isinstance(v, str | int | float | None) else json.dumps(v) for k, v in point.settings.items()}
+        for name, slug, frame in list(tables(point.folder)) or [(None, None, pd.DataFrame(index=[0]))]:
             own = {f"run.{k}": v for k, v in {"table": name, "row": np.arange(len(frame)), "data": slug, **run}.items()}
             parts.append(frame.assign(**p, **own))
     names = dict.fromkeys(name for part in parts for name in part)
@@ -56,7 +56,7 @@ def write(frame, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     mixed = [name for name in frame if pd.api.types.infer_dtype(frame[name], skipna=True).startswith("mixed")]
     frame = frame.assign(**{name: frame[name].map(str, na_action="ignore") for name in mixed})
-    with artifacts.replacing(path) as partial:
+    with store.replacing(path) as partial:
         frame.to_parquet(partial, index=False)
 
 
@@ -66,20 +66,19 @@ def read(path, needed, scale, parameter="sweep"):
     A table's name may go on after `needed`. Raises ValueError that names `parameter` if there is no such file.
     """
     if path == "newest":
-        found = sorted((artifacts.root() / sweep_plan.FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime)
-        heads = ((path, pd.read_parquet(path, columns=["run.table", "p.scale"])) for path in found)
-        path = next((path for path, head in heads if (_of_table(head, needed) & (head["p.scale"] == scale)).any()), None)
-        if path is None:
-            raise ValueError(
-                f"{parameter}='newest' is not allowed: runs/ has no sweep at scale {scale!r} with the table {needed}"
-            )
+        for found in sorted((store.root() / FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime):
+            frame = pd.read_parquet(found)
+            if (_of_table(frame, needed) & (frame["p.scale"] == scale)).any():
+                return found, frame
+        where = f"runs/ has no sweep at scale {scale!r} with the table {needed}"
+        raise ValueError(f"{parameter}='newest' is not allowed: {where}")
     try:
         frame = pd.read_parquet(path)
-        found = sorted(frame["run.table"].dropna().unique())
+        has = ", ".join(sorted(frame["run.table"].dropna().unique()))
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{parameter}={str(path)!r} is not a file that a sweep has written: {e}") from e
     if not _of_table(frame, needed).any():
-        raise ValueError(f"{parameter}={str(path)!r} has no table {needed}; it has {', '.join(found) or 'none'}")
+        raise ValueError(f"{parameter}={str(path)!r} has no table {needed}; it has {has or 'none'}")
     return Path(path), frame
 
 
