@@ -8,7 +8,7 @@ from conftest import TITLE, line, texts
 from matplotlib.colors import to_rgb
 from test_figures import FLOORS, MULTIPLES, PAPER, RULES, SEEDS, T, clouds, curve, draw, lams, samplers
 
-from pgdlib.lab import seedstats
+from pgdlib.lab import seeds
 from pgdlib.lab.figures import data, guidance, style, table1
 
 pytestmark = pytest.mark.usefixtures("style")
@@ -122,7 +122,7 @@ def test_curves_show_means_and_errors_of_the_seeds_that_are_left():
 def test_table_1_has_all_rows_from_the_top_their_numbers_and_every_seed():
     rows = {"cloning": SEEDS, "lost": np.array([2000.0, NAN, 2400.0, 2200.0, 2300.0])}
     (ax,) = draw(table1.table1, rows, (1500.0, 25.0), PAPER).axes
-    means = {"behaviour (± over episodes)": (1500.0, 25.0), **{k: seedstats.mean_se(v) for k, v in rows.items()}, **PAPER}
+    means = {"behaviour (± over episodes)": (1500.0, 25.0), **{k: seeds.mean_se(v) for k, v in rows.items()}, **PAPER}
     heights = dict(zip((t.get_text() for t in ax.get_yticklabels()), ax.get_yticks(), strict=True))
     assert list(heights) == list(means) and np.diff([*heights.values()]).tolist() == pytest.approx([1, 1, 1.7, 1])
     assert ax.yaxis_inverted()
@@ -139,7 +139,7 @@ def test_table_1_has_all_rows_from_the_top_their_numbers_and_every_seed():
     for name, values in rows.items():
         (seeds,) = [ln for ln in ax.get_lines() if len(ln.get_xdata()) == 5 and abs(ln.get_ydata()[0] - heights[name]) < 0.4]
         np.testing.assert_array_equal(seeds.get_xdata(), values)  # what is NaN is not drawn
-        _, low, high = seedstats.stratified_bootstrap(seedstats.interquartile_mean, values)
+        _, low, high = seeds.stratified_bootstrap(seeds.interquartile_mean, values)
         (pale,) = [ln for ln in ax.get_lines() if ln.get_alpha() == 0.25 and ln.get_ydata()[0] == heights[name]]
         assert tuple(pale.get_xdata()) == (low, high) and to_rgb(pale.get_color()) == to_rgb(seeds.get_color())
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import sb3_zip
 
-from pgdlib.lab import artifacts, claims, pipeline
+from pgdlib.lab import artifacts, claims, load
 from tools import promote
 
 pytestmark = pytest.mark.notebook
@@ -158,7 +158,7 @@ def started(request, tmp_path_factory):
     base = tmp_path_factory.mktemp("notebooks")
     sb3_zip(base / "ppo.zip")
     sb3_zip(base / "walker.zip", 17, 6)
-    whole = pipeline.SHIPPED_GUIDE.read_bytes()
+    whole = load.SHIPPED_GUIDE.read_bytes()
     (base / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -234,7 +234,7 @@ def test_02_trains_and_draws_as_asked(run):
 
 @named("03")
 def test_03_shows_the_shipped_guide(run):
-    _, card = pipeline.load_guide()
+    _, card = load.load_guide()
     assert len(run.table("03_learning_curve")) == len(card["curve"])
     returns = run.table("03_returns")
     assert len(returns) == 20 and returns["guide, mean action"].mean() > 3000 > 500 > returns["random actions"].mean()

@@ -24,7 +24,7 @@ from conftest import kept, replay, white
 from inputs import PATHS, ROOT, no_writes, tried
 
 from pgdlib import edm
-from pgdlib.lab import artifacts, benchmark, minari_files, pipeline
+from pgdlib.lab import artifacts, load, minari_files, table1
 from pgdlib.simulators import pen as adroit
 
 UNPICKLE = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}  # modules
@@ -119,9 +119,9 @@ def test_a_pickle_in_place_of_a_guide_or_a_denoiser_is_not_executed(bombs, tmp_p
         for name in ("bomb.zip", "bomb.safetensors", "bomb"):
             (tmp_path / name).write_bytes(content)
             with pytest.raises(ValueError, match=r"guide=.*bomb"):
-                pipeline.load_guide(str(tmp_path / name))
+                load.load_guide(str(tmp_path / name))
             with pytest.raises(ValueError, match=r"denoiser=.*bomb"):
-                benchmark.read_denoiser(str(tmp_path / name), None, "cpu")
+                table1.read_denoiser(str(tmp_path / name), None, "cpu")
             assert not trace.exists()
 
 
@@ -147,7 +147,7 @@ def test_a_path_in_a_parameter_is_read_and_never_written_to(runs, tmp_path, monk
 
     def refused(path):
         with no_writes():
-            for name, read in (("guide", pipeline.load_guide), ("denoiser", lambda p: benchmark.read_denoiser(p, None, "cpu"))):
+            for name, read in (("guide", load.load_guide), ("denoiser", lambda p: table1.read_denoiser(p, None, "cpu"))):
                 with pytest.raises(ValueError) as error:
                     read(path)
                 assert f"{name}={path!r}" in str(error.value)

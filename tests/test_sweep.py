@@ -20,16 +20,16 @@ from conftest import kept
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from scipy import stats
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.sweep import __main__ as command
 from pgdlib.lab.sweep import plan, point, results, run
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = 'scale = "ci"\nx = 1.0\nseed = 0\nmany = [1, 2]\nnote = "auto"\ndevice = "auto"'
 CHECK = """%matplotlib inline
-from pgdlib.lab import params
-p = params.check(globals(), scale=params.one_of("ci", "quick"), x=params.number(0), seed=params.integer(0),
-    many=params.numbers(), note=params.text(), device=params.one_of(*params.DEVICES))"""
+from pgdlib.lab import settings
+p = settings.check(globals(), scale=settings.one_of("ci", "quick"), x=settings.number(0), seed=settings.integer(0),
+    many=settings.numbers(), note=settings.text(), device=settings.one_of(*settings.DEVICES))"""
 BODY = """import os, pathlib
 folder = pathlib.Path(os.environ["PGD_RUNS"]) / "results" / p.scale
 folder.mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_a_key_names_all_that_decides_the_result_and_nothing_else(tmp_path, runs
     others += [key(parameters=PARAMETERS.replace("1.0", "2.0")), key([("seed", "1")]), key([("note", str(guide))])]
     guide.write_text("two")
     others += [key([("note", str(guide))])]
-    versions = store.versions()
+    versions = artifacts.versions()
     monkeypatch.setattr(store, "versions", lambda: {**versions, "git": "another commit"})
     assert key() == first
     monkeypatch.setattr(store, "versions", lambda: {**versions, "torch": "0.1"})
@@ -340,7 +340,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(runs, tmp_path, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(artifacts.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         results.write(pd.DataFrame({"a": [2]}), path)
     assert pd.read_parquet(path)["a"].tolist() == [1] and kept(tmp_path) == ["x.parquet"]

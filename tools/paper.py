@@ -10,7 +10,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from pgdlib.lab import params, store
+from pgdlib.lab import artifacts, settings
 from pgdlib.lab.sweep import run
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -42,9 +42,9 @@ def together(names, scale, folder):
 def main(argv=None):
     known = sorted((path.stem for path in NOTEBOOKS.glob("*.ipynb")), key=lambda name: ([*LONGEST, name].index(name), name))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=params.SCALES, default="quick")
+    parser.add_argument("--scale", choices=settings.SCALES, default="quick")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=f"of {', '.join(known)}; all by default")
-    given, begun, folder = parser.parse_args(argv), time.monotonic(), store.root() / "notebooks"
+    given, begun, folder = parser.parse_args(argv), time.monotonic(), artifacts.root() / "notebooks"
     if unknown := set(given.notebooks) - {*known}:
         parser.error(f"notebook {min(unknown)!r} is not known; it must be one of {', '.join(known)}")
     folder.mkdir(parents=True, exist_ok=True)

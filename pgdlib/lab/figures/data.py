@@ -6,7 +6,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pgdlib.lab.figures.style import COLOURS, DATA, MODEL, STATES, figure, finished, interval, lines, looks
-from pgdlib.simulators import pen
+from pgdlib.simulators import pen, pen_states
 
 
 def returns(groups, references, title, xlabel="return on D4RL's scale"):
@@ -31,8 +31,8 @@ def episode(obs, rewards, title):
     ours, target = obs[:, pen.PEN.groups["pen axis"]], obs[:, pen.PEN.groups["target axis"]]
     for values, dashes in ((ours, "-"), (target, ":")):
         lines(axes[0], {name: (t, v) for name, v in zip("xyz", values.T)}, linestyle=dashes, marker="")
-    axes[1].plot(t, obs[:, pen.PEN_HEIGHT], color=DATA)
-    axes[1].axhline(pen.FALL_HEIGHT, color="black", linestyle="--", linewidth=1, label="fallen below")
+    axes[1].plot(t, obs[:, pen_states.PEN_HEIGHT], color=DATA)
+    axes[1].axhline(pen_states.FALL_HEIGHT, color="black", linestyle="--", linewidth=1, label="fallen below")
     axes[2].plot(t, rewards, color=DATA)
     for ax, label in zip(axes, ("pen axis (dotted: target)", "pen height (m)", "reward")):
         ax.set(xlabel="time (s)", ylabel=label)

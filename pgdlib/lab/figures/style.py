@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import ticker
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 COLOURS = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 4, 3, 9, 7, 5, 6, 8)]
 DATA, MODEL, GUIDED, THEIRS, MUTED = (COLOURS[i] for i in (0, 1, 2, 3, 6))  # the last is grey
@@ -28,12 +28,12 @@ def use_style():
 
 def save(fig, name, scale, table=None):
     """Write `fig`, and the `table` it was drawn from, to runs/figures/<scale>/<name>.png and .csv; the figure."""
-    folder = store.root() / "figures" / scale
+    folder = artifacts.root() / "figures" / scale
     folder.mkdir(parents=True, exist_ok=True)
-    with store.replacing(folder / f"{name}.png") as partial:
+    with artifacts.replacing(folder / f"{name}.png") as partial:
         fig.savefig(partial, format="png")
     if table is not None:
-        with store.replacing(folder / f"{name}.csv") as partial:
+        with artifacts.replacing(folder / f"{name}.csv") as partial:
             pd.DataFrame(table).to_csv(partial, index=False)
     return fig
 

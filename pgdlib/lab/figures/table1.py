@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pgdlib.lab import seedstats
+from pgdlib.lab import seeds
 from pgdlib.lab.figures.style import figure, finished, lines, looks, marks
 from pgdlib.simulators import pen
 
@@ -10,7 +10,7 @@ from pgdlib.simulators import pen
 def curves(steps, returns, resamples, title):
     """Mean returns over seeds with their standard errors: steps [P], returns row -> [P, S], resamples: steps of new data."""
     fig, [[ax]] = figure(title, 8, 4, xlabel="training step", ylabel="return, D4RL's scale (± SE over seeds)")
-    found = {name: np.array([seedstats.mean_se(at_step) for at_step in each]).T for name, each in returns.items()}
+    found = {name: np.array([seeds.mean_se(at_step) for at_step in each]).T for name, each in returns.items()}
     lines(ax, {name: (steps, mean, mean - error, mean + error) for name, (mean, error) in found.items()})
     for step in resamples:
         ax.axvline(step, color="0.7", linestyle=":", linewidth=1, label="new synthetic data")
@@ -23,7 +23,7 @@ def table1(rows, behaviour, paper, title):
     rows: name -> returns [S] (NaN where diverged); behaviour: (mean, se) of the data's own episodes; paper: name -> (mean,
     se), the paper's numbers and others' on D4RL's own data, drawn apart below. All on D4RL's scale.
     """
-    own = [("behaviour (± over episodes)", behaviour), *((name, seedstats.mean_se(values)) for name, values in rows.items())]
+    own = [("behaviour (± over episodes)", behaviour), *((name, seeds.mean_se(values)) for name, values in rows.items())]
     names, measured = zip(*own, *paper.items())
     y = np.arange(len(names)) + np.where(np.arange(len(names)) < len(own), 0, 0.7)  # what others measured stands apart
     colours = ["0.35", *(look["color"] for look in looks(rows).values()), *["0.35"] * len(paper)]
@@ -38,7 +38,7 @@ def table1(rows, behaviour, paper, title):
         ax.annotate(number, (1.01, at), xycoords=("axes fraction", "data"), va="center", **text)
     for at, colour, values in zip(y[1:], colours[1:], rows.values()):
         ax.plot(values, np.full(len(values), at + 0.22), "|", color=colour, markersize=7)
-        _, low, high = seedstats.stratified_bootstrap(seedstats.interquartile_mean, values)
+        _, low, high = seeds.stratified_bootstrap(seeds.interquartile_mean, values)
         ax.plot([low, high], [at, at], color=colour, linewidth=6, alpha=0.25, solid_capstyle="butt")
     ax.set_yticks(y, names)
     ax.set_ylim(y[-1] + 0.6, -0.6)

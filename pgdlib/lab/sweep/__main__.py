@@ -13,7 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.sweep import plan, results, run
 
 
@@ -38,8 +38,8 @@ def main(argv=None):
                 missing, run.here(given.workers, len(missing)) if local else run.on_ray(*ray), given.retries, say
             )
         frame = results.gather(points)
-        own = f"{notebook.name}-{store.key(points=sorted(point.key for point in points))}.parquet"
-        path = Path(given.out or store.root() / plan.FOLDER / own)
+        own = f"{notebook.name}-{artifacts.key(points=sorted(point.key for point in points))}.parquet"
+        path = Path(given.out or artifacts.root() / plan.FOLDER / own)
         results.write(frame, path)
     except plan.BadSweep as reason:
         print(reason, file=sys.stderr)

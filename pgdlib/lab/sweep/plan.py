@@ -20,7 +20,7 @@ import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 from papermill.iorw import load_notebook_node
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 FOLDER = "points"  # in the folder of all runs
 # Points that agree in these use the same data and, mostly, the same models.
@@ -45,7 +45,7 @@ class Point:
 
     @property
     def folder(self):
-        return store.root() / FOLDER / self.notebook / self.key
+        return artifacts.root() / FOLDER / self.notebook / self.key
 
     @property
     def record(self):
@@ -73,22 +73,25 @@ class Notebook:
             self.code = [compile(cell, f"{self.name}, cell {i}", "exec") for i, cell in enumerate(self.cells)]
         except SyntaxError as e:
             raise BadSweep(f"{path} is not all Python: {e}") from e
-        self.modules = sorted(set().union(*map(store.imported, self.cells)))
-        self.identity = {"cells": store.key(cells=[c.source for c in code]), **identity(self.modules)}  # text does not count
+        self.modules = sorted(set().union(*map(artifacts.imported, self.cells)))
+        self.identity = {
+            "cells": artifacts.key(cells=[c.source for c in code]),
+            **identity(self.modules),
+        }  # text does not count
         for cell in code:
             cell.outputs, cell.execution_count = [], None
 
     def keep(self):
         """Write it, without outputs, to where its points run it from: the file may change while they do."""
-        with store.replacing(store.root() / FOLDER / self.name / f"{self.identity['cells']}.ipynb") as partial:
+        with artifacts.replacing(artifacts.root() / FOLDER / self.name / f"{self.identity['cells']}.ipynb") as partial:
             partial.write_text(json.dumps(self.node), encoding="utf-8")
 
 
 def identity(modules):
     """What decides a result on this machine: the code of the `modules`, what the package ships, and versions."""
-    assets = [(p.name, _digest(p)) for p in sorted((store.PACKAGE / "assets").iterdir())] if modules else []
-    versions = {k: v for k, v in store.versions().items() if k != "git"}  # a commit need not touch what runs
-    return {"code": store.code_version(*modules), "assets": store.key(assets=assets), "versions": versions}
+    assets = [(p.name, _digest(p)) for p in sorted((artifacts.PACKAGE / "assets").iterdir())] if modules else []
+    versions = {k: v for k, v in artifacts.versions().items() if k != "git"}  # a commit need not touch what runs
+    return {"code": artifacts.code_version(*modules), "assets": artifacts.key(assets=assets), "versions": versions}
 
 
 def parse(notebook, pairs, texts):
@@ -124,11 +127,11 @@ def points(notebook, given):
         chosen = dict(zip(given, values))
         settings = {**notebook.defaults, **chosen}
         files = {k: _digest(v) for k, v in settings.items() if isinstance(v, str) and isfile(v)}
-        key = store.key(parameters=settings, files=files, **notebook.identity)
+        key = artifacts.key(parameters=settings, files=files, **notebook.identity)
         name = " ".join(f"{k}={chosen[k]}" for k in swept) or notebook.name
         found[key] = Point(key, name, settings, chosen, notebook.name, notebook.modules, notebook.identity)
     for point in found.values():
-        groups.setdefault(store.key(shared=[point.settings.get(k) for k in SHARED]), []).append(point)
+        groups.setdefault(artifacts.key(shared=[point.settings.get(k) for k in SHARED]), []).append(point)
     return [point for turn in itertools.zip_longest(*groups.values()) for point in turn if point]
 
 
@@ -157,7 +160,7 @@ def check(notebook, points, elsewhere=False):
 
 def forecast(notebook, points):
     """Lines that tell what the points will cost: the median of the earlier ones of their scale that are most alike."""
-    records = [json.loads(path.read_text()) for path in (store.root() / FOLDER / notebook.name).glob("*/done.json")]
+    records = [json.loads(path.read_text()) for path in (artifacts.root() / FOLDER / notebook.name).glob("*/done.json")]
     costs = {}
     for point in points:
         alike = {}

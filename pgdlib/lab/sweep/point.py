@@ -14,7 +14,7 @@ import time
 import papermill
 from nbclient.exceptions import DeadKernelError
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.sweep import plan
 
 # What all points share, in the folder of all runs; everything else that a notebook writes is its point's own.
@@ -27,7 +27,7 @@ def main(text, parent):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that kernels are ended on the way out
     threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
     point = plan.Point(**json.loads(text))
-    with store.lock(point.folder / "done.json"):
+    with artifacts.lock(point.folder / "done.json"):
         if point.record:
             return
         differs = [k for k, v in plan.identity(point.modules).items() if v != point.identity[k]]
@@ -36,8 +36,10 @@ def main(text, parent):
         begun, clock = time.time(), time.monotonic()
         _run(point)
         card = dict(begun=begun, seconds=time.monotonic() - clock, threads=int(os.environ.get("OMP_NUM_THREADS", 0)))
-        with store.replacing(point.folder / "done.json") as partial:
-            partial.write_text(json.dumps({**vars(point), **card, "versions": store.versions()}, indent=1), encoding="utf-8")
+        with artifacts.replacing(point.folder / "done.json") as partial:
+            partial.write_text(
+                json.dumps({**vars(point), **card, "versions": artifacts.versions()}, indent=1), encoding="utf-8"
+            )
 
 
 def _follow(parent):
@@ -50,7 +52,7 @@ def _follow(parent):
 
 
 def _run(point):
-    root, folder = store.root(), point.folder
+    root, folder = artifacts.root(), point.folder
     for left in (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
         shutil.rmtree(left)  # of an attempt that was stopped
     for name in COMMON:

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from pgdlib.lab import store
-from pgdlib.lab.seedstats import mean_se, paired_interval
+from pgdlib.lab import artifacts
+from pgdlib.lab.seeds import mean_se, paired_interval
 from pgdlib.lab.sweep.plan import FOLDER
 
 SLUG = re.compile(r"_((?:d4rl|standin)-(?:human|cloned|expert))(?=_|$)")  # the data's, in names of files
@@ -56,7 +56,7 @@ def write(frame, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     mixed = [name for name in frame if pd.api.types.infer_dtype(frame[name], skipna=True).startswith("mixed")]
     frame = frame.assign(**{name: frame[name].map(str, na_action="ignore") for name in mixed})
-    with store.replacing(path) as partial:
+    with artifacts.replacing(path) as partial:
         frame.to_parquet(partial, index=False)
 
 
@@ -66,7 +66,7 @@ def read(path, needed, scale, parameter="sweep"):
     A table's name may go on after `needed`. Raises ValueError that names `parameter` if there is no such file.
     """
     if path == "newest":
-        for found in sorted((store.root() / FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime):
+        for found in sorted((artifacts.root() / FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime):
             frame = pd.read_parquet(found)
             if (_of_table(frame, needed) & (frame["p.scale"] == scale)).any():
                 return found, frame

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from datetime import timedelta
 
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 from pgdlib.lab.sweep.plan import BadSweep
 from pgdlib.lab.sweep.point import LOST
 
@@ -91,8 +91,8 @@ def _undisturbed():
 
 def environment(threads):
     """What a process gets beside the environment that is there; the user's OMP_NUM_THREADS holds for every library."""
-    path = os.pathsep.join(filter(None, (str(store.PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    own = {"PGD_RUNS": str(store.root()), "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
+    path = os.pathsep.join(filter(None, (str(artifacts.PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    own = {"PGD_RUNS": str(artifacts.root()), "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
     return {name: os.environ.get(name, os.environ.get("OMP_NUM_THREADS", str(threads))) for name in THREADS} | own
 
 
