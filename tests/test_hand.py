@@ -208,7 +208,7 @@ def test_a_process_that_draws_ends_without_a_word():
 
 BROKEN = """
 import sys, types
-seaborn = types.SimpleNamespace(color_palette=lambda name: [(0, 0, 0)] * 8)  # all that is needed of it here
+seaborn = types.SimpleNamespace(color_palette=lambda name: [(0, 0, 0)] * 10)  # all that is needed of it here
 sys.modules["seaborn"] = seaborn  # importing it takes longer than all the rest
 {}
 import numpy as np
@@ -298,13 +298,6 @@ def test_side_by_side_shows_both_the_error_and_the_time():
     rows, columns = (np.array([m[i].mean() for m in marks[1:]]) for i in (0, 1))
     assert np.abs(columns - at[1:]).max() < 4 and (np.diff(rows) < 0).all()  # it rises with the error
     np.testing.assert_allclose(np.diff(rows), np.diff(rows).mean(), atol=1.5)  # on a logarithmic axis
-
-
-@pytest.mark.usefixtures("grey")
-def test_films_can_be_compared_by_their_axis():
-    a, b, c = (filmed(np.r_[0, np.full(20, e)])[0, hand.HEAD + 80 + 24 : -40, :50] for e in (0.05, 0.5, 500.0))
-    np.testing.assert_array_equal(a, b)  # the numbers on the left
-    assert (a != c).any()
 
 
 @pytest.mark.usefixtures("grey")

