@@ -189,6 +189,11 @@ def note(name, sentences, slug, scale):
     return Markdown("\n".join(f"* {sentence}" for sentence in sentences))
 
 
+def keep(name, values, scale):
+    """Write plain values to runs/results/<scale>/<name>.json."""
+    _write(artifacts.root() / "results" / scale / f"{name}.json", values)
+
+
 def merged(first, *others):
     """The rows of one dataset, and of the others (in order) the claims that have no verdict before."""
     rows = dict(first)
