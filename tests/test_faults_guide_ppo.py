@@ -41,7 +41,7 @@ def taken(monkeypatch):
     monkeypatch.setattr(resumable, "run", functools.partial(resumable.run, save_every=0))
     monkeypatch.setattr(guide_ppo.PenVecEnv, "step_wait", step)
     monkeypatch.setattr(os, "fsync", slow)
-    monkeypatch.setattr(load._evaluation, "__defaults__", (4,))
+    monkeypatch.setattr(guide_ppo.evaluation, "__defaults__", (4,))
     monkeypatch.setattr(pen, "D4RL_HORIZON", 6)
     return taken
 
@@ -63,7 +63,7 @@ def test_a_killed_training_ends_whole(taken, tmp_path, monkeypatch, told):
         policy, card = load.load_guide(str(folder / file))
         points = [steps for steps, *_ in card["curve"]]
         assert file.startswith("guides/") and points == [0, EVERY, 2 * EVERY, ROLLOUTS * STEPS * ENVS]
-        return load._evaluation(policy).items() <= card.items()
+        return guide_ppo.evaluation(policy).items() <= card.items()
 
     began, whole = time.monotonic(), start(tmp_path / "whole")
     whole.join()
