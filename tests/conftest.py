@@ -5,11 +5,13 @@ is to be seen in figures.
 """
 
 import gc
+import json
 import os
 import sys
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import gymnasium
 import matplotlib
@@ -18,10 +20,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from safetensors import safe_open
 from stable_baselines3 import PPO
 from torch import nn
 
+import pgdlib
 from pgdlib import data
+from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 
 matplotlib.use("agg")
@@ -178,9 +183,10 @@ def real(request):
 @pytest.fixture(scope="session")
 def guide():
     """The shipped guide, whichever it is."""
-    from pgdlib.lab import load
-
-    return load.load_guide()[0]
+    with safe_open(Path(pgdlib.__file__).parent / "assets" / "ppo_pen.safetensors", "pt") as f:
+        policy = GaussianPolicy(**json.loads(f.metadata()["card"])["config"]).requires_grad_(False)
+        policy.load_state_dict({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118 (not a dict)
+    return policy
 
 
 @pytest.fixture(scope="session", params=["sampled", "mean"])

@@ -89,7 +89,7 @@ def test_means_against_loops():
     squared, variance = rng.random((5, 7, 45)), rng.random(45) + 0.1
     squared[1] = np.nan
     squared[2, 4:] = np.nan
-    error = DynamicsError(squared, variance)
+    error = DynamicsError(squared, variance, pen.GROUPS)
     rows = {i: squared[i, : 4 if i == 2 else 7] for i in (0, 2, 3, 4)}
     for i, row in rows.items():
         assert error.plain[i] == pytest.approx(row.mean()) and error.normalised[i] == pytest.approx((row / variance).mean())
@@ -106,10 +106,10 @@ def test_means_against_loops():
     assert error.unjudged == 1  # the one without any step; the one that ends has an error
 
 
-def test_a_dimension_that_never_changes_is_not_divided_by_zero(real):
+def test_a_variance_of_zero_is_refused(real):
     obs, actions = pairs(real, 2, 5)
-    variance = np.where(np.arange(45) < 3, 0.0, 1.0)
-    np.testing.assert_allclose(dynamics_error(obs, actions, variance).normalised, dynamics_error(obs, actions, ONES).plain)
+    with pytest.raises(ValueError, match=r"variance\[2\]=0.0 is not allowed; it must be above zero"):
+        dynamics_error(obs, actions, np.where(np.arange(45) == 2, 0.0, 1.0))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
