@@ -302,7 +302,7 @@ def test_a_guide_that_was_stopped_is_finished(shorter, runs, monkeypatch):
     """Its checkpoint goes when the guide is kept, not before; what was done is not done again."""
     small = {k: v for k, v in STOPPED.items() if k not in ("seed", "steps")}
     taken, step_wait, run = [], ppo.PenVecEnv.step_wait, load.resumable.run
-    monkeypatch.setattr(load._evaluation, "__defaults__", (4,))
+    monkeypatch.setattr(ppo.evaluation, "__defaults__", (4,))
     monkeypatch.setattr(ppo.PenVecEnv, "step_wait", lambda self: taken.append(1) or step_wait(self))
     monkeypatch.setattr(ppo, "Training", functools.partial(ppo.Training, **small))
 
@@ -315,7 +315,7 @@ def test_a_guide_that_was_stopped_is_finished(shorter, runs, monkeypatch):
     (checkpoint,) = kept(runs)
     assert checkpoint.startswith("checkpoints/") and artifacts.load(runs / checkpoint)[1]["step"] == ROLLOUT
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(load, "_evaluation", stopped)
+        patch.setattr(ppo, "evaluation", stopped)
         load.train_guide(2 * ROLLOUT, seed=5)
     assert kept(runs) == [checkpoint]
     policy, card = load.train_guide(2 * ROLLOUT, seed=5)

@@ -114,7 +114,7 @@ def tiny_ppo(monkeypatch):
     monkeypatch.setattr(
         guide_ppo, "DEFAULTS", {**guide_ppo.DEFAULTS, "n_envs": 8, "n_steps": 32, "n_epochs": 1, "batch_size": 256}
     )
-    monkeypatch.setattr(load._evaluation, "__defaults__", (4,))
+    monkeypatch.setattr(guide_ppo.evaluation, "__defaults__", (4,))
     monkeypatch.setattr(adroit, "D4RL_HORIZON", 10)
     monkeypatch.setattr(guide_ppo, "Training", lambda *a, **how: calls.append((a, how)) or training(*a, **how))
     return calls

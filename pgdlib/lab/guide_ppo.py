@@ -1,5 +1,6 @@
 """Train the guide: Stable-Baselines3 PPO on the D4RL-scale Adroit Pen, in a batch of simulations."""
 
+import functools
 import math
 import time
 
@@ -10,7 +11,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from pgdlib import fast
+from pgdlib import fast, measures
 from pgdlib.lab import guide_zip
 from pgdlib.simulators import pen
 
@@ -180,3 +181,13 @@ class Training:
     def policy(self):
         """The policy as it is now, as a `GaussianPolicy`."""
         return guide_zip.gaussian(self.model.policy.state_dict(), "tanh", normalised=True)
+
+
+def evaluation(policy, episodes=200):
+    """What a guide's card says of it: its return on D4RL's scale, mean and sampled actions, with 95% intervals."""
+    card = {"evaluation episodes": episodes}
+    for name, generator in (("mean action", None), ("sampled action", torch.Generator().manual_seed(1))):
+        act = functools.partial(policy.act, generator=generator)
+        returns = pen.rollout(act, episodes, np.random.default_rng(1), pen.D4RL_HORIZON).d4rl_returns
+        card[f"return, {name}"] = "{:.0f} [{:.0f}, {:.0f}]".format(*measures.interval(returns))
+    return card

@@ -1,18 +1,16 @@
 """What the notebooks share: the guide, the data and the denoiser, loaded from `runs/` or made."""
 
 import contextlib
-import functools
 import time
 from dataclasses import dataclass
 from os.path import isfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from pgdlib import data, edm, measures, worldmodel
-from pgdlib.lab import artifacts, budget, guide_zip, locks, minari_files, resumable, standins
+from pgdlib import data, edm, worldmodel
+from pgdlib.lab import artifacts, budget, guide_zip, minari_files, resumable, standins
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen
 
@@ -62,16 +60,15 @@ def train_guide(steps, seed):
 
     If it is stopped, the next call goes on from its checkpoint, which is two minutes old at most, with new episodes.
     """
+    from pgdlib.lab import guide_ppo  # Stable-Baselines3 takes seconds to import
 
     def begin(checkpoint):
-        from pgdlib.lab import guide_ppo  # Stable-Baselines3 takes seconds to import
-
         return guide_ppo.Training(seed, steps=steps)
 
     def finished(training):
         policy = training.policy()
         card = dict(kind="guide", config=policy.config, parameters=training.parameters, seed=seed, curve=training.curve)
-        return policy.state_dict(), {**card, **_evaluation(policy)}
+        return policy.state_dict(), {**card, **guide_ppo.evaluation(policy)}
 
     def words(training):
         return "return {:.0f} ± {:.0f}".format(*training.curve[-1][1:])
@@ -79,16 +76,6 @@ def train_guide(steps, seed):
     name = f"ppo-{artifacts.key(steps=steps, seed=seed, code=artifacts.code_version('lab.guide_ppo'))}"
     path, *_ = _trained("guides", name, begin, finished, "training PPO", words=words)
     return load_guide(path)
-
-
-def _evaluation(policy, episodes=200):
-    """The guide's return on D4RL's scale, mean and sampled actions, with 95% intervals over `episodes` episodes."""
-    card = {"evaluation episodes": episodes}
-    for name, generator in (("mean action", None), ("sampled action", torch.Generator().manual_seed(1))):
-        act = functools.partial(policy.act, generator=generator)
-        returns = pen.rollout(act, episodes, np.random.default_rng(1), pen.D4RL_HORIZON).d4rl_returns
-        card[f"return, {name}"] = "{:.0f} [{:.0f}, {:.0f}]".format(*measures.interval(returns))
-    return card
 
 
 def _trained(folder, name, begin, finished, text, progress=tqdm, words=None):
@@ -154,43 +141,25 @@ def load_data(dataset, source, steps, progress=tqdm, say=print):
             if source == "d4rl":
                 raise
             say(f"D4RL's {dataset} data is not on disk and cannot be downloaded (source='d4rl' says why): using the stand-in")
-    kind = "standin" if folder is None else "minari"
-    if folder is None:
-        folder = _stand_in(dataset, steps, progress, say)
-    content = minari_files.digest(folder)
-    key = f"{dataset}-{kind}-{artifacts.key(content=content, code=artifacts.code_version('data', 'lab.minari_files'))}"
+    if is_ours := folder is None:
+        folder = standins.folder(
+            dataset, steps, *load_guide(SHIPPED_GUIDE if dataset == "expert" else DEMONSTRATOR), progress, say
+        )
+    content = artifacts.key(content=minari_files.digest(folder), code=artifacts.code_version("data", "lab.minari_files"))
+    key = f"{dataset}-{'standin' if is_ours else 'minari'}-{content}"
     cache = artifacts.root() / "data" / f"{key}.safetensors"
     tensors, _ = artifacts.artifact(cache, lambda: (minari_files.from_minari(folder, key).tensors(), dict(kind="data")))
-    is_d4rl = kind == "minari" and minari_files.is_d4rls(folder, dataset, tensors["lengths"])
-    name = {"standin": "stand-in", "minari": "D4RL" if is_d4rl else "own"}[kind] + f" pen-{dataset}"
+    is_d4rl = not is_ours and minari_files.is_d4rls(folder, dataset, tensors["lengths"])
+    name = ("stand-in" if is_ours else "D4RL" if is_d4rl else "own") + f" pen-{dataset}"
     raw = data.Trajectories.from_tensors(tensors, name)
     say(f"{name}: {len(raw.lengths):,} episodes, {len(raw.rewards):,} steps")
-    if kind == "minari" and not is_d4rl:
+    if not (is_ours or is_d4rl):
         known = "{} of {:,} episodes and {:,} steps".format(*minari_files.D4RL[dataset])
         say(f"{folder} is not D4RL's, which is {known}: called {name!r} here, not D4RL")
     if missing := minari_files.INFO_DIMS.keys() - raw.info.keys():
         say(f"{name} goes without the simulator's {', '.join(sorted(missing))}: some episodes lack them, or hold odd ones")
     repaired, cut, dropped = data.end_where(raw, torch.from_numpy(pen.outcome(raw.next_obs.numpy())[2]))  # at falls
     return Dataset(repaired, raw, is_d4rl, key, cut, dropped)
-
-
-def _stand_in(dataset, steps, progress, say):
-    """The folder of the stand-in `dataset`, collected if it is missing or damaged."""
-    steps = 5_000 if dataset == "human" else steps
-    policy, card = load_guide(SHIPPED_GUIDE if dataset == "expert" else DEMONSTRATOR)
-    inputs = dict(steps=steps, policy=card, code=artifacts.code_version("lab.standins"))
-    folder = artifacts.root() / "minari" / f"{dataset}-{artifacts.key(**inputs)}"
-    place = folder / "standin" / "pen" / f"{dataset}-v0"
-    if minari_files.is_whole(place):
-        return place  # which needs no lock, so no folder that can be written
-    with locks.lock(folder):
-        if place.exists() and not minari_files.is_whole(place):
-            reason = f"{place} is damaged: its checksum does not hold"
-            say(f"{reason}. Set aside as {artifacts.set_aside(folder, reason).name}; collecting it again.")
-        if not place.exists():
-            with progress(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
-                standins.write(dataset, folder, policy, steps, lambda done: bar.update(round(100 * done) - bar.n))
-    return place
 
 
 def train_val(dataset):
@@ -233,9 +202,11 @@ def load_denoiser(dataset, p, device, progress=tqdm, say=print, training=edm.Tra
     return restored(tensors, card).to(device), tensors["losses"]
 
 
-def restored(tensors, card):
-    """The denoiser with the weights `tensors` and the `card` that `load_denoiser` keeps with them."""
-    return _restored(edm.Denoiser, tensors, card)
+def restored(tensors, card, kind=edm.Denoiser):
+    """The network, frozen, of the tensors and the card that `load_denoiser` (or `load_world_model`) keeps."""
+    network = kind(**card["config"])
+    network.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "losses"})
+    return network.eval().requires_grad_(False)
 
 
 def load_world_model(dataset, p, device, progress=tqdm):
@@ -252,7 +223,7 @@ def load_world_model(dataset, p, device, progress=tqdm):
         return worldmodel.Training(_begun(worldmodel.Ensemble, config, p.seed).to(device), train_data, val_data, recipe)
 
     tensors, card = _model("world model", "worldmodel", dataset, p, config, recipe, begin, lambda loop: loop.ensemble, progress)
-    return _restored(worldmodel.Ensemble, tensors, card).to(device), tensors["losses"], card["seconds"]
+    return restored(tensors, card, worldmodel.Ensemble).to(device), tensors["losses"], card["seconds"]
 
 
 def _begun(kind, config, seed):
@@ -260,13 +231,6 @@ def _begun(kind, config, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(**config)
-
-
-def _restored(kind, tensors, card):
-    """The network, frozen, whose weights and configuration `_model` gave."""
-    network = kind(**card["config"])
-    network.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "losses"})
-    return network.eval().requires_grad_(False)
 
 
 def _model(kind, module, dataset, p, config, recipe, begin, made, progress):

@@ -130,22 +130,13 @@ def find_d4rl(dataset, download=True):
     here = f"D4RL data {name} is not in {folder.parents[2]}"
     if not download:
         raise FileNotFoundError(here)
-    advice = (
-        f"With a network, run `minari download {name}` (it needs pip install 'minari[hf]'), or copy its folder "
-        f"there; or use source='local', the stand-in"
-    )
     try:
-        from huggingface_hub.constants import ENDPOINT
-    except ImportError:
-        raise FileNotFoundError(f"{here}, and downloading it needs the package huggingface_hub. {advice}.") from None
-    if not _reachable(ENDPOINT):
-        raise FileNotFoundError(f"{here}, and {ENDPOINT} cannot be reached to download it. {advice}.")
-    try:
-        with locks.lock(folder):
-            if not _is_downloaded(folder):  # another process has not just done it
-                _download(name, folder)
+        _download(name, folder)
     except Exception as e:  # the hub's client raises errors of many unrelated types
-        raise FileNotFoundError(f"{here}, and its download failed: {type(e).__name__}: {e}. {advice}.") from e
+        raise FileNotFoundError(
+            f"{here}, and its download failed: {type(e).__name__}: {e}. With a network, run `minari download {name}` (it needs "
+            f"pip install 'minari[hf]'), or copy its folder there; or use source='local', the stand-in."
+        ) from e
     return folder
 
 
@@ -162,17 +153,23 @@ def _is_downloaded(folder):
 def _download(name, folder):
     """Download the Minari dataset `name` beside `folder` and put it there when it is whole."""
     import minari
+    from huggingface_hub.constants import ENDPOINT
 
-    with locks.replacing(folder) as partial:
-        # Minari's environment variable is the only way to tell it where to.
-        with mock.patch.dict(os.environ, MINARI_DATASETS_PATH=str(partial.parent / "root")):
-            minari.download_dataset(name)
-        os.replace(partial.parent / "root" / name, partial)
-        if not _is_downloaded(partial):
-            raise OSError("parts of it are missing")
-        from_minari(partial, name)
-        if folder.exists():
-            artifacts.set_aside(folder, "parts are missing")
+    if not _reachable(ENDPOINT):
+        raise ConnectionError(f"{ENDPOINT} cannot be reached")
+    with locks.lock(folder):
+        if _is_downloaded(folder):  # another process has just done it
+            return
+        with locks.replacing(folder) as partial:
+            # Minari's environment variable is the only way to tell it where to.
+            with mock.patch.dict(os.environ, MINARI_DATASETS_PATH=str(partial.parent / "root")):
+                minari.download_dataset(name)
+            os.replace(partial.parent / "root" / name, partial)
+            if not _is_downloaded(partial):
+                raise OSError("parts of it are missing")
+            from_minari(partial, name)
+            if folder.exists():
+                artifacts.set_aside(folder, "parts are missing")
 
 
 def _reachable(url, timeout=3.0):

@@ -17,7 +17,7 @@ import torch
 from pgdlib import data
 from pgdlib.agents.bc import BC
 from pgdlib.agents.stack import Learner
-from pgdlib.lab import artifacts, minari_files
+from pgdlib.lab import artifacts, locks, minari_files
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen
 
@@ -41,20 +41,20 @@ class Demonstrator:
 
     def act(self, rng):
         """A function obs [n, 45] -> actions [n, 24] for one batch of episodes."""
-        seen, state = [], {}
+        seen, decay, slow = [], np.exp(-1.0 / self.memory), np.sqrt(1 - np.exp(-2.0 / self.memory))
+        lag = action = tremor = None
 
         def choose(obs):
+            nonlocal lag, action, tremor
             seen.append(obs)
             shape = (len(obs), pen.ACTION_DIM)
-            decay = np.exp(-1.0 / self.memory)
-            if not state:
-                state["lag"] = rng.uniform(0, self.sluggishness, (len(obs), 1))
-                state["tremor"] = rng.normal(0, self.tremor, shape)
-                state["action"] = np.zeros(shape)
+            if lag is None:
+                lag, tremor = rng.uniform(0, self.sluggishness, (len(obs), 1)), rng.normal(0, self.tremor, shape)
+                action = np.zeros(shape)
             intended = self.policy.act(seen[max(0, len(seen) - 1 - self.delay)])
-            state["tremor"] = decay * state["tremor"] + np.sqrt(1 - decay**2) * rng.normal(0, self.tremor, shape)
-            state["action"] = (1 - state["lag"]) * intended + state["lag"] * state["action"]
-            return state["action"] + state["tremor"]
+            tremor = decay * tremor + slow * rng.normal(0, self.tremor, shape)
+            action = (1 - lag) * intended + lag * action
+            return action + tremor
 
         return choose
 
@@ -89,6 +89,24 @@ def cloned(policy, steps, seed, parts, report=lambda done: None):
     for _ in range(max(1, round(steps / 2 / demos.rewards.size))):
         yield demos
     yield from _rollouts(clone, -(-steps // 2 // pen.D4RL_HORIZON), (seed, 2), parts, report)
+
+
+def folder(dataset, steps, policy, card, progress, say):
+    """The folder of the Minari dataset `dataset` by the guide `policy` with its `card`, collected if missing or damaged."""
+    steps = 5_000 if dataset == "human" else steps
+    key = artifacts.key(steps=steps, policy=card, code=artifacts.code_version("lab.standins"))
+    whole = artifacts.root() / "minari" / f"{dataset}-{key}"
+    place = whole / "standin" / "pen" / f"{dataset}-v0"
+    if not minari_files.is_whole(place):  # which needs no lock, so no folder that can be written
+        with locks.lock(whole):
+            if place.exists() and not minari_files.is_whole(place):
+                reason = f"{place} is damaged: its checksum does not hold"
+                say(f"{reason}. Set aside as {artifacts.set_aside(whole, reason).name}; collecting it again.")
+            if not place.exists():
+                with progress(total=100, desc=f"collecting the stand-in {dataset}", unit="%", mininterval=2) as bar:
+                    write(dataset, whole, policy, steps, lambda done: bar.update(round(100 * done) - bar.n))
+    artifacts.note_use(whole)
+    return place
 
 
 def write(dataset, folder, policy, steps, report=lambda done: None, seed=0):
