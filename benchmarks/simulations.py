@@ -32,7 +32,7 @@ def simulation(bench):
     """Steps of simulations side by side, on 1, 2 and 4 threads, against a gym environment one step at a time."""
     rng = np.random.default_rng(0)
     env, targets = baselines.gym_env(), adroit.sample_targets(EPISODES, rng)
-    actions = rng.uniform(-1, 1, (EPISODES, STEPS, adroit.ACTION_DIM))
+    actions = rng.uniform(-1, 1, (EPISODES, STEPS, adroit.PEN.action_dim))
     for threads in (n for n in (1, 2, 4) if n <= bench.threads):
         batch = adroit.PenBatch(EPISODES, threads)
 
@@ -56,13 +56,13 @@ def simulation(bench):
 def dynamics_error(bench):
     """Dynamics error of trajectories of the shipped guide, per transition, the states' reconstruction included."""
     env, rng = baselines.gym_env(), np.random.default_rng(0)
-    played = adroit.rollout(pipeline.load_guide()[0].act(), TRAJECTORIES, rng, LENGTH)
+    played = adroit.rollout(pipeline.load_guide()[0].act, TRAJECTORIES, rng, LENGTH)
     obs, actions = played.obs[:, :-1], played.actions
     variance, few = obs.var((0, 1)) + 1e-6, slice(GYM_TRAJECTORIES)
     yield bench.compare(
         "dynamics error",
         f"{TRAJECTORIES} x {LENGTH} steps, {bench.threads} threads",
-        lambda: dynamics.dynamics_error(obs, actions, variance, threads=bench.threads),
+        lambda: dynamics.dynamics_error(adroit.PEN, obs, actions, variance, threads=bench.threads),
         lambda: baselines.dynamics_error(env, obs[few], actions[few], variance),
         TRAJECTORIES * (LENGTH - 1),
         "transitions",
@@ -101,7 +101,7 @@ def datasets(bench):
         (place,) = (p.parent for p in folder.glob("minari/*/standin/pen/*/data"))
         read = partial(minari_files.from_minari, place, "human")
         yield bench.compare("load", "5,000 steps", load, read, len(trajectories.rewards), "steps", against="Minari's HDF5")
-    normaliser, horizon = data.Normaliser().fit(trajectories.packed()), 32
+    normaliser, horizon = data.Normaliser(trajectories.spec).fit(trajectories.packed()), 32
     ours, plain = (partial(made, trajectories, normaliser, horizon) for made in (data.Windows, baselines.PlainWindows))
     made, cut = ours(), plain()
     n, ids = len(made), torch.randint(len(made), (256,), generator=torch.Generator().manual_seed(0))
@@ -128,16 +128,17 @@ def stages(bench):
         made, _ = timed("training the denoiser", pipeline.load_denoiser, dataset, p, device, quiet)
     policy = pipeline.load_guide()[0].to(device)
     hook = guidance.Guide("explicit", policy, made.normaliser, 0.1, p.steps, p.warmup)
-    shape, generator = (64, p.horizon, data.CHANNELS), torch.Generator(device).manual_seed(0)
-    x, _ = timed("guided sampling", sampler.sample, made, shape, p.steps, p.churn, generator, hook, device)
+    shape, generator = (64, p.horizon, counts.SPEC.width), torch.Generator(device).manual_seed(0)
+    x, _ = timed("guided sampling", sampler.sample, made, shape, p.steps, p.churn, generator, hook)
     steps = made.normaliser.denormalise(x)
-    obs, actions = (steps[..., s].cpu().numpy() for s in (data.OBS, data.ACTIONS))
-    variance = dataset.data.obs.double().var(0).numpy()
-    timed("dynamics error", dynamics.dynamics_error, obs, actions, variance, threads=bench.threads)
+    obs, actions = (steps[..., s].cpu().numpy() for s in (counts.SPEC.obs, counts.SPEC.actions))
+    variance = dataset.data.variance
+    timed("dynamics error", dynamics.dynamics_error, adroit.PEN, obs, actions, variance, threads=bench.threads)
     rows = synthetic.cut(steps, torch.ones(steps.shape[:2], device=device))
-    agent = iql.IQL([0, 1], rows[:, agents.OBS].mean(0), rows[:, agents.OBS].std(0), (p.hidden, p.hidden)).to(device)
+    seen, hidden = rows[:, counts.SPEC.obs], (p.hidden, p.hidden)
+    agent = iql.IQL(counts.SPEC, [0, 1], seen.mean(0), seen.std(0), hidden).to(device)
     learner = agents.Learner(agent, [0, 1], p.agent_steps, p.agent_batch, p.agent_rate)
-    timed("IQL, 2 seeds", learner.train, [rows, rows], p.agent_steps)
+    timed("IQL, 2 seeds", list, learner.train([rows, rows], p.agent_steps))
     for name, taken in seconds.items():
         yield timing.Row("stages", name, "all stages", (taken / sum(seconds.values()),) * 3, rounds=1)
 
