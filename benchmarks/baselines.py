@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pgdlib import data, edm
-from pgdlib.agents import stack as agents
+from pgdlib import edm, fast
 from pgdlib.simulators import pen, pen_states
-from pgdlib.simulators.pen_states import state_from_observations
 
 
 def weights(net):
@@ -54,7 +52,7 @@ def unet(w, x, noise, groups=8):
 
 
 def denoise(w, x, sigma):
-    """D(x; σ) of Karras et al., Eq. 7, for data of unit variance: x [B, T, 71], sigma [B]."""
+    """D(x; σ) of Karras et al., Eq. 7, for data of unit variance: x [B, T, width], sigma [B]."""
     s = sigma[:, None, None]
     out = unet(w, x / (s**2 + 1).sqrt(), sigma.log() / 4)
     return x / (s**2 + 1) + s / (s**2 + 1).sqrt() * out
@@ -69,10 +67,10 @@ class PlainTraining:
         self.optimiser = torch.optim.Adam(self.w.values(), rate, foreach=False)
 
     def step(self, x, mask, sigma, noise, decay):
-        """One step on windows x [B, T, 71] with mask [B, T], levels sigma [B] and noise like x; its loss."""
+        """One step on windows x [B, T, width] with mask [B, T], levels sigma [B] and noise like x; its loss."""
         error = (denoise(self.w, x + sigma[:, None, None] * noise, sigma) - x) ** 2
         counted = mask[:, :, None].repeat(1, 1, x.shape[2])
-        counted[:, :, data.TERMINAL] = 1.0
+        counted[:, :, -1] = 1.0  # the terminal flag counts beyond an end too
         loss = ((sigma**2 + 1) / sigma**2 * (error * counted).sum((1, 2)) / counted.sum((1, 2))).mean()
         self.optimiser.zero_grad()
         loss.backward()
@@ -84,10 +82,10 @@ class PlainTraining:
 
 
 def train(w, windows, how):
-    """What `edm.train` does from the weights w, on its draws and schedules: `PlainTraining` and the losses [steps]."""
+    """What `edm.Training` does from the weights w, on its draws and schedules: `PlainTraining` and the losses [steps]."""
     plain, losses = PlainTraining(w, how.learning_rate), []
     for step in range(how.steps):
-        generator = edm.seeded(windows.steps.device, how.seed, step)
+        generator = fast.generator(windows.steps.device, "training", how.seed, step)
         ids = torch.randint(len(windows), (how.batch_size,), generator=generator, device=windows.steps.device)
         x, mask = windows[ids]
         sigma = (edm.P_MEAN + edm.P_STD * torch.randn(len(x), generator=generator, device=x.device)).exp()
@@ -105,15 +103,15 @@ def sample(w, normaliser, policy, shape, steps, churn, warmup, lam, generator, d
     """Algorithm 2 of Karras et al. with the paper's guidance, λ (μ - a) before each step past the warm-up: x of `shape`."""
     rho, start, end = 7.0, 80.0 ** (1 / 7), 0.002 ** (1 / 7)
     sigmas = [(start + i / (steps - 1) * (end - start)) ** rho for i in range(steps)] + [0.0]
-    mean, std = normaliser.mean, normaliser.std
+    mean, std, spec = normaliser.mean, normaliser.std, normaliser.spec
     x = sigmas[0] * torch.randn(shape, generator=generator, device=device)
     ones = torch.ones(len(x), device=device)
     for i in range(steps):
         if i >= warmup:
-            obs = x[:, :, data.OBS] * std[data.OBS] + mean[data.OBS]
-            aim = (mean_action(policy, obs) - mean[data.ACTIONS]) / std[data.ACTIONS]
+            obs = x[:, :, spec.obs] * std[spec.obs] + mean[spec.obs]
+            aim = (mean_action(policy, obs) - mean[spec.actions]) / std[spec.actions]
             x = x.clone()
-            x[:, :, data.ACTIONS] += lam * (aim - x[:, :, data.ACTIONS])
+            x[:, :, spec.actions] += lam * (aim - x[:, :, spec.actions])
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
         gamma = min(churn / steps, math.sqrt(2) - 1) if 0.05 <= sigma <= 50.0 else 0.0
         sigma_hat = sigma + gamma * sigma
@@ -130,12 +128,12 @@ def sample(w, normaliser, policy, shape, steps, churn, warmup, lam, generator, d
 
 
 def mean_action(policy, obs):
-    """The mean of a `pgdlib.policies.GaussianPolicy` with tanh, [..., 24] at obs [..., 45], with torch's own layers."""
+    """The mean of a `pgdlib.policies.GaussianPolicy` with tanh, actions at observations, with torch's own layers."""
     x = ((obs - policy.obs_mean) / policy.obs_std).clamp(-policy.obs_clip, policy.obs_clip)
-    *hidden, last = (layer for layer in policy.net if isinstance(layer, nn.Linear))
+    *hidden, last = ((w[0].T, b[0, 0]) for w, b in zip(policy.net.weights, policy.net.biases))
     for layer in hidden:
-        x = F.linear(x, layer.weight, layer.bias).tanh()
-    return F.linear(x, last.weight, last.bias)
+        x = F.linear(x, *layer).tanh()
+    return F.linear(x, *last)
 
 
 class PlainIQL:
@@ -144,7 +142,7 @@ class PlainIQL:
     def __init__(self, agent, run, steps, rate=3e-4):
         self.made, self.steps, self.rate, self.step_number = agent, steps, rate, 0
         self.policy, self.v = network(agent.policy.net, run), network(agent.v, run)
-        self.q1, self.q2 = network(agent.q, run), network(agent.q, run + agent.runs)
+        self.q1, self.q2 = network(agent.q, run), network(agent.q, run + agent.policy.runs)
         self.slow1, self.slow2 = copy.deepcopy(self.q1), copy.deepcopy(self.q2)
         self.log_std = nn.Parameter(agent.policy.log_std[run, 0].detach().clone())
         critic = [p for net in (self.v, self.q1, self.q2) for p in net.parameters()]
@@ -152,19 +150,19 @@ class PlainIQL:
         self.critic_adam = torch.optim.Adam(critic, rate, foreach=False)
 
     def train(self, rows, batch_size, steps, generator):
-        """`steps` steps on batches drawn from `rows` [N, 116]."""
+        """`steps` steps on batches drawn from `rows`, packed transitions."""
         for _ in range(steps):
             self.step(rows[torch.randint(len(rows), (batch_size,), generator=generator, device=rows.device)])
 
     def step(self, batch):
-        """One step on a batch [B, 116] (environment space): the sum of the three losses."""
-        made, normalise = self.made, self.made.policy.normalise
-        obs, next_obs, actions = normalise(batch[:, agents.OBS]), normalise(batch[:, agents.NEXT_OBS]), batch[:, agents.ACTIONS]
+        """One step on a batch of packed transitions (environment space): the sum of the three losses."""
+        made, spec, normalise = self.made, self.made.spec, self.made.policy.normalise
+        obs, next_obs, actions = normalise(batch[:, spec.obs]), normalise(batch[:, spec.next_obs]), batch[:, spec.actions]
         pair = torch.cat([obs, actions], 1)
         with torch.no_grad():
             slow = torch.minimum(self.slow1(pair), self.slow2(pair))[:, 0]
-            follows = 1 - batch[:, agents.TERMINAL]
-            aim = batch[:, agents.REWARD] + made.discount * follows * self.v(next_obs)[:, 0]
+            follows = 1 - batch[:, spec.terminal]
+            aim = batch[:, spec.reward] + made.discount * follows * self.v(next_obs)[:, 0]
         advantage = slow - self.v(obs)[:, 0]
         side = torch.where(advantage.detach() < 0, 1 - made.expectile, made.expectile)
         q_loss = ((self.q1(pair)[:, 0] - aim) ** 2).mean() + ((self.q2(pair)[:, 0] - aim) ** 2).mean()
@@ -188,7 +186,7 @@ class PlainIQL:
 
 
 def network(stack, i):
-    """Network `i` of an `agents.StackedMLP` as torch's own layers."""
+    """Network `i` of a `pgdlib.fast.StackedMLP` as torch's own layers."""
     layers = []
     for weight, bias in zip(stack.weights, stack.biases):
         linear = nn.Linear(*weight.shape[1:], device=weight.device)
@@ -214,9 +212,9 @@ def play(env, targets, actions):
 def dynamics_error(env, obs, actions, variance):
     """[B]: the dynamics error of obs [B, T, 45], actions [B, T, 24], one transition at a time in a gym environment.
 
-    The states are those of `reconstruct`, for all at once; a trajectory outside the simulator's reach is not looked for.
+    The states are those of `pen.reconstructed`, for all at once; a trajectory outside the simulator's reach is not looked for.
     """
-    qpos, qvel = state_from_observations(obs, actions)
+    qpos, qvel = pen.reconstructed(obs, actions)
     sim, errors = env.unwrapped, np.zeros(len(obs))
     env.reset(seed=0)
     for b in range(len(obs)):
@@ -231,7 +229,7 @@ def dynamics_error(env, obs, actions, variance):
 
 
 class PlainWindows:
-    """`data.Windows` as lists: each window cut out beforehand, [horizon, 71] and its mask [horizon]."""
+    """`data.Windows` as lists: each window cut out beforehand, [horizon, width] and its mask [horizon]."""
 
     def __init__(self, trajectories, normaliser, horizon):
         self.x, self.mask = [], []
@@ -247,7 +245,7 @@ class PlainWindows:
             first += length
 
     def __getitem__(self, ids):
-        """Windows `ids` [B]: [B, horizon, 71] and [B, horizon]."""
+        """Windows `ids` [B]: [B, horizon, width] and [B, horizon]."""
         return torch.stack([self.x[i] for i in ids]), torch.stack([self.mask[i] for i in ids])
 
 

@@ -1,8 +1,9 @@
 """How many floating-point operations and bytes the paths need, as formulas; a multiplication and an addition are two."""
 
-from pgdlib.simulators.pen import ACTION_DIM, OBS_DIM
+from pgdlib.data import Spec
+from pgdlib.simulators.pen import PEN
 
-CHANNELS = OBS_DIM + ACTION_DIM + 2  # observation, action, reward, terminal
+SPEC = Spec(PEN.obs_dim, PEN.action_dim)
 
 
 def matmul(m, k, n):
@@ -22,31 +23,31 @@ def denoiser(batch, length, features, blocks=2, kernel=3, levels=None):
     embedding = matmul(levels or batch, _waves(features), features) + matmul(levels or batch, features, features)
     down = sum(block(i, o, t) for i, o, t in zip([features, *widths], widths, lengths))
     up = sum(batch * matmul(t // 2, 2 * w, w) + block(2 * w, w, t) for w, t in zip(widths[:-1], lengths))
-    return embedding + down + up + batch * (matmul(length, CHANNELS, features) + matmul(length, features, CHANNELS))
+    return embedding + down + up + batch * (matmul(length, SPEC.width, features) + matmul(length, features, SPEC.width))
 
 
 def training(batch, length, features, blocks=2, kernel=3):
     """One training step: gradients by inputs, but for the first layers', and by weights cost an evaluation each."""
-    first = batch * (matmul(length, CHANNELS, features) + matmul(1, _waves(features), features))
+    first = batch * (matmul(length, SPEC.width, features) + matmul(1, _waves(features), features))
     return 3 * denoiser(batch, length, features, blocks, kernel) - first
 
 
 def policy(rows, hidden):
     """One evaluation of a policy's network with `hidden` layers at `rows` observations."""
-    return sum(_layers(rows, [OBS_DIM, *hidden, ACTION_DIM]))
+    return sum(_layers(rows, [SPEC.obs_dim, *hidden, SPEC.action_dim]))
 
 
 def iql(seeds, batch, width):
     """One training step of IQL with two hidden layers; inputs need no gradient, targets and the next states' V none at all."""
-    inner, both = [width, width], OBS_DIM + ACTION_DIM
-    actor, q, v = (_layers(batch, [i, *inner, o]) for i, o in ((OBS_DIM, ACTION_DIM), (both, 1), (OBS_DIM, 1)))
+    inner, both = [width, width], SPEC.obs_dim + SPEC.action_dim
+    actor, q, v = (_layers(batch, [i, *inner, o]) for i, o in ((SPEC.obs_dim, SPEC.action_dim), (both, 1), (SPEC.obs_dim, 1)))
     trained = sum(3 * sum(net) - net[0] for net in (actor, q, q, v))
     return seeds * (trained + 2 * sum(q) + sum(v))
 
 
 def windows(batch, length):
     """Bytes of drawing `batch` windows: each value is read and written, in float32."""
-    return 2 * 4 * batch * length * CHANNELS
+    return 2 * 4 * batch * length * SPEC.width
 
 
 def _waves(features):

@@ -8,7 +8,7 @@ import torch
 from benchmarks import baselines, counts, stacked_seeds, timing
 from benchmarks.limits import Limits
 from pgdlib import data, edm, guidance, sampler
-from pgdlib.lab import load
+from pgdlib.lab import pipeline
 
 DENOISERS = ((64, 64, 64), (128, 64, 32), (1024, 16, 128))  # width, trajectories, length; the last as the paper trains
 SAMPLED = dict(width=64, trajectories=256, length=64, steps=6, warmup=1, churn=2.5, lam=0.3)
@@ -52,14 +52,14 @@ class Bench:
 def make_denoiser(width, length, device):
     """An untrained denoiser; random weights cost what trained ones do."""
     torch.manual_seed(0)
-    return edm.Denoiser(length, width, 2).to(device)
+    return edm.Denoiser(counts.SPEC.obs_dim, counts.SPEC.action_dim, length, width, 2).to(device)
 
 
 def denoiser(bench):
     """One evaluation of the denoiser, without gradients."""
     for width, n, length in DENOISERS:
         made = make_denoiser(width, length, bench.device).requires_grad_(False)
-        x, sigma = torch.randn(n, length, data.CHANNELS, device=bench.device), torch.ones(n, device=bench.device)
+        x, sigma = torch.randn(n, length, counts.SPEC.width, device=bench.device), torch.ones(n, device=bench.device)
         w, work = baselines.weights(made.net), counts.denoiser(n, length, width)
         target = dict(target=0.7, judged="share") if width == 1024 else {}
         for precision, context in timing.precisions(bench.device).items():
@@ -75,13 +75,14 @@ def training(bench):
     """A few training steps of the denoiser, with their draws, Adam, the average of the weights, and setting these up."""
     for width, n, length in DENOISERS:
         made = make_denoiser(width, length, bench.device)
-        steps = torch.randn(4_000, data.CHANNELS)
-        columns = [steps[:, s] for s in (data.OBS, data.ACTIONS, data.REWARD)]
-        episodes = data.Trajectories(*columns, torch.zeros(4_000), steps[:, data.OBS], torch.full((40,), 100))
+        steps = torch.randn(4_000, counts.SPEC.width)
+        spec, lengths = counts.SPEC, torch.full((40,), 100)
+        columns = [steps[:, s] for s in (spec.obs, spec.actions, spec.reward)]
+        episodes = data.Trajectories(*columns, torch.zeros(4_000), steps[:, spec.obs], lengths)
         windows = data.Windows(episodes, made.normaliser, length, bench.device)
-        how, w = edm.Training(3, n, 1e-4), baselines.weights(made.net)
+        how, w = edm.Recipe(3, n, 1e-4), baselines.weights(made.net)
         for precision, context in timing.precisions(bench.device).items():
-            ours = timing.within(context, partial(edm.train, made, windows, how))
+            ours = timing.within(context, lambda windows=windows, how=how, made=made: list(edm.Training(made, windows, how)))
             size = f"width {width}, {n} x {length} steps, {precision}"
             work = how.steps * counts.training(n, length, width)
             plain = partial(baselines.train, w, windows, how)
@@ -91,12 +92,12 @@ def training(bench):
 def sampling(device, width, trajectories, length, steps, warmup, churn, lam):
     """(ours, plain): calls that draw guided trajectories with the shipped guide by the paper's rule."""
     made = make_denoiser(width, length, device).requires_grad_(False)
-    policy = load.load_guide()[0].to(device)
-    shape = trajectories, length, data.CHANNELS
+    policy = pipeline.load_guide()[0].to(device)
+    shape = trajectories, length, counts.SPEC.width
     hook = guidance.Guide("explicit", policy, made.normaliser, lam, steps, warmup)
     generator, w = torch.Generator(device).manual_seed(0), baselines.weights(made.net)
     return (
-        lambda: sampler.sample(made, shape, steps, churn, generator, hook, device),
+        lambda: sampler.sample(made, shape, steps, churn, generator, hook),
         lambda: baselines.sample(w, made.normaliser, policy, shape, steps, churn, warmup, lam, generator, device),
     )
 
@@ -117,7 +118,7 @@ def guided(bench):
 def learning(device, seeds):
     """A call that trains `seeds` stacked agents for IQL_STEPS steps."""
     made, rows = stacked_seeds.learner(seeds, WIDTH, BATCH, device)
-    return lambda: made.train(rows, made.step + IQL_STEPS)
+    return lambda: list(made.train(rows, made.step + IQL_STEPS))
 
 
 def iql(bench):

@@ -17,9 +17,8 @@ import torch
 
 from benchmarks import networks, simulations
 from benchmarks.limits import Limits
-from pgdlib import edm
-from pgdlib.lab import artifacts
-from pgdlib.simulators import pen as adroit
+from pgdlib import fast, simulators
+from pgdlib.lab import store
 
 PATHS = dict(
     denoiser=networks.denoiser,
@@ -43,10 +42,10 @@ def main(argv=None):
         print("\n".join(f"{name:12}{path.__doc__.splitlines()[0]}" for name, path in PATHS.items()))
         return
     torch.set_num_threads(given.threads)
-    precision = "bfloat16" if edm.has_bfloat16(torch.device(given.device)) else "float32"
+    precision = "bfloat16" if fast.has_bfloat16(torch.device(given.device)) else "float32"
     print(
-        f"{given.device}, {given.threads} threads of {adroit.default_threads()} cores, load {os.getloadavg()[0]:.1f}; torch "
-        f"{torch.__version__}; the library's own precision here is {precision}; {given.seconds:g} s for each measurement\n"
+        f"{given.device}, {given.threads} threads of {simulators.default_threads()} cores, load {os.getloadavg()[0]:.1f}; "
+        f"torch {torch.__version__}; pgdlib's precision here: {precision}; {given.seconds:g} s for each measurement\n"
     )
     rows = []
     for row in measured(given):
@@ -67,7 +66,7 @@ def measured(given):
 def options(argv):
     """The checked options; a bad value ends the program with a line that says what is allowed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    cores = adroit.default_threads()
+    cores = simulators.default_threads()
     default = [name for name in PATHS if name != "stages"]
     parser.add_argument("--only", nargs="+", choices=PATHS, metavar="NAME", help=f"of {', '.join(PATHS)}")
     parser.add_argument("--seconds", type=_number(float, 0.01, 600), default=2.0, help="for each measurement (2)")
@@ -112,11 +111,11 @@ def _cells(row):
 
 def written(rows, given):
     """The CSV file, in runs/bench/, with `rows` and the conditions of the run in every line."""
-    path = artifacts.root() / "bench" / f"{time.strftime('%Y%m%d-%H%M%S')}.csv"
+    path = store.root() / "bench" / f"{time.strftime('%Y%m%d-%H%M%S')}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    conditions = dict(device=given.device, threads=given.threads, cores=adroit.default_threads(), seconds=given.seconds)
+    conditions = dict(device=given.device, threads=given.threads, cores=simulators.default_threads(), seconds=given.seconds)
     with path.open("w", newline="") as file:
-        lines = [{**_values(row), **conditions, **artifacts.versions()} for row in rows]
+        lines = [{**_values(row), **conditions, **store.versions()} for row in rows]
         writer = csv.DictWriter(file, lines[0])
         writer.writeheader()
         writer.writerows(lines)

@@ -1,6 +1,6 @@
 """What S stacked seeds of IQL cost against one, at quick's and at the paper's sizes: seconds a step, alternating in one run.
 
-python benchmarks/stacked_seeds.py [--seeds 1 5 20] [--rounds 5]
+python -m benchmarks.stacked_seeds [--seeds 1 5 20] [--rounds 5]
 """
 
 import argparse
@@ -9,17 +9,18 @@ import time
 
 import torch
 
+from benchmarks import counts
 from pgdlib.agents import iql
 from pgdlib.agents import stack as agents
-from pgdlib.simulators.pen import OBS_DIM
 
 STEPS = 10  # in a measurement
 
 
 def learner(runs, width, batch_size, device="cpu"):
     """A learner of `runs` seeds, and data of the shape of a run's synthetic data."""
-    agent = iql.IQL(range(runs), torch.zeros(OBS_DIM), torch.ones(OBS_DIM), (width, width)).to(device)
-    data = [torch.randn(12_000, agents.WIDTH, generator=torch.Generator().manual_seed(0)).to(device)] * runs
+    spec = counts.SPEC
+    agent = iql.IQL(spec, range(runs), torch.zeros(spec.obs_dim), torch.ones(spec.obs_dim), (width, width)).to(device)
+    data = [torch.randn(12_000, spec.transition_width, generator=torch.Generator().manual_seed(0)).to(device)] * runs
     return agents.Learner(agent, range(runs), 1_000_000, batch_size), data
 
 
@@ -27,7 +28,7 @@ def seconds(made):
     """Seconds of one training step."""
     one, data = made
     started = time.perf_counter()
-    one.train(data, one.step + STEPS)
+    list(one.train(data, one.step + STEPS))
     return (time.perf_counter() - started) / STEPS
 
 

@@ -10,8 +10,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from pgdlib import edm
-from pgdlib.agents import stack as agents
+from pgdlib import edm, fast
 
 SAMPLE = 0.02  # s: shorter calls are repeated within a round until they take about that long
 ROUNDS = 3, 200  # at least, at most
@@ -73,14 +72,14 @@ def exponent(taken):
 def float32():
     """Networks compute in float32 inside, whatever the device multiplies."""
     with contextlib.ExitStack() as stack:
-        for module in (edm, agents):
+        for module in (edm, fast):
             stack.enter_context(mock.patch.object(module, "has_bfloat16", lambda device: False))
         yield
 
 
 def precisions(device):
     """name -> context of the precisions to measure: the library's own on `device`, and float32."""
-    own = {"bfloat16": contextlib.nullcontext} if edm.has_bfloat16(torch.device(device)) else {}
+    own = {"bfloat16": contextlib.nullcontext} if fast.has_bfloat16(torch.device(device)) else {}
     return {**own, "float32": float32}
 
 

@@ -9,9 +9,10 @@ from conftest import pairs, replay, smooth, toy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines, counts, run, timing
+from benchmarks.counts import SPEC
 from pgdlib import data, dynamics, edm, guidance, sampler
 from pgdlib.agents import iql
-from pgdlib.agents import stack as agents
+from pgdlib.agents.stack import Learner
 from pgdlib.simulators import pen as adroit
 
 FLOAT32 = dict(rtol=1e-4, atol=1e-4)  # values of order 1; the order of summation differs
@@ -26,7 +27,7 @@ def float32():
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda blocks: f"{blocks} blocks")
 def denoiser(request):
     torch.manual_seed(0)
-    made = edm.Denoiser(16, 16, request.param)
+    made = edm.Denoiser(SPEC.obs_dim, SPEC.action_dim, 16, 16, request.param)
     made.normaliser.fit(toy([40, 30]).packed())
     return made
 
@@ -37,21 +38,25 @@ def env():
 
 
 def test_denoiser(denoiser):
-    x, sigma = torch.randn(5, 16, 71, generator=torch.Generator().manual_seed(1)), torch.tensor([0.01, 0.2, 1.0, 9.0, 70.0])
+    x, sigma = (
+        torch.randn(5, 16, SPEC.width, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([0.01, 0.2, 1.0, 9.0, 70.0]),
+    )
     expected = denoiser(x, sigma)
     torch.testing.assert_close(baselines.denoise(baselines.weights(denoiser.net), x, sigma), expected, **FLOAT32)
 
 
 def test_training(denoiser):
     windows = data.Windows(toy([40, 30]), denoiser.normaliser, 16)
-    how = edm.Training(12, 8, 1e-3)
+    how = edm.Recipe(12, 8, 1e-3)
     first = baselines.weights(denoiser.net)
     plain, losses = baselines.train(first, windows, how)
     trained = edm.Denoiser(**denoiser.config)
     trained.load_state_dict(denoiser.state_dict())
-    average, expected = edm.train(trained, windows, how)
-    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
-    for own, theirs in ((plain.w, trained), (plain.average, average)):  # beside how far all weights have moved
+    training = edm.Training(trained, windows, how)
+    assert list(training) == [*range(1, 13)]
+    torch.testing.assert_close(losses, training.losses, rtol=1e-3, atol=1e-4)
+    for own, theirs in ((plain.w, trained), (plain.average, training.ema)):  # beside how far all weights have moved
         three = [(own[name].detach(), v, first[name]) for name, v in baselines.weights(theirs.net).items()]
         off, moved = (sum((a - b).abs().sum() for a, b in group) for group in zip(*(((o, v), (v, f)) for o, v, f in three)))
         assert off < 1e-3 * moved
@@ -59,7 +64,7 @@ def test_training(denoiser):
 
 @pytest.mark.parametrize("churn", [0.0, 6.0])
 def test_sampler(denoiser, guide, churn):
-    steps, warmup, lam, shape = 8, 2, 0.3, (4, 16, 71)
+    steps, warmup, lam, shape = 8, 2, 0.3, (4, 16, SPEC.width)
     hook = guidance.Guide("explicit", guide, denoiser.normaliser, lam, steps, warmup)
     expected, diverged = sampler.sample(denoiser, shape, steps, churn, torch.Generator().manual_seed(0), hook)
     assert not diverged.any()
@@ -70,19 +75,19 @@ def test_sampler(denoiser, guide, churn):
 
 def test_iql():
     steps = 20
-    rows = agents.of_trajectories(toy([200]))
-    rows[::3, agents.TERMINAL] = 1.0
-    agent = iql.IQL([3, 5], rows[:, agents.OBS].mean(0), rows[:, agents.OBS].std(0), (32, 32))
+    rows = toy([200]).transitions()
+    rows[::3, SPEC.terminal] = 1.0
+    agent = iql.IQL(SPEC, [3, 5], rows[:, SPEC.obs].mean(0), rows[:, SPEC.obs].std(0), (32, 32))
     with torch.no_grad():
         for net in (agent.v, agent.q, agent.target_q):
             net.weights[-1] *= 8  # some advantages beyond where their weight is capped
     plain = [baselines.PlainIQL(agent, seed, steps) for seed in range(2)]
-    learner = agents.Learner(agent, [3, 5], steps, 64)
+    learner = Learner(agent, [3, 5], steps, 64)
     ids = learner._draw([200, 200])
     for step in range(steps):
         batch = torch.stack([rows[i[step]] for i in ids])
         expected = agent.losses(batch, step, [3, 5])[0].detach()
-        learner.train([rows, rows], step + 1)
+        list(learner.train([rows, rows], step + 1))
         for seed in range(2):
             torch.testing.assert_close(plain[seed].step(batch[seed]), expected[seed], rtol=1e-3, atol=1e-3)
     for seed in range(2):
@@ -105,9 +110,9 @@ def test_dynamics_error(env):
     obs, actions = pairs(
         adroit.rollout(replay(smooth(np.random.default_rng(1), 4, 30)), 4, np.random.default_rng(1), 30), 4, 20
     )
-    obs = dynamics.inject(obs, 0.05, np.random.default_rng(2), obs.var((0, 1)))
+    obs = adroit.pen_states.perturb(obs, 0.05, np.random.default_rng(2), obs.var((0, 1)))
     variance = obs.var((0, 1)) + 1e-3
-    expected = dynamics.dynamics_error(obs, actions, variance).normalised
+    expected = dynamics.dynamics_error(adroit.PEN, obs, actions, variance).normalised
     assert (expected > 0).all()
     np.testing.assert_allclose(baselines.dynamics_error(env, obs, actions, variance), expected, rtol=1e-6)
 
@@ -115,7 +120,7 @@ def test_dynamics_error(env):
 def test_windows():
     trajectories = toy([40, 5, 23])
     trajectories.terminals[[44, 67]] = 1.0
-    normaliser = data.Normaliser().fit(trajectories.packed())
+    normaliser = data.Normaliser(SPEC).fit(trajectories.packed())
     expected, plain = data.Windows(trajectories, normaliser, 16), baselines.PlainWindows(trajectories, normaliser, 16)
     assert len(plain.x) == len(expected)
     for mine, theirs in zip(plain[torch.arange(len(expected))], expected[torch.arange(len(expected))]):
@@ -129,20 +134,20 @@ def counted(call):
 
 
 def test_count_of_the_denoiser(denoiser):
-    x = torch.randn(5, 16, 71)
+    x = torch.randn(5, 16, SPEC.width)
     for sigma in (torch.ones(5), 1.0):
         expected = counts.denoiser(5, 16, 16, denoiser.config["blocks"], levels=torch.as_tensor(sigma).numel())
         assert counted(lambda sigma=sigma: denoiser(x, sigma)) == expected
 
 
 def test_count_of_training(denoiser):
-    x = torch.randn(5, 16, 71)
+    x = torch.randn(5, 16, SPEC.width)
     assert counts.training(5, 16, 16, denoiser.config["blocks"]) == counted(lambda: denoiser(x, torch.ones(5)).sum().backward())
 
 
 def test_count_of_iql():
-    agent = iql.IQL([0, 1], torch.zeros(45), torch.ones(45), (64, 64))
-    batch = torch.randn(2, 32, agents.WIDTH)
+    agent = iql.IQL(SPEC, [0, 1], torch.zeros(SPEC.obs_dim), torch.ones(SPEC.obs_dim), (64, 64))
+    batch = torch.randn(2, 32, SPEC.transition_width)
     assert counts.iql(2, 32, 64) == counted(lambda: agent.losses(batch, 0, [0, 1])[0].sum().backward())
 
 

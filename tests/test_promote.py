@@ -11,11 +11,9 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
-import nbconvert
 import nbformat
 import numpy as np
 import pandas as pd
-import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
@@ -30,11 +28,6 @@ PARAMETERS = '# lam = 1 is an example\nscale = "quick"  # ci, quick or paper\nla
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_committed_notebook_is_clean_and_current(path):
     assert promote.problems(path) == []
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_papermill_sees_every_parameter(path):
-    assert set(papermill.inspect_notebook(path)) == set(promote.parameters(promote.read(path)))
 
 
 # The rules themselves, on a toy notebook
@@ -123,16 +116,13 @@ def test_stderr_progress_bars_and_live_widgets_are_stripped(tmp_path):
         ("What the slider (run the notebook to move it) shows at 2", True),
     ],
 )
-def test_the_still_picture_of_a_widget_is_kept_and_shown_without_the_widget(tmp_path, text, stays):
+def test_the_still_picture_of_a_widget_is_kept_without_the_widget(tmp_path, text, stays):
     red = encoded(np.tile(noise(2) * (255, 0, 0), (3, 3, 1)))
     data = {promote.WIDGET_VIEW: {"model_id": "1"}, "image/png": red, "text/plain": text}
     notebook, path = promote_toy(tmp_path, executed(new_output("display_data", data)))
     (output,) = notebook.cells[-1].outputs
     assert output.data == {"image/png": promote.smaller_png(red), **({"text/plain": text} if stays else {})}
     assert decoded(output.data["image/png"]).mode == "P" and promote.problems(path) == []
-    page, _ = nbconvert.HTMLExporter(template_name="basic").from_filename(str(path))
-    (shown,) = re.findall(r'<img[^>]* src="data:image/png;base64,\s*([^"]+)"', page)
-    assert shown.strip() == output.data["image/png"] and "model_id" not in page
 
 
 def test_the_repr_of_what_is_no_widget_is_kept():
@@ -154,12 +144,9 @@ def test_tables_of_equal_runs_are_equal():
     assert name not in other["text/html"]
 
 
-def injected(run):
-    run.cells.insert(2, new_code_cell("lam = 3.0", id="injected", metadata={"tags": ["injected-parameters"]}))
-
-
+INJECTED = new_code_cell("lam = 3.0", id="injected", metadata={"tags": ["injected-parameters"]})
 REFUSALS = {
-    "injected parameters": injected,
+    "injected parameters": lambda run: run.cells.insert(2, INJECTED),
     "failed": lambda run: run.cells[-1].update(outputs=[new_output("error", ename="E", evalue="lam", traceback=[])]),
     "did not run to its end": lambda run: run.metadata.papermill.update(end_time=None),
     "is stale": lambda run: run.cells[-1].update(source="print(lam + 1)"),
@@ -177,11 +164,6 @@ def test_promotion_is_refused_and_leaves_the_committed_notebook_as_it_was(tmp_pa
         promote.promote(write(tmp_path / "runs", run), path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_promotion_without_a_committed_notebook_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"not those of notebooks/toy\.ipynb"):
-        promote.promote(write(tmp_path / "runs", executed()), tmp_path / "notebooks/toy.ipynb")
 
 
 PLACES = ["/home/someone/x", "/root/x", "/Users/someone/x", "/tmp/x", r"C:\Users\someone", str(Path.home())]
@@ -361,5 +343,4 @@ def test_figures_animations_and_their_data_are_copied_whole_or_not_at_all(run_fo
 
 
 def test_a_run_without_figures_is_an_error(run_folder):
-    (run_folder / "alone.csv").write_text("3")
     assert "make paper" in promote.promote_figures()[0]
