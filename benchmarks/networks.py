@@ -8,7 +8,7 @@ import torch
 from benchmarks import baselines, counts, stacked_seeds, timing
 from benchmarks.limits import Limits
 from pgdlib import data, edm, guidance, sampler
-from pgdlib.lab import pipeline
+from pgdlib.lab import load
 
 DENOISERS = ((64, 64, 64), (128, 64, 32), (1024, 16, 128))  # width, trajectories, length; the last as the paper trains
 SAMPLED = dict(width=64, trajectories=256, length=64, steps=6, warmup=1, churn=2.5, lam=0.3)
@@ -92,7 +92,7 @@ def training(bench):
 def sampling(device, width, trajectories, length, steps, warmup, churn, lam):
     """(ours, plain): calls that draw guided trajectories with the shipped guide by the paper's rule."""
     made = make_denoiser(width, length, device).requires_grad_(False)
-    policy = pipeline.load_guide()[0].to(device)
+    policy = load.load_guide()[0].to(device)
     shape = trajectories, length, counts.SPEC.width
     hook = guidance.Guide("explicit", policy, made.normaliser, lam, steps, warmup)
     generator, w = torch.Generator(device).manual_seed(0), baselines.weights(made.net)

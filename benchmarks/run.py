@@ -18,7 +18,7 @@ import torch
 from benchmarks import networks, simulations
 from benchmarks.limits import Limits
 from pgdlib import fast, simulators
-from pgdlib.lab import store
+from pgdlib.lab import artifacts
 
 PATHS = dict(
     denoiser=networks.denoiser,
@@ -111,11 +111,11 @@ def _cells(row):
 
 def written(rows, given):
     """The CSV file, in runs/bench/, with `rows` and the conditions of the run in every line."""
-    path = store.root() / "bench" / f"{time.strftime('%Y%m%d-%H%M%S')}.csv"
+    path = artifacts.root() / "bench" / f"{time.strftime('%Y%m%d-%H%M%S')}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     conditions = dict(device=given.device, threads=given.threads, cores=simulators.default_threads(), seconds=given.seconds)
     with path.open("w", newline="") as file:
-        lines = [{**_values(row), **conditions, **store.versions()} for row in rows]
+        lines = [{**_values(row), **conditions, **artifacts.versions()} for row in rows]
         writer = csv.DictWriter(file, lines[0])
         writer.writeheader()
         writer.writerows(lines)

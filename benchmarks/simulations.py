@@ -18,7 +18,7 @@ from benchmarks import baselines, counts, timing
 from pgdlib import data, dynamics, guidance, sampler, synthetic
 from pgdlib.agents import iql
 from pgdlib.agents import stack as agents
-from pgdlib.lab import minari_files, params, pipeline, ppo
+from pgdlib.lab import guide_ppo, load, minari_files, settings
 from pgdlib.simulators import pen as adroit
 
 EPISODES, STEPS = 64, 10  # of batch simulation; the gym loop, whose cost is linear, plays the first GYM_EPISODES
@@ -56,7 +56,7 @@ def simulation(bench):
 def dynamics_error(bench):
     """Dynamics error of trajectories of the shipped guide, per transition, the states' reconstruction included."""
     env, rng = baselines.gym_env(), np.random.default_rng(0)
-    played = adroit.rollout(pipeline.load_guide()[0].act, TRAJECTORIES, rng, LENGTH)
+    played = adroit.rollout(load.load_guide()[0].act, TRAJECTORIES, rng, LENGTH)
     obs, actions = played.obs[:, :-1], played.actions
     variance, few = obs.var((0, 1)) + 1e-6, slice(GYM_TRAJECTORIES)
     yield bench.compare(
@@ -76,8 +76,8 @@ def ppo_steps(bench):
     """Environment steps of PPO, learning included, in a batch of simulations against as many gym environments in a row."""
 
     def learner(env):
-        p = ppo.DEFAULTS
-        policy = dict(net_arch=p["hidden"], features_extractor_class=ppo.ObservationNormaliser)
+        p = guide_ppo.DEFAULTS
+        policy = dict(net_arch=p["hidden"], features_extractor_class=guide_ppo.ObservationNormaliser)
         rest = dict(batch_size=PPO_ENVS * PPO_STEPS, n_epochs=p["n_epochs"], policy_kwargs=policy, device="cpu", seed=0)
         model = PPO("MlpPolicy", env, n_steps=PPO_STEPS, **rest)
         return lambda: model.learn(PPO_ENVS * PPO_STEPS, reset_num_timesteps=False)
@@ -85,7 +85,7 @@ def ppo_steps(bench):
     yield bench.compare(
         "ppo",
         f"{PPO_ENVS} x {PPO_STEPS} steps, {bench.threads} threads",
-        learner(ppo.PenVecEnv(PPO_ENVS, threads=bench.threads)),
+        learner(guide_ppo.PenVecEnv(PPO_ENVS, threads=bench.threads)),
         learner(DummyVecEnv([baselines.make_env] * PPO_ENVS)),
         PPO_ENVS * PPO_STEPS,
         "steps",
@@ -96,11 +96,11 @@ def ppo_steps(bench):
 def datasets(bench):
     """Reading the stand-in human again, cutting it into windows, and drawing batches of them."""
     with temporary_runs() as folder:
-        load = partial(pipeline.load_data, "human", "local", 5_000, quiet, str)
-        trajectories = load().data
+        ours = partial(load.load_data, "human", "local", 5_000, quiet, str)
+        trajectories = ours().data
         (place,) = (p.parent for p in folder.glob("minari/*/standin/pen/*/data"))
-        read = partial(minari_files.from_minari, place, "human")
-        yield bench.compare("load", "5,000 steps", load, read, len(trajectories.rewards), "steps", against="Minari's HDF5")
+        plain = partial(minari_files.from_minari, place, "human")
+        yield bench.compare("load", "5,000 steps", ours, plain, len(trajectories.rewards), "steps", against="Minari's HDF5")
     normaliser, horizon = data.Normaliser(trajectories.spec).fit(trajectories.packed()), 32
     ours, plain = (partial(made, trajectories, normaliser, horizon) for made in (data.Windows, baselines.PlainWindows))
     made, cut = ours(), plain()
@@ -113,7 +113,7 @@ def datasets(bench):
 
 def stages(bench):
     """Each stage of a small run from nothing (scale ci), as a share of the whole; measured once."""
-    p, device, seconds = params.defaults("ci", seed=0, transform="raw"), torch.device(bench.device), {}
+    p, device, seconds = settings.defaults("ci", seed=0, transform="raw"), torch.device(bench.device), {}
 
     def timed(name, call, *arguments, **named):
         timing.synchronise(device)
@@ -124,9 +124,9 @@ def stages(bench):
         return made
 
     with temporary_runs():
-        dataset = timed("data", pipeline.load_data, "cloned", "local", p.data_steps, quiet, str)
-        made, _ = timed("training the denoiser", pipeline.load_denoiser, dataset, p, device, quiet)
-    policy = pipeline.load_guide()[0].to(device)
+        dataset = timed("data", load.load_data, "cloned", "local", p.data_steps, quiet, str)
+        made, _ = timed("training the denoiser", load.load_denoiser, dataset, p, device, quiet)
+    policy = load.load_guide()[0].to(device)
     hook = guidance.Guide("explicit", policy, made.normaliser, 0.1, p.steps, p.warmup)
     shape, generator = (64, p.horizon, counts.SPEC.width), torch.Generator(device).manual_seed(0)
     x, _ = timed("guided sampling", sampler.sample, made, shape, p.steps, p.churn, generator, hook)

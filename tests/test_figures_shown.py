@@ -8,6 +8,7 @@ from conftest import TITLE, line, texts
 from matplotlib.colors import to_rgb
 from test_figures import FLOORS, MULTIPLES, PAPER, RULES, SEEDS, T, clouds, curve, draw, lams, samplers
 
+from pgdlib import measures
 from pgdlib.lab import seeds
 from pgdlib.lab.figures import data, guidance, style, table1
 
@@ -137,11 +138,11 @@ def test_table_1_has_all_rows_from_the_top_their_numbers_and_every_seed():
         assert points.get_xdata()[0] == mean and points.get_marker() == ("s" if name in PAPER else "o")
     assert beside[heights["cloning"]] == "1,200 ± 71 37.0"
     for name, values in rows.items():
-        (seeds,) = [ln for ln in ax.get_lines() if len(ln.get_xdata()) == 5 and abs(ln.get_ydata()[0] - heights[name]) < 0.4]
-        np.testing.assert_array_equal(seeds.get_xdata(), values)  # what is NaN is not drawn
-        _, low, high = seeds.stratified_bootstrap(seeds.interquartile_mean, values)
+        (ticks,) = [ln for ln in ax.get_lines() if len(ln.get_xdata()) == 5 and abs(ln.get_ydata()[0] - heights[name]) < 0.4]
+        np.testing.assert_array_equal(ticks.get_xdata(), values)  # what is NaN is not drawn
+        _, low, high = measures.bootstrap(seeds.interquartile_mean, values)
         (pale,) = [ln for ln in ax.get_lines() if ln.get_alpha() == 0.25 and ln.get_ydata()[0] == heights[name]]
-        assert tuple(pale.get_xdata()) == (low, high) and to_rgb(pale.get_color()) == to_rgb(seeds.get_color())
+        assert tuple(pale.get_xdata()) == (low, high) and to_rgb(pale.get_color()) == to_rgb(ticks.get_color())
 
 
 # Guidance

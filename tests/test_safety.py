@@ -23,7 +23,7 @@ from browser import answering, stop
 from conftest import kept, replay, white
 from inputs import PATHS, ROOT, no_writes, tried
 
-from pgdlib.lab import benchmark, minari_files, pipeline, store
+from pgdlib.lab import artifacts, load, minari_files, table1
 from pgdlib.simulators import pen as adroit
 
 UNPICKLE = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}  # modules
@@ -111,7 +111,7 @@ def bombs(tmp_path):
     return trace, [p.read_bytes() for p in (raw, saved, inside)]
 
 
-READERS = {"guide": pipeline.load_guide, "denoiser": lambda path: benchmark.read_denoiser(path, None, "cpu")}
+READERS = {"guide": load.load_guide, "denoiser": lambda path: table1.read_denoiser(path, None, "cpu")}
 
 
 def test_a_pickle_in_place_of_a_guide_or_a_denoiser_is_not_executed(bombs, tmp_path):
@@ -133,11 +133,11 @@ def test_a_pickle_in_place_of_a_dataset_or_an_artifact_is_not_executed(bombs, tm
             folder = minari_files.write_minari(tmp_path / f"{number}", f"standin/pen/{file[5:7]}-v0", episodes, "a toy")
             (folder / "sha256").unlink()
             (folder / file).write_bytes(content)
-            with pytest.raises(store.CorruptArtifact):
+            with pytest.raises(artifacts.CorruptArtifact):
                 minari_files.from_minari(folder, "toy")
         artifact = tmp_path / "one.safetensors"
         artifact.write_bytes(content)
-        tensors, _ = store.artifact(artifact, lambda: ({"made": torch.ones(1)}, {}))
+        tensors, _ = artifacts.artifact(artifact, lambda: ({"made": torch.ones(1)}, {}))
         assert tensors["made"] == 1 and not trace.exists()
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pgdlib import measures
 from pgdlib.lab import seeds
 from pgdlib.lab.figures.style import figure, finished, lines, looks, marks
 from pgdlib.simulators import pen
@@ -38,7 +39,7 @@ def table1(rows, behaviour, paper, title):
         ax.annotate(number, (1.01, at), xycoords=("axes fraction", "data"), va="center", **text)
     for at, colour, values in zip(y[1:], colours[1:], rows.values()):
         ax.plot(values, np.full(len(values), at + 0.22), "|", color=colour, markersize=7)
-        _, low, high = seeds.stratified_bootstrap(seeds.interquartile_mean, values)
+        _, low, high = measures.bootstrap(seeds.interquartile_mean, values)
         ax.plot([low, high], [at, at], color=colour, linewidth=6, alpha=0.25, solid_capstyle="butt")
     ax.set_yticks(y, names)
     ax.set_ylim(y[-1] + 0.6, -0.6)
