@@ -100,8 +100,8 @@ def bombs(tmp_path):
     trace, raw, saved = tmp_path / "executed", tmp_path / "raw", tmp_path / "saved"
     raw.write_bytes(pickle.dumps(Bomb(trace)))
     torch.save({"w": torch.zeros(2), "bomb": Bomb(trace)}, saved)
-    for load in (lambda: pickle.loads(raw.read_bytes()), lambda: torch.load(saved, weights_only=False)):
-        load()
+    for read in (lambda: pickle.loads(raw.read_bytes()), lambda: torch.load(saved, weights_only=False)):
+        read()
         assert trace.exists()  # so it goes off where it is let in
         trace.unlink()
     inside = tmp_path / "inside"

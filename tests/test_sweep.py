@@ -123,11 +123,11 @@ def test_a_key_names_all_that_decides_the_result_and_nothing_else(tmp_path, runs
     guide.write_text("two")
     others += [key([("note", str(guide))])]
     versions = artifacts.versions()
-    monkeypatch.setattr(store, "versions", lambda: {**versions, "git": "another commit"})
+    monkeypatch.setattr(artifacts, "versions", lambda: {**versions, "git": "another commit"})
     assert key() == first
-    monkeypatch.setattr(store, "versions", lambda: {**versions, "torch": "0.1"})
+    monkeypatch.setattr(artifacts, "versions", lambda: {**versions, "torch": "0.1"})
     others += [key()]
-    monkeypatch.setattr(store, "code_version", lambda *modules: " ".join(modules))
+    monkeypatch.setattr(artifacts, "code_version", lambda *modules: " ".join(modules))
     others += [key()]
     assert len({first, *others}) == len(others) + 1
 
