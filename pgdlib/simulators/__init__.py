@@ -50,8 +50,11 @@ def advance(simulator: Simulator, qpos, qvel, actions, threads: int | None = Non
 
 
 def default_threads() -> int:
-    """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The number of cores this process may use; no more than OMP_NUM_THREADS, where it is set."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
+
 
 
 def import_mujoco():
