@@ -31,7 +31,7 @@ UNPICKLE = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "mar
 EXECUTE = {"eval", "exec", "compile", "__import__", "execfile"}  # Python's own functions
 LOAD = {"read_pickle", "unsafe_load", "full_load", "jit.load", "hub.load", "yaml.load", "PPO.load", "VecNormalize.load"}
 REASONED = {
-    ("pgdlib/edm.py", "dist.broadcast_object_list"): "between the processes of one training, never from a file",
+    ("pgdlib/lab/parallel.py", "dist.broadcast_object_list"): "between the processes of one training, never from a file",
     ("pgdlib/sweep_plan.py", "compile"): "the first cells of the notebook that the user has named, as papermill will",
     ("pgdlib/sweep_plan.py", "exec"): "the same",
 }
