@@ -108,7 +108,7 @@ class Trajectories:
     def places(self) -> tuple[Tensor, Tensor]:
         """[N] each: the number of a step in its episode, and the episode's."""
         episode = torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
-        return torch.arange(len(self.rewards)) - self.starts[episode], episode
+        return torch.arange(len(episode)) - self.starts[episode], episode
 
     def episodes(self, ids: Tensor) -> "Trajectories":
         """The episodes `ids`, in that order."""
