@@ -81,6 +81,7 @@ class Trajectories:
 
     @property
     def spec(self) -> Spec:
+        """The sizes of its steps."""
         return Spec(self.obs.shape[1], self.actions.shape[1])
 
     @property

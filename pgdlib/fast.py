@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 
 import numpy as np
@@ -49,7 +49,7 @@ def has_bfloat16(device: torch.device | str) -> bool:
     return bool(supported and supported())
 
 
-def adam(parameters, learning_rate: float) -> torch.optim.Adam:
+def adam(parameters: Iterable, learning_rate: float) -> torch.optim.Adam:
     """Adam with the state that it would make in its first step, for a checkpoint to be copied into."""
     optimiser = torch.optim.Adam(parameters, learning_rate, fused=True)
     for p in (p for group in optimiser.param_groups for p in group["params"]):
@@ -84,6 +84,7 @@ class Convolution(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels_out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, out] at x [B, T, in]."""
         weight, bias = self._cast(x.dtype)
         _, size, channels = weight.shape
         if size == 1:

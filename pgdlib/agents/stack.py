@@ -47,6 +47,7 @@ class Twins(StackedMLP):
         super().__init__([spec.obs_dim + spec.action_dim, *hidden, 1], drawn + drawn)  # first all first twins, then the second
 
     def forward(self, pairs: Tensor, frozen: bool = False) -> Tensor:
+        """As described; frozen: no gradient reaches the weights."""
         return super().forward(pairs.repeat(2, 1, 1), frozen).reshape(2, *pairs.shape[:2])
 
 
