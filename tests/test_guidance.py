@@ -329,12 +329,12 @@ def test_smoothed_fades_with_the_noise(policy, normaliser, x, kind):
 
 def test_smoothed_is_the_implicit_step_on_the_moreau_envelope(spec, policy, x):
     """argmin over a' and u of |a' - a|² / (2 λσ²) + |u - a'|² / (2 σ²) - log π(u), by grids in both."""
-    normaliser, lam, sigma, n = fitted("raw", spec), 1.5, 0.8, 9
+    normaliser, lam, sigma = fitted("raw", spec), 1.5, 0.8
     a, mean = x[..., spec.actions], mu_hat(policy, normaliser, x)
     start, centre, width = (v.reshape(-1)[:72, None, None] for v in (a, mean, std_hat(policy, normaliser).expand_as(a)))
     lows, highs = [torch.minimum(start, centre) - 1] * 2, [torch.maximum(start, centre) + 1] * 2
     fraction = torch.linspace(0, 1, 41, dtype=torch.float64)
-    for _ in range(n):
+    for _ in range(9):
         moved, u = (low + (high - low) * fraction for low, high in zip(lows, highs))
         moved = moved.mT
         value = (moved - start) ** 2 / (2 * lam * sigma**2) + (u - moved) ** 2 / (2 * sigma**2)
