@@ -89,7 +89,7 @@ def test_means_against_loops():
     squared, variance = rng.random((5, 7, 45)), rng.random(45) + 0.1
     squared[1] = np.nan
     squared[2, 4:] = np.nan
-    error = DynamicsError(squared, variance)
+    error = DynamicsError(squared, variance, pen.GROUPS)
     rows = {i: squared[i, : 4 if i == 2 else 7] for i in (0, 2, 3, 4)}
     for i, row in rows.items():
         assert error.plain[i] == pytest.approx(row.mean()) and error.normalised[i] == pytest.approx((row / variance).mean())

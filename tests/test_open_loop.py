@@ -132,7 +132,7 @@ def test_open_loop_is_nan_where_it_cannot_be_judged(quiet, tmp_path, monkeypatch
 def test_open_loop_means_by_hand():
     squared, variance = np.random.default_rng(0).random((3, 2, 45)), np.full(45, 0.5)
     squared[0], squared[1, 1] = np.nan, np.nan
-    error = OpenLoopError(squared, variance, np.array([[True, True], [True, False], [True, True]]))
+    error = OpenLoopError(squared, variance, {}, np.array([[True, True], [True, False], [True, True]]))
     np.testing.assert_allclose(error.normalised, 2 * squared.mean(2))
     np.testing.assert_allclose(error.plain, squared.mean(2))
     np.testing.assert_allclose(error.by_step(), [2 * squared[1:, 0].mean(), 2 * squared[2, 1].mean()])
