@@ -17,14 +17,14 @@ STREAMS = ("weights", "training", "validation", "drawing", "rounds", "world mode
 def generator(device: torch.device | str, stream: str, *key: int) -> torch.Generator:
     """The random numbers of one of `STREAMS` under `key`: whole numbers from 0 to 2**32 - 1, the seed first.
 
-    Other streams and other keys of the same length give independent numbers, by numpy's `SeedSequence`, to which zeros at the
-    end say nothing: a stream keeps to one length. ValueError for what is no such key.
+    Other streams and other keys give independent numbers, by numpy's `SeedSequence`. ValueError for what is no such key.
     """
     if stream not in STREAMS:
         raise ValueError(f"stream={stream!r} is not allowed; it must be one of {', '.join(STREAMS)}")
     if not all(0 <= k < 2**32 for k in key):
         raise ValueError(f"key={key} is not allowed; it must hold whole numbers from 0 to 2**32 - 1")
-    made, seeds = torch.Generator(device), np.random.SeedSequence([STREAMS.index(stream), *key])
+    # The length, because zeros at the end say nothing to it.
+    made, seeds = torch.Generator(device), np.random.SeedSequence([STREAMS.index(stream), len(key), *key])
     if made.device.type != "cpu":
         return made.manual_seed(int(seeds.generate_state(1, np.uint64)[0]) >> 1)
     # A seed would set 32 bits only, by which one stream in some 10,000 meets another: the whole state is set.

@@ -41,7 +41,7 @@ def random(*shape, seed=0):
 @pytest.mark.parametrize("name, key", [("weights", ()), ("rounds", (0,)), ("fresh", (7, 2**32 - 1, 5, 0, 9))])
 def test_a_stream_is_numpys_mersenne_twister(name, key):
     """All 32 bits of each of more words than a block of the twister holds."""
-    twister = np.random.MT19937(np.random.SeedSequence([fast.STREAMS.index(name), *key]))
+    twister = np.random.MT19937(np.random.SeedSequence([fast.STREAMS.index(name), len(key), *key]))
     words = twister.random_raw(2_001)[1:].astype(np.uint64)  # numpy's first word is of the seeded block, torch begins the next
     found = torch.empty(1_000, dtype=torch.int64).random_(-(2**63), None, generator=fast.generator("cpu", name, *key))
     assert (found.numpy().view(np.uint64) == (words[::2] << np.uint64(32) | words[1::2])).all()
