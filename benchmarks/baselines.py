@@ -10,7 +10,7 @@ from torch import nn
 
 from pgdlib import data, edm
 from pgdlib.agents import stack as agents
-from pgdlib.simulators import pen
+from pgdlib.simulators import pen, pen_states
 from pgdlib.simulators.pen_states import state_from_observations
 
 
@@ -263,7 +263,7 @@ def make_env(scale: str = "d4rl", **kwargs):
     class EndOnFall(gymnasium.Wrapper):
         def step(self, action):
             obs, reward, _, truncated, info = self.env.step(action)
-            return obs, reward, bool(obs[pen.PEN_HEIGHT] < pen.FALL_HEIGHT), truncated, info
+            return obs, reward, bool(obs[pen_states.PEN_HEIGHT] < pen_states.FALL_HEIGHT), truncated, info
 
     horizons = {"d4rl": pen.D4RL_HORIZON, "native": pen.NATIVE_HORIZON}
     if scale not in horizons:

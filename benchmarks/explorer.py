@@ -15,17 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgdlib.lab import params, store, study
+from pgdlib.lab import figures, params, store, study
 from pgdlib.lab.explorer import plots_explorer, shelf, widgets
-from pgdlib.lab.figures import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = dict(dataset="cloned", source="auto", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
 CELL = """
-from pgdlib.lab import params, study
+from pgdlib.lab import figures, params, study
 from pgdlib.lab.explorer import explorer, widgets
-from pgdlib.lab.figures import plots
-plots.use_style()
+figures.style.use_style()
 lab = study.Study.open(params.defaults({scale!r}, **{settings!r}))
 panel = explorer.Explorer(lab)
 panel.widget
@@ -85,7 +83,7 @@ def main():
     parser.add_argument("--scale", choices=["ci", "quick"], default="quick")
     parser.add_argument("--moves", type=int, default=50)
     given = parser.parse_args()
-    plots.use_style()
+    figures.style.use_style()
     lab = study.Study.open(params.defaults(given.scale, **SETTINGS))
     lab.sweep("explicit", lab.grid("explicit"))
     print(f"scale {given.scale}, {lab.dataset.label}, {lab.p.samples} trajectories a λ; {torch.get_num_threads()} threads")

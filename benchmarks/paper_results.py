@@ -11,9 +11,8 @@ import torch
 from pgdlib import data, dynamics, edm, measures, pgd, sampler, synthetic
 from pgdlib.agents import iql
 from pgdlib.agents import stack as agents
-from pgdlib.lab import budget, claims, store, study, table1
+from pgdlib.lab import budget, claims, figures, store, study, table1
 from pgdlib.lab import seeds as seedstats
-from pgdlib.lab.figures import plots, plots_benchmark, plots_guidance
 from pgdlib.simulators import pen as adroit
 
 
@@ -22,7 +21,7 @@ def show_training(part, lab, losses):
     sigmas = torch.logspace(-2.3, 1.5, 10)
     sides = [data.Windows(side, lab.normaliser, lab.p.horizon, lab.device) for side in (lab.train, lab.val)]
     curves = [edm.validation_loss(lab.denoiser, w, sigmas, 128, lab.p.seed).cpu().numpy() for w in sides]
-    fig = plots.training(losses, sigmas.numpy(), *curves, f"denoiser on {lab.dataset.label}, scale {lab.p.scale}")
+    fig = figures.data.training(losses, sigmas.numpy(), *curves, f"denoiser on {lab.dataset.label}, scale {lab.p.scale}")
     part.save("training", fig, {"sigma": sigmas.numpy(), "training": curves[0], "validation": curves[1]})
     thinned = np.array_split(losses, min(len(losses), 1000))
     part.save("losses", table={"step": np.cumsum([len(v) for v in thinned]), "loss": [v.mean() for v in thinned]})
@@ -35,7 +34,7 @@ def show_figure_1(part, lab, sweep):
     clouds = {lam: sweep[lam].measures for lam in sorted({0.0, best}) if lam in sweep}
     title = f"Figure 1 on {lab.dataset.label}: explicit rule, scale {lab.p.scale}"
     floors = {e: lab.floor[e] for e in ("normalised", "appendix_b")}
-    part.save("figure1", plots_guidance.figure_1(clouds, frame, floors, lab.on_policy, title, lab.limit))
+    part.save("figure1", figures.guidance.figure_1(clouds, frame, floors, lab.on_policy, title, lab.limit))
 
 
 def show_fronts(part, lab, points):
@@ -48,7 +47,7 @@ def show_fronts(part, lab, points):
     zero = tuple(frames["explicit"].loc[0, list(names[:2])])
     ours = lab.p.rule if lab.p.rule in curves else "explicit"
     title = f"Fronts of the rules on {lab.dataset.label}: {lab.p.samples} trajectories a point, scale {lab.p.scale}"
-    part.save("fronts", plots_guidance.fronts(curves, zero, lab.on_policy, ours, title))
+    part.save("fronts", figures.guidance.fronts(curves, zero, lab.on_policy, ours, title))
 
 
 def judge(part, lab, sweep):
@@ -146,7 +145,7 @@ def table_1(part, lab):
     paper = {f"paper, λ = {lam}": v for lam, v in zip((0, 2), seedstats.PAPER_TABLE_1[p.dataset])}
     title = f"{p.seeds} seeds, {p.test_episodes} episodes each ({lab.dataset.label})"
     table = table1.per_seed(result, lab.dataset.label)
-    part.save("table1", plots_benchmark.table1(returns, behaviour, paper, title), table)
+    part.save("table1", figures.table1.table1(returns, behaviour, paper, title), table)
     guided = [
         (row, f"{row.rule} rule, {'calibrated λ' if row.lam == 'calibrated' else f'λ = {row.lam:g}'}") for row in rows[2:]
     ]

@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import paper_results
 from pgdlib import guidance
-from pgdlib.lab import budget, params, pipeline, store, study, train
-from pgdlib.lab.figures import plots
+from pgdlib.lab import budget, figures, params, pipeline, store, study, train
 
 FIGURE_1 = [0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 3.0]  # and 0
 RULES = {
@@ -159,7 +158,7 @@ def main(arguments=None):
     try:
         part = Slice(train.parse(arguments, __doc__, RULES, GIVEN))
         matplotlib.use("agg")
-        plots.use_style()
+        figures.style.use_style()
         run(part)
     except TimeIsUp:
         print(f"time is up; the same command goes on. {part.out / 'card.json'} says how far it is")

@@ -60,7 +60,7 @@ class Trajectories:
         for key, tensor in (("obs", self.obs), ("actions", self.actions)):
             if tensor.ndim != 2 or tensor.shape[1] == 0:
                 self._refuse(f": {key} is {_kind(tensor)}; needed are steps of one number or more, [N, n]")
-        shapes, n = dict(rewards=(), terminals=(), next_obs=(self.spec.obs_dim,)), int(self.lengths.sum())
+        shapes, n = dict(rewards=(), terminals=(), next_obs=(self.spec.obs_dim,)), sum(self.lengths.tolist())
         for key, tensor in self.tensors().items():
             if key != "lengths":
                 self._check(key, tensor, n, shapes.get(key, tensor.shape[1:]))

@@ -47,6 +47,11 @@ class DynamicsError:
     variance: np.ndarray  # [obs_dim]: each dimension's variance in the data
     groups: dict  # name -> slice of the observation
 
+    def __post_init__(self):
+        self.variance = np.asarray(self.variance, dtype=np.float64)
+        if len(bad := np.flatnonzero(~(self.variance > 0))):
+            raise ValueError(f"variance[{bad[0]}]={self.variance[bad[0]]} is not allowed; it must be above zero")
+
     @property
     def plain(self) -> np.ndarray:
         """[B]: the paper's mean over steps and dimensions. Almost only the pen's angular velocity enters it."""
@@ -122,7 +127,7 @@ def dynamics_error(
         error = (predict(simulator, obs[rows, :n], actions[rows, :n], estimator, threads) - obs[rows, 1:n]) ** 2
         error[~np.isfinite(error).all((1, 2))] = np.nan
         squared[rows, : n - 1] = error
-    return DynamicsError(squared, np.asarray(variance, dtype=np.float64), simulator.groups)
+    return DynamicsError(squared, variance, simulator.groups)
 
 
 def open_loop_error(
@@ -153,7 +158,7 @@ def open_loop_error(
     simulator.with_goal(simulated, obs[:, start, None])
     squared = (simulated - obs[:, start + 1 : start + steps + 1]) ** 2
     squared[~(lasts & np.isfinite(squared).all(2))] = np.nan
-    return OpenLoopError(squared, np.asarray(variance, dtype=np.float64), simulator.groups, lasts, joints)
+    return OpenLoopError(squared, variance, simulator.groups, lasts, joints)
 
 
 def _played(simulator, qpos, qvel, actions, threads):

@@ -5,11 +5,13 @@ is to be seen in figures.
 """
 
 import gc
+import json
 import os
 import sys
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import gymnasium
 import matplotlib
@@ -17,10 +19,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from safetensors import safe_open
 from stable_baselines3 import PPO
 from torch import nn
 
+import pgdlib
 from pgdlib import data
+from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 
 matplotlib.use("agg")
@@ -134,7 +140,7 @@ def drawn(figures, name, *arguments, **named):
     """The figure that the module `figures` makes, rendered: what cannot be drawn fails here."""
     fig = getattr(figures, name)(*arguments, title=TITLE, **named)
     assert isinstance(fig, matplotlib.figure.Figure)
-    fig.canvas.draw()
+    FigureCanvasAgg(fig).draw()  # of a figure without pyplot, `fig.canvas` draws nothing
     return fig
 
 
@@ -159,9 +165,9 @@ def line(ax, label):
 @pytest.fixture
 def style():
     """The style of all figures; none is left open."""
-    from pgdlib.lab.figures import plots
+    from pgdlib.lab import figures
 
-    plots.use_style()
+    figures.style.use_style()
     yield
     plt.close("all")
     plt.rcdefaults()
@@ -177,9 +183,10 @@ def real(request):
 @pytest.fixture(scope="session")
 def guide():
     """The shipped guide, whichever it is."""
-    from pgdlib.lab import pipeline
-
-    return pipeline.load_guide()[0]
+    with safe_open(Path(pgdlib.__file__).parent / "assets" / "ppo_pen.safetensors", "pt") as f:
+        policy = GaussianPolicy(**json.loads(f.metadata()["card"])["config"]).requires_grad_(False)
+        policy.load_state_dict({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118 (not a dict)
+    return policy
 
 
 @pytest.fixture(scope="session", params=["sampled", "mean"])

@@ -1,13 +1,20 @@
 """The simulator room against gymnasium's own Adroit Pen."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from conftest import replay, smooth, still, white
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 from gymnasium_robotics.utils import rotations
 
+from benchmarks.baselines import make_env
+from pgdlib import simulators
 from pgdlib.simulators import pen as adroit
-from pgdlib.simulators.pen import CONTROL_DT, PenBatch
+from pgdlib.simulators import pen_states
+from pgdlib.simulators.pen import PEN, PenBatch
+
+advance = partial(simulators.advance, PEN)
 
 
 def start(env, target, qpos=None, qvel=None):
@@ -87,7 +94,7 @@ def test_outcome_at_every_threshold(env):
 
 def test_named_slices_of_the_observation(env, mixed):
     obs = play(env, mixed.targets[0], mixed.actions[0][:50])[0][-1]
-    part = {name: obs[s] for name, s in adroit.OBS_SLICES.items()}
+    part = {name: obs[s] for name, s in adroit.GROUPS.items()}
     data, sim = env.data, env
     goal = data.site("eps_ball").xpos
     np.testing.assert_array_equal(part["hand joints"], data.qpos[:24])
@@ -97,9 +104,9 @@ def test_named_slices_of_the_observation(env, mixed):
         np.testing.assert_allclose(part[name], data.xmat[body].reshape(3, 3)[:, 2], atol=1e-12)  # along its own z
     np.testing.assert_allclose(part["pen - target position"], part["pen position"] - goal, atol=1e-12)
     np.testing.assert_allclose(part["pen - target axis"], part["pen axis"] - part["target axis"], atol=1e-12)
-    assert sum(s.stop - s.start for s in adroit.OBS_SLICES.values()) == adroit.OBS_DIM == len(obs)
-    assert part["pen position"][2] == obs[adroit.PEN_HEIGHT]
-    assert sim.dt == CONTROL_DT == adroit.N_SUBSTEPS * adroit.SUBSTEP_DT
+    assert sum(s.stop - s.start for s in adroit.GROUPS.values()) == adroit.OBS_DIM == len(obs)
+    assert part["pen position"][2] == obs[pen_states.PEN_HEIGHT]
+    assert sim.dt == PEN.dt == adroit.N_SUBSTEPS * pen_states.SUBSTEP_DT
 
 
 def test_the_number_of_threads_changes_nothing(mixed):
@@ -149,7 +156,7 @@ def test_targets_are_drawn_as_gym_draws_them():
 
 
 def test_d4rl_environment_ends_on_the_fall_and_counts_it(mixed):
-    env, native = adroit.make_env("d4rl"), adroit.make_env("native")
+    env, native = make_env("d4rl"), make_env("native")
     ends = set()
     for i, target in enumerate(mixed.targets):
         obs, reward, _, _, _, terminated, truncated = play(env, target, mixed.actions[i])
@@ -167,17 +174,17 @@ def test_d4rl_environment_ends_on_the_fall_and_counts_it(mixed):
 
 
 def test_native_environment_is_only_truncated(mixed):
-    *_, terminated, truncated = play(adroit.make_env("native"), mixed.targets[0], np.concatenate([mixed.actions[0]] * 2))
+    *_, terminated, truncated = play(make_env("native"), mixed.targets[0], np.concatenate([mixed.actions[0]] * 2))
     assert mixed.fallen[0].any() and not terminated and truncated
 
 
 def test_bad_scale_is_named():
     with pytest.raises(ValueError, match=r"scale must be one of d4rl, native; got 'huge'"):
-        adroit.make_env("huge")
+        make_env("huge")
 
 
 def test_returns_follow_from_native_episodes(mixed):
-    env, native = adroit.make_env("d4rl"), adroit.make_env("native")
+    env, native = make_env("d4rl"), make_env("native")
     d4rl = [play(env, target, actions)[1] for target, actions in zip(mixed.targets, mixed.actions)]
     np.testing.assert_array_equal(mixed.d4rl_lengths, [len(r) for r in d4rl])
     np.testing.assert_allclose(mixed.d4rl_returns, [r.sum() for r in d4rl], atol=1e-9)
@@ -207,24 +214,24 @@ def test_actions_that_are_not_finite_give_no_observation(tmp_path, monkeypatch):
 
 def test_advance_is_one_gym_step_from_each_state(env, mixed):
     qpos, qvel, actions = mixed.qpos[:, 40:44].reshape(-1, 30), mixed.qvel[:, 40:44].reshape(-1, 30), mixed.actions[:, 40:44]
-    after = adroit.advance(qpos, qvel, actions.reshape(-1, 24))
+    after = advance(qpos, qvel, actions.reshape(-1, 24))
     own = np.r_[0:36, 39:42]  # all but the target's axis
     for i, action in enumerate(actions.reshape(-1, 24)):
         start(env, mixed.targets[0], qpos[i], qvel[i])
         np.testing.assert_allclose(after[i][own], env.step(action)[0][own], rtol=0, atol=1e-9)
-    np.testing.assert_array_equal(adroit.advance(qpos, qvel, actions.reshape(-1, 24), chunk=7), after)
-    assert adroit.advance(qpos[:0], qvel[:0], actions.reshape(-1, 24)[:0]).shape == (0, 45)
+    np.testing.assert_array_equal(advance(qpos, qvel, actions.reshape(-1, 24), chunk=7), after)
+    assert advance(qpos[:0], qvel[:0], actions.reshape(-1, 24)[:0]).shape == (0, 45)
 
 
 def test_advance_marks_what_cannot_be_simulated(mixed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     qpos, qvel, actions = mixed.qpos[:, 40].copy(), mixed.qvel[:, 40].copy(), mixed.actions[:, 40].copy()
-    clean = adroit.advance(qpos, qvel, actions)
+    clean = advance(qpos, qvel, actions)
     qpos[0, 3], qpos[2, 25], qvel[3, 29], actions[5, 0] = np.nan, 50.0, np.inf, np.nan
-    after, bad = adroit.advance(qpos, qvel, actions), [0, 2, 3, 5]
+    after, bad = advance(qpos, qvel, actions), [0, 2, 3, 5]
     assert np.isnan(after[bad]).all()
     np.testing.assert_array_equal(np.delete(after, bad, 0), np.delete(clean, bad, 0))
-    assert np.isnan(adroit.advance(qpos * np.nan, qvel, actions)).all()
+    assert np.isnan(advance(qpos * np.nan, qvel, actions)).all()
 
 
 def test_real_states_are_within_reach(real):

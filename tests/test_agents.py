@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import plain_network, toy
+from conftest import SPEC, plain_network, toy
 from scipy import stats
 from torch import nn
 from torch.distributions import Independent, Normal
@@ -256,7 +256,7 @@ def test_select_copies_the_chosen_runs():
 def test_a_stack_guides_as_separate_policies_do(rule):
     stack = stacked_policy()
     x = draw(0, 6, 8, 71).double()
-    normaliser = data.Normaliser().double().fit(draw(1, 50, 71).double())
+    normaliser = data.Normaliser(SPEC).double().fit(draw(1, 50, 71).double())
     separate = policies.Stacked([stack.select([i]) for i in range(3)])
     assert policies.is_gaussian(stack)
     ours, theirs = (Guide(rule, p, normaliser, 0.3, 10)(x, x / 2, 0.7, 2) for p in (stack, separate))

@@ -18,7 +18,7 @@ from conftest import kept
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from pgdlib.lab.figures.plots import MODEL
+from pgdlib.lab.figures.style import MODEL
 from tools import promote
 
 pytestmark = [

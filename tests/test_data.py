@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import toy
+from conftest import SPEC, toy
 
 from pgdlib import data
 
@@ -31,8 +31,8 @@ def test_values_that_are_not_finite_are_refused(key, value):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"obs": torch.zeros(7, 39)}, "not of Adroit Pen.*39"),
-        ({"actions": torch.zeros(7, 28)}, "not of Adroit Pen.*28"),
+        ({"obs": torch.zeros(7, 39)}, "a step of next_obs is .45,.; needed is .39"),
+        ({"actions": torch.zeros(7, 0)}, "actions is torch.float32 of shape"),
         ({"next_obs": torch.zeros(7, 39)}, "39"),
         ({"rewards": torch.zeros(7, 1)}, "rewards"),
         ({"actions": torch.zeros(8, 24)}, "actions has 8 steps, the episodes together 7"),
@@ -48,7 +48,7 @@ def test_values_that_are_not_finite_are_refused(key, value):
         ({"obs": torch.zeros(7, 45, dtype=torch.float64)}, "obs is torch.float64 of shape"),
         ({"rewards": np.zeros(7, np.float32)}, "rewards is a ndarray"),
         ({"rewards": torch.tensor(1.0)}, "rewards is torch.float32 of shape"),
-        ({"terminals": torch.tensor([0, 0, 0, 0, 0, 0.5, 0])}, "terminals is 0.5 in step 2 of episode 1; it must be 0 or 1"),
+        ({"terminals": torch.tensor([0, 0, 0, 0, 0, 0.5, 0])}, "terminals must be 0 or 1; it is 0.5 in step 2 of episode 1"),
         ({"actions": torch.full((7, 24), 1.1e6)}, "actions .*beyond ±1e.06, first in step 0 of episode 0"),
     ],
 )
@@ -86,13 +86,13 @@ def test_episodes_starts_and_returns_against_a_loop():
 def test_packed_channels():
     packed = toy([2, 3]).packed()
     mine = toy([2, 3])
-    assert packed.shape == (5, data.CHANNELS) == (5, 71)
-    parts = (packed[:, data.OBS], packed[:, data.ACTIONS], packed[:, data.REWARD], packed[:, data.TERMINAL])
+    assert packed.shape == (5, SPEC.width) == (5, 71)
+    parts = (packed[:, SPEC.obs], packed[:, SPEC.actions], packed[:, SPEC.reward], packed[:, SPEC.terminal])
     for part, expected in zip(parts, (mine.obs, mine.actions, mine.rewards, mine.terminals), strict=True):
         assert torch.equal(part, expected)
 
 
-def test_end_at_falls_against_a_loop():
+def test_ends_against_a_loop():
     rng = np.random.default_rng(0)
     mine = toy(rng.integers(1, 30, 60).tolist())
     falls = torch.from_numpy(rng.random(len(mine.rewards)) < 0.04)
@@ -107,14 +107,14 @@ def test_end_at_falls_against_a_loop():
                 break
         keep, lengths = keep + steps, [*lengths, len(steps)]
         ends += [0.0] * (len(steps) - 1) + [float(mine.next_obs[steps[-1], 26] < 0.075)]
-    repaired, cut, dropped = data.end_at_falls(mine)
+    repaired, cut, dropped = data.end_where(mine, mine.next_obs[:, 26] < 0.075)
     assert repaired.lengths.tolist() == lengths and repaired.terminals.tolist() == ends
     for key in ("obs", "actions", "rewards", "next_obs"):
         assert torch.equal(getattr(repaired, key), getattr(mine, key)[keep]), key
     assert dropped == len(mine.rewards) - len(keep) > 0
     assert cut == sum(a < b for a, b in zip(lengths, mine.lengths.tolist())) > 0
     assert sum(ends) > cut  # some fell on their last step: nothing to cut there
-    again, cut, dropped = data.end_at_falls(repaired)
+    again, cut, dropped = data.end_where(repaired, repaired.next_obs[:, 26] < 0.075)
     assert (cut, dropped) == (0, 0) and torch.equal(again.packed(), repaired.packed())
 
 
@@ -154,14 +154,14 @@ def test_normaliser_there_and_back(transform):
     packed = toy([400]).packed()
     packed[:, 3] = 7.5  # never changes
     packed[:, 10] *= 100
-    packed[5, data.TERMINAL] = 1
-    packed[:, data.ACTIONS] *= 0.99
-    normaliser = data.Normaliser(transform).fit(packed)
+    packed[5, SPEC.terminal] = 1
+    packed[:, SPEC.actions] *= 0.99
+    normaliser = data.Normaliser(SPEC, transform).fit(packed)
     x = normaliser.normalise(packed)
     np.testing.assert_allclose(x[:, :-1].mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(np.delete(x[:, :-1].std(0, unbiased=False).numpy(), 3), 1, atol=1e-3)
     assert (x[:, 3] == 0).all() and x.isfinite().all()
-    assert x[:, data.TERMINAL].unique().tolist() == [-1, 1]
+    assert x[:, SPEC.terminal].unique().tolist() == [-1, 1]
     torch.testing.assert_close(normaliser.denormalise(x), packed, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(normaliser.obs(x), packed[:, :45], atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(normaliser.actions(x), packed[:, 45:69], atol=1e-5, rtol=1e-4)
@@ -171,26 +171,26 @@ def test_normaliser_there_and_back(transform):
 
 def test_actions_at_the_limits_stay_finite_under_arctanh():
     packed = toy([50]).packed()
-    packed[:25, data.ACTIONS], packed[25:, data.ACTIONS] = 1.0, -1.0
-    normaliser = data.Normaliser("arctanh").fit(packed)
+    packed[:25, SPEC.actions], packed[25:, SPEC.actions] = 1.0, -1.0
+    normaliser = data.Normaliser(SPEC, "arctanh").fit(packed)
     x = normaliser.normalise(packed)
     assert x.isfinite().all()
-    torch.testing.assert_close(normaliser.actions(x), packed[:, data.ACTIONS], atol=2e-3, rtol=0)
+    torch.testing.assert_close(normaliser.actions(x), packed[:, SPEC.actions], atol=2e-3, rtol=0)
 
 
 def test_statistics_travel_with_the_weights():
-    normaliser = data.Normaliser("arctanh").fit(toy([50]).packed())
+    normaliser = data.Normaliser(SPEC, "arctanh").fit(toy([50]).packed())
     assert normaliser.state_dict().keys() == {"mean", "std"} and not list(normaliser.parameters())
-    other = data.Normaliser("arctanh")
+    other = data.Normaliser(SPEC, "arctanh")
     other.load_state_dict(normaliser.state_dict())
     assert torch.equal(other.normalise(toy([9]).packed()), normaliser.normalise(toy([9]).packed()))
     with pytest.raises(ValueError, match=r"transform='tanh'.*'raw' or 'arctanh'"):
-        data.Normaliser("tanh")
+        data.Normaliser(SPEC, "tanh")
 
 
 @pytest.mark.parametrize("transform", ["raw", "arctanh"])
 def test_action_slope_is_the_derivative(transform):
-    normaliser = data.Normaliser(transform).fit(toy([50]).packed()).double()
+    normaliser = data.Normaliser(SPEC, transform).fit(toy([50]).packed()).double()
     x, h = torch.randn(4, 5, 71, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 1e-6
     numeric = (normaliser.actions(x + h) - normaliser.actions(x - h)) / (2 * h)
     torch.testing.assert_close(normaliser.action_slope(x), numeric, rtol=1e-7, atol=1e-9)
@@ -207,7 +207,7 @@ def test_windows_stay_within_their_episode(horizon):
     mine.terminals[[spans(mine)[e][1] - 1 for e in falls]] = 1
     mine.obs[:, 0] = torch.repeat_interleave(torch.arange(8.0), mine.lengths)
     mine.obs[:, 1] = torch.cat([torch.arange(float(n)) for n in lengths])
-    windows = data.Windows(mine, data.Normaliser(), horizon)  # not fitted: changes nothing
+    windows = data.Windows(mine, data.Normaliser(SPEC), horizon)  # not fitted: changes nothing
     x, mask = windows[torch.arange(len(windows))]
     assert x.shape == (len(windows), horizon, 71) and mask.shape == x.shape[:2]
     episode, step = x[..., 0], x[..., 1]
@@ -225,7 +225,7 @@ def test_windows_stay_within_their_episode(horizon):
 
 def test_windows_are_normalised_and_a_horizon_of_one_is_refused():
     mine = toy([9, 9])
-    normaliser = data.Normaliser("arctanh").fit(mine.packed())
+    normaliser = data.Normaliser(SPEC, "arctanh").fit(mine.packed())
     x, _ = data.Windows(mine, normaliser, 3)[torch.tensor([8])]  # seven windows of the first episode, then one step on
     assert torch.equal(x[0], normaliser.normalise(mine.packed())[10:13])
     with pytest.raises(ValueError, match="horizon=1 is not allowed"):

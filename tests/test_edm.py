@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import cut
+from conftest import SPEC, cut
 
 from pgdlib import data, edm
 from pgdlib.lab import store
@@ -13,7 +13,7 @@ from pgdlib.unet import UNet
 
 def small_denoiser(horizon=8):
     torch.manual_seed(0)
-    return edm.Denoiser(horizon, features=8, blocks=2)
+    return edm.Denoiser(45, 24, horizon, features=8, blocks=2)
 
 
 class Zero(torch.nn.Module):
@@ -37,10 +37,10 @@ def test_masked_steps_do_not_count():
     x = torch.randn(5, 8, 71, generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(8) < torch.tensor([8, 6, 1, 4, 2])[:, None]).float()
     other = torch.where(mask[..., None] > 0, x, x * 7 + 3)
-    other[..., data.TERMINAL] = x[..., data.TERMINAL]
+    other[..., SPEC.terminal] = x[..., SPEC.terminal]
     a, b = (edm.loss(denoiser, v, mask, torch.full((5,), 0.5), torch.Generator().manual_seed(1)) for v in (x, other))
     assert torch.allclose(a, b)
-    other[:, -1, data.TERMINAL] += 1.0  # but the flag of an end counts to the end of the window
+    other[:, -1, SPEC.terminal] += 1.0  # but the flag of an end counts to the end of the window
     c = edm.loss(denoiser, other, mask, torch.full((5,), 0.5), torch.Generator().manual_seed(1))
     assert (a != c).all()
 
@@ -74,7 +74,7 @@ def training_windows():
         torch.tensor([30, 30]),
         "toy",
     )
-    return data.Windows(trajectories, data.Normaliser().fit(trajectories.packed()), 8)
+    return data.Windows(trajectories, data.Normaliser(SPEC).fit(trajectories.packed()), 8)
 
 
 HOW = edm.Training(steps=12, batch_size=5, learning_rate=1e-3)  # two processes have 2 windows and 3
@@ -126,7 +126,7 @@ SPOILS = {
         small_denoiser(), training_windows(), edm.Training(3, 4, 2e-3), path, save_every=0.0
     ),
     "of another network": lambda path: edm.train(
-        edm.Denoiser(8, 16, 2), training_windows(), edm.Training(3, 4, 1e-3), path, save_every=0.0
+        edm.Denoiser(45, 24, 8, 16, 2), training_windows(), edm.Training(3, 4, 1e-3), path, save_every=0.0
     ),
     "with other tensors": other_tensors,
     "a list": lambda path: store.save(path, {}, [1]),

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import SPEC
 
-from pgdlib import data, edm, sampler
+from pgdlib import edm, sampler
 from pgdlib.data import ACTIONS, CHANNELS, Normaliser
 from pgdlib.guidance import RULES, Guide, action_gradient, newton, normalised, proximal, schedule, smoothed
 from pgdlib.policies import GaussianPolicy, Stacked
@@ -46,7 +47,7 @@ def fitted(transform):
     generator = torch.Generator().manual_seed(1)
     steps = torch.randn(500, CHANNELS, generator=generator, dtype=torch.float64)
     steps[:, ACTIONS] = (steps[:, ACTIONS] * torch.linspace(0.1, 0.5, 24) + torch.linspace(-0.3, 0.3, 24)).clamp(-1, 1)
-    return Normaliser(transform).double().fit(steps)
+    return Normaliser(SPEC, transform).double().fit(steps)
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def with_actions(normaliser, x, actions):
 
 def mu_hat(policy, normaliser, x):
     """The policy's mean at the states of x, in normalised actions, and what lies within arctanh's reach."""
-    return with_actions(normaliser, x, policy(normaliser.denormalise(x)[..., data.OBS])[0])
+    return with_actions(normaliser, x, policy(normaliser.denormalise(x)[..., SPEC.obs])[0])
 
 
 def differences(policy, obs, actions, k, h=1e-5):
@@ -225,7 +226,7 @@ def test_the_shift_holds_no_graph(policy, x, rule, units, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_gradient_no_shift(rule, units, dtype):
     """Actions exactly at the mean, in all trajectories or in one of them: no 0/0."""
-    policy, normaliser = GaussianPolicy(45, 24, hidden=[]).to(dtype), Normaliser("raw").to(dtype)
+    policy, normaliser = GaussianPolicy(45, 24, hidden=[]).to(dtype), Normaliser(SPEC, "raw").to(dtype)
     torch.nn.init.zeros_(policy.net[0].weight)
     torch.nn.init.zeros_(policy.net[0].bias)
     x = torch.randn(3, 5, CHANNELS, generator=torch.Generator().manual_seed(0), dtype=dtype)
@@ -538,7 +539,7 @@ def draw(denoise, guide=None, steps=8, churn=2.0, shape=(2, 8, CHANNELS), dtype=
 
 def small_denoiser(transform):
     torch.manual_seed(0)
-    denoiser = edm.Denoiser(8, features=8, blocks=2, transform=transform)
+    denoiser = edm.Denoiser(45, 24, 8, features=8, blocks=2, transform=transform)
     denoiser.normaliser.load_state_dict(fitted(transform).float().state_dict())
     return denoiser
 

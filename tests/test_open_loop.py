@@ -1,13 +1,20 @@
 """The simulator on its own from a trajectory's state: its own actions played on, and rollouts of a policy."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from conftest import pairs, replay
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 
 from pgdlib import dynamics
-from pgdlib.dynamics import OpenLoopError, dynamics_error, open_loop_error, rollout_from
-from pgdlib.simulators.pen_states import state_from_observations
+from pgdlib.dynamics import OpenLoopError
+from pgdlib.simulators.pen import PEN
+
+dynamics_error, open_loop_error, rollout_from, play = (
+    partial(f, PEN) for f in (dynamics.dynamics_error, dynamics.open_loop_error, dynamics.rollout_from, dynamics.replay)
+)
+state_from_observations = PEN.states["reconstructed"]
 
 ONES = np.ones(45)
 MOVING = np.r_[0:36, 39:42]  # what a step of the simulator gives, whatever the target
@@ -125,7 +132,7 @@ def test_open_loop_is_nan_where_it_cannot_be_judged(quiet, tmp_path, monkeypatch
 def test_open_loop_means_by_hand():
     squared, variance = np.random.default_rng(0).random((3, 2, 45)), np.full(45, 0.5)
     squared[0], squared[1, 1] = np.nan, np.nan
-    error = OpenLoopError(squared, variance, np.array([[True, True], [True, False], [True, True]]))
+    error = OpenLoopError(squared, variance, {}, np.array([[True, True], [True, False], [True, True]]))
     np.testing.assert_allclose(error.normalised, 2 * squared.mean(2))
     np.testing.assert_allclose(error.plain, squared.mean(2))
     np.testing.assert_allclose(error.by_step(), [2 * squared[1:, 0].mean(), 2 * squared[2, 1].mean()])
@@ -153,12 +160,12 @@ def test_replay_has_the_open_loop_error(real, start):
     obs, actions = pairs(real, 3, 14, first=50)
     variance = np.linspace(0.5, 9, 45)
     for i in range(3):
-        played = dynamics.replay(obs[i], actions[i], start)
+        played = play(obs[i], actions[i], start)
         error = open_loop_error(obs[i : i + 1], actions[i : i + 1], variance, 13 - start, start=start)
         np.testing.assert_array_equal(played.squared[1:], error.squared[0])
         np.testing.assert_array_equal(played.normalised(variance), [0, *error.normalised[0]])
         assert not played.squared[0].any() and len(played.imagined) == len(played.simulated) == 14 - start
-        np.testing.assert_array_equal(played.target_axis, obs[i, start, 36:39])
+        np.testing.assert_array_equal(played.start, obs[i, start])
 
 
 def test_replay_is_gym_playing_the_actions(real):
@@ -166,7 +173,7 @@ def test_replay_is_gym_playing_the_actions(real):
     qpos, qvel = state_from_observations(obs, actions)
     env = AdroitHandPenEnv()
     for i in range(3):
-        played = dynamics.replay(obs[i], actions[i], 2)
+        played = play(obs[i], actions[i], 2)
         np.testing.assert_allclose(played.imagined, qpos[i, 2:], rtol=1e-12)
         np.testing.assert_array_equal(played.simulated[0], played.imagined[0])
         env.reset(seed=0, options={"initial_state_dict": dict(qpos=qpos[i, 2], qvel=qvel[i, 2], desired_orien=real.targets[i])})
@@ -179,7 +186,7 @@ def test_replay_of_a_true_trajectory_stays_near_it(guided):
     """Hand joints and pen position, to a tenth of how far they move; measured 1/20 or less."""
     obs, actions = pairs(guided, 8, 12, first=20)
     for i in range(8):
-        played, true = dynamics.replay(obs[i], actions[i]), guided.qpos[i, 21:32, :27]
+        played, true = play(obs[i], actions[i]), guided.qpos[i, 21:32, :27]
         np.testing.assert_allclose(played.imagined[:, :27], true, rtol=0, atol=1e-6)
         assert np.abs(played.simulated[:, :27] - true).mean() < np.abs(true - true[0]).mean() / 10
 
@@ -195,14 +202,14 @@ def test_replay_shows_what_there_is(quiet, tmp_path, monkeypatch):
     ):
         broken = [x[1].copy() for x in quiet]
         broken[which][place] = value
-        played = dynamics.replay(*broken)
+        played = play(*broken)
         assert np.isfinite(played.imagined).all() and len(played.imagined) == K + 1
         for values in (played.simulated, played.squared):
             np.testing.assert_array_equal(np.flatnonzero(np.isnan(values).all(1)), gone)
             assert np.isfinite(np.delete(values, gone, 0)).all()
     obs, actions = (x[1].copy() for x in quiet)
     obs[7, 3] = np.nan
-    played = dynamics.replay(obs, actions)
+    played = play(obs, actions)
     assert np.isfinite(played.simulated).all() and np.flatnonzero(np.isnan(played.normalised(ONES))).tolist() == [6]
     assert np.flatnonzero(np.isnan(played.imagined).any(1)).tolist()[0] <= 6  # its velocity, too
 
@@ -210,8 +217,8 @@ def test_replay_shows_what_there_is(quiet, tmp_path, monkeypatch):
 @pytest.mark.parametrize("start", [-1, 39])
 def test_replay_needs_a_step_to_play(quiet, start):
     with pytest.raises(ValueError, match="0 to 38"):
-        dynamics.replay(quiet[0][0], quiet[1][0], start)
-    assert len(dynamics.replay(quiet[0][0], quiet[1][0], 38).imagined) == 2
+        play(quiet[0][0], quiet[1][0], start)
+    assert len(play(quiet[0][0], quiet[1][0], 38).imagined) == 2
 
 
 # Rollouts from given trajectories

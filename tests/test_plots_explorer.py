@@ -19,11 +19,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from pgdlib import measures
-from pgdlib.lab import study
+from pgdlib.lab import figures, study
 from pgdlib.lab.explorer import plots_explorer
 from pgdlib.lab.explorer.plots_explorer import View, cloud, curve, denoising, message, nearest, numbers, panel, still
-from pgdlib.lab.figures import plots_guidance
-from pgdlib.lab.figures.plots import DATA, GUIDED, MODEL
+from pgdlib.lab.figures.style import DATA, GUIDED, MODEL
 
 pytestmark = pytest.mark.filterwarnings("error")
 LAMS = (0.0, 0.1, 0.5, 1.0, 2.0)
@@ -111,7 +110,7 @@ def test_a_cloud_says_what_it_is():
     assert ax.get_xlabel() == "log-likelihood (nats per action dimension)"
     assert ax.get_ylabel() == "dynamics error (reconstructed, / variance)"
     assert "Appendix B" in cloud(a_view(estimator="appendix_b")).axes[0].get_ylabel()
-    assert all(plots_guidance.LABELS[e] for e in plots_explorer.ESTIMATORS.values())
+    assert all(figures.guidance.LABELS[e] for e in plots_explorer.ESTIMATORS.values())
 
 
 @pytest.mark.parametrize("estimator", plots_explorer.ESTIMATORS.values())
@@ -500,7 +499,7 @@ def a_film(seed=0, K=5, T=7, scale=1.0):
     rng = np.random.default_rng(seed)
     sigma = scale * np.geomspace(80, 0.01, K)
     noised = rng.normal(size=(K, T, 71)) * np.sqrt(1 + sigma[:, None, None] ** 2)
-    return study.Film(sigma, noised, *rng.uniform(-1, 1, (2, K, T, 24)))
+    return study.Denoising(sigma, noised, *rng.uniform(-1, 1, (2, K, T, 24)))
 
 
 def shown(above, below, film, step, action):

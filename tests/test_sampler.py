@@ -205,7 +205,7 @@ def network():
     """A small U-Net with random weights, in float64, so that only the order of sums differs between chunks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return edm.Denoiser(4, 8, 2).double().requires_grad_(False)
+        return edm.Denoiser(45, 24, 4, 8, 2).double().requires_grad_(False)
 
 
 def in_chunks(n, denoise=gaussian_denoiser, churn=3.0, guide=None, seed=3, **named):

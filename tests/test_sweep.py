@@ -20,8 +20,7 @@ from conftest import assert_labelled, drawn, kept, line, texts
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from scipy import stats
 
-from pgdlib.lab import pipeline, store
-from pgdlib.lab.figures import plots_sweep
+from pgdlib.lab import figures, pipeline, store
 from pgdlib.lab.sweep import (
     sweep,
     sweep_plan,
@@ -529,7 +528,7 @@ def study():
 
 @pytest.mark.usefixtures("style")
 def test_fronts_show_every_mean_up_to_where_the_likelihood_falls():
-    fig = drawn(plots_sweep, "fronts", study())
+    fig = drawn(figures.sweep, "fronts", study())
     assert_labelled(fig, ["log-likelihood"] * 2)
     assert {"human", "cloned", "explicit", "annealed", "λ = 0"} <= set(texts(fig))
     for ax, shift in zip(fig.axes, (0.0, 1.0)):
@@ -547,7 +546,7 @@ def at_likelihood():
 
 @pytest.mark.usefixtures("style")
 def test_at_likelihood_shows_a_mark_with_its_interval_for_each_rule():
-    fig = plots_sweep.at_likelihood(at_likelihood(), "annealed", "A study")
+    fig = figures.sweep.at_likelihood(at_likelihood(), "annealed", "A study")
     fig.canvas.draw()
     assert {"human", "cloned", "explicit", "smoothed", "-2 nats", "-0.4 nats"} <= set(texts(fig))
     for ax, marks in zip(fig.axes, ({-2: [1.1], -0.4: [0.9]}, {-2: [1.2, 1.5], -0.4: [1.0]})):
@@ -575,7 +574,7 @@ def gains():
 @pytest.mark.usefixtures("style")
 def test_gains_show_each_run_their_mean_and_the_papers():
     means = sweep_results.over_seeds(gains(), ["dataset", "row"], ["gain"])
-    fig = drawn(plots_sweep, "gains", gains(), means, {"human": 216})
+    fig = drawn(figures.sweep, "gains", gains(), means, {"human": 216})
     assert {"human", "cloned", "guided", "world", "mean over runs", "the paper's gain"} <= set(texts(fig))
     assert_labelled(fig, ["return less that of unguided"] * 2)
     for ax, runs, mean in zip(fig.axes, ({50, 150, -10, -30}, {7}), ([100, -20], [7])):
@@ -594,7 +593,7 @@ def test_gains_show_each_run_their_mean_and_the_papers():
 
 @pytest.mark.usefixtures("style")
 def test_over_lam_shows_both_measures_and_what_is_unguided():
-    fig = drawn(plots_sweep, "over_lam", study())
+    fig = drawn(figures.sweep, "over_lam", study())
     assert_labelled(fig, ["λ, in each rule's own sense"] * 2)
     above, below = fig.axes[0], fig.axes[2]
     assert np.allclose(line(above, "explicit"), [[0.1, -1], [1, -0.5], [3, -500]])
@@ -610,13 +609,13 @@ def test_over_lam_shows_both_measures_and_what_is_unguided():
 def test_one_seed_and_nothing_but_nan_can_be_drawn(figure):
     frame = study()
     frame.loc[:, [c for c in frame if c.endswith(("low", "high"))]] = math.nan  # one seed has no interval
-    drawn(plots_sweep, figure, frame)
+    drawn(figures.sweep, figure, frame)
     frame[["log_likelihood.mean", "relative.mean"]] = math.nan
-    drawn(plots_sweep, figure, frame)
+    drawn(figures.sweep, figure, frame)
     table = at_likelihood().assign(**{"ratio.low": math.nan, "ratio.high": math.nan})
-    plots_sweep.at_likelihood(table, "annealed", "One seed").canvas.draw()
+    figures.sweep.at_likelihood(table, "annealed", "One seed").canvas.draw()
     one = gains().drop_duplicates(["dataset", "row"]).assign(low=math.nan, high=math.nan)
-    drawn(plots_sweep, "gains", one, sweep_results.over_seeds(one, ["dataset", "row"], ["gain"]), {})
+    drawn(figures.sweep, "gains", one, sweep_results.over_seeds(one, ["dataset", "row"], ["gain"]), {})
 
 
 # The command

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import toy
+from conftest import SPEC, toy
 from torch import nn
 
 from pgdlib import data, edm, measures, sampler, synthetic, worldmodel
@@ -54,11 +54,11 @@ class Ideal(nn.Module):
 
     def __init__(self, beyond=math.inf, transform="raw"):
         super().__init__()
-        self.normaliser, self.beyond = data.Normaliser(transform).fit(toy([40]).packed()), beyond
+        self.normaliser, self.beyond = data.Normaliser(SPEC, transform).fit(toy([40]).packed()), beyond
 
     def forward(self, x, sigma):
         out = x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
-        lost = (out[:, -1, data.REWARD] > self.beyond) & (sigma < 1.0)
+        lost = (out[:, -1, SPEC.reward] > self.beyond) & (sigma < 1.0)
         return torch.where(lost[:, None, None], torch.nan, out)
 
 
@@ -87,7 +87,7 @@ def trajectories(terminal, seed=0):
     """Random steps [B, T, 71] with such terminal flags [B, T]; a third of the actions out of range."""
     terminal = torch.as_tensor(terminal, dtype=torch.float32)
     steps = draw(seed, *terminal.shape, 71)
-    steps[..., data.TERMINAL] = terminal
+    steps[..., SPEC.terminal] = terminal
     return steps
 
 
@@ -122,21 +122,21 @@ def loop(steps):
 )
 def test_transitions_of_one_trajectory(terminal, expected):
     steps = trajectories([terminal])
-    alive = measures.alive(steps[..., data.TERMINAL])
+    alive = measures.alive(steps[..., SPEC.terminal])
     assert synthetic.successors(steps, alive)[0].nonzero()[:, 0].tolist() == expected
     cut = synthetic.cut(steps, alive)
     assert cut.shape == (len(expected), WIDTH)
     for line, t in zip(cut, expected, strict=True):
         end = terminal[t] > 0.5
-        assert torch.equal(line[OBS], steps[0, t, data.OBS]) and line[REWARD] == steps[0, t, data.REWARD]
-        assert torch.equal(line[ACTIONS], steps[0, t, data.ACTIONS].clip(-1, 1)) and line[TERMINAL] == end
-        assert torch.equal(line[NEXT_OBS], steps[0, t if end else t + 1, data.OBS])
+        assert torch.equal(line[OBS], steps[0, t, SPEC.obs]) and line[REWARD] == steps[0, t, SPEC.reward]
+        assert torch.equal(line[ACTIONS], steps[0, t, SPEC.actions].clip(-1, 1)) and line[TERMINAL] == end
+        assert torch.equal(line[NEXT_OBS], steps[0, t if end else t + 1, SPEC.obs])
 
 
 @pytest.mark.parametrize("seed, share", [(0, 0.0), (1, 0.1), (2, 0.5), (3, 1.0)])
 def test_transitions_are_those_of_a_loop(seed, share):
     steps = trajectories(0.1 + 0.8 * (torch.rand(40, T, generator=torch.Generator().manual_seed(seed)) < share).float(), seed)
-    alive = measures.alive(steps[..., data.TERMINAL])
+    alive = measures.alive(steps[..., SPEC.terminal])
     ids, lines = loop(steps)
     assert [tuple(i) for i in synthetic.successors(steps, alive).nonzero().tolist()] == ids
     np.testing.assert_array_equal(synthetic.cut(steps, alive), lines)
@@ -146,7 +146,7 @@ def test_transitions_are_those_of_a_loop(seed, share):
 
 def test_no_trajectory_gives_no_transition():
     steps = trajectories(torch.zeros(0, T))
-    assert synthetic.cut(steps, measures.alive(steps[..., data.TERMINAL])).shape == (0, WIDTH)
+    assert synthetic.cut(steps, measures.alive(steps[..., SPEC.terminal])).shape == (0, WIDTH)
 
 
 # Drawing
@@ -350,22 +350,22 @@ def test_what_is_generated_and_its_facts(transform):
     x, diverged = ours.draw(policy, "explicit", [0.0, 0.5, 1.0], n, SEEDS, 3)
     assert 5 < diverged.sum() < 60
     steps = ours.denoiser.normaliser.denormalise(x).split(n)
-    assert (steps[0][..., data.ACTIONS].abs() > 1).any() == (transform == "raw")
+    assert (steps[0][..., SPEC.actions].abs() > 1).any() == (transform == "raw")
     for r, (block, lost) in enumerate(zip(steps, diverged.split(n))):
         ids, lines = loop(block[~lost])
         np.testing.assert_array_equal(batch.data[r], lines)
         assert batch.kept[r].item() == pytest.approx(len(ids) / (n * T))
         assert batch.diverged[r].item() == pytest.approx(lost.float().mean().item())
-        flags = (block[~lost][..., data.TERMINAL] > 0.5).numpy()
+        flags = (block[~lost][..., SPEC.terminal] > 0.5).numpy()
         assert batch.ended[r].item() == pytest.approx(flags.any(1).sum() / n) and flags.any()
         likelihoods, own = [], policy.select([r])
         for trajectory, flag in zip(block[~lost], flags):
             lived = trajectory[: flag.argmax() + 1] if flag.any() else trajectory
-            mean, std = own(lived[None, :, data.OBS])
-            log_prob = torch.distributions.Normal(mean[0], std[0]).log_prob(lived[:, data.ACTIONS])
+            mean, std = own(lived[None, :, SPEC.obs])
+            log_prob = torch.distributions.Normal(mean[0], std[0]).log_prob(lived[:, SPEC.actions])
             likelihoods.append(log_prob.sum(-1).mean().item() / 24)
         assert batch.log_likelihood[r].item() == pytest.approx(np.mean(likelihoods), rel=1e-4)
-        entropy = torch.distributions.Normal(*own(lived[None, :1, data.OBS])).entropy().mean().item()
+        entropy = torch.distributions.Normal(*own(lived[None, :1, SPEC.obs])).entropy().mean().item()
         assert batch.on_policy[r].item() == pytest.approx(-entropy)
     assert batch.lam.tolist() == [0.0, 0.5, 1.0] and batch.lam.dtype == torch.float32
     assert batch.data[0][:, TERMINAL].unique().tolist() == [0, 1]
@@ -377,8 +377,8 @@ def test_log_likelihoods_are_means_over_trajectories():
     found = ours.log_likelihoods(policy, "smoothed", [0.0, 1.0, 4.0], 6, SEEDS, 2)
     assert found.shape == (3,)
     for r, block in enumerate(ours.denoiser.normaliser.denormalise(x).split(6)):
-        mean, std = policy.select([r])(block[..., data.OBS])
-        expected = torch.distributions.Normal(mean, std).log_prob(block[..., data.ACTIONS]).mean()
+        mean, std = policy.select([r])(block[..., SPEC.obs])
+        expected = torch.distributions.Normal(mean, std).log_prob(block[..., SPEC.actions]).mean()
         assert found[r].item() == pytest.approx(expected.item(), rel=1e-4)
     unguided, guided = (ours.log_likelihoods(policy, "smoothed", [lam] * 3, 6, SEEDS, 2) for lam in (0.0, 4.0))
     assert (guided > unguided).all()

@@ -10,10 +10,9 @@ from pgdlib.lab import store
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL = """
-from pgdlib.lab import params, store, study
+from pgdlib.lab import figures, params, store, study
 from pgdlib.lab.explorer import explorer
-from pgdlib.lab.figures import plots
-plots.use_style()
+figures.style.use_style()
 settings = dict(dataset="cloned", source="local", seed=0, guide="shipped", device="auto", units="natural", transform="raw")
 lab = study.Study.open(params.defaults("quick", **settings))
 found = (store.root() / "sweeps").glob("*-cloned-quick-explicit-natural/*.safetensors")

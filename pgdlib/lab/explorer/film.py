@@ -21,7 +21,7 @@ from mujoco.rendering.classic import gl_context
 from PIL import Image, ImageDraw, ImageFont
 
 from pgdlib.lab import store
-from pgdlib.lab.figures.plots import DATA, GUIDED, MODEL
+from pgdlib.lab.figures.style import DATA, GUIDED, MODEL
 from pgdlib.simulators import pen as adroit
 
 BACKDROP, BLANK = 246, 215  # grey values: behind the hand, and of a frame that shows nothing

@@ -13,9 +13,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pgdlib import measures
-from pgdlib.lab import study
-from pgdlib.lab.figures import plots_guidance
-from pgdlib.lab.figures.plots import DATA, GUIDED, MODEL, MUTED
+from pgdlib.lab import figures, study
+from pgdlib.lab.figures.style import DATA, GUIDED, MODEL, MUTED
 from pgdlib.simulators import pen as adroit
 
 ESTIMATORS = {"state reconstructed (ours)": "normalised", "Appendix B (the paper's)": "appendix_b"}
@@ -72,7 +71,7 @@ def cloud(view, fig=None):
     ax.axhline(view.floor[view.estimator], color="black", linewidth=1, linestyle=":", label="floor: real data")
     ax.axvline(view.on_policy, color=MUTED, linewidth=1.2, linestyle="--", label="on-policy")
     ax.set(xlabel=SHORT_LIKELIHOOD, xlim=x_limits, ylim=y_limits, yscale="log")
-    ax.set_ylabel(f"dynamics error ({plots_guidance.LABELS[view.estimator]})")
+    ax.set_ylabel(f"dynamics error ({figures.guidance.LABELS[view.estimator]})")
     # Between the floor and the clouds, where there is room.
     room = view.floor[view.estimator] < 0.02 * measures.interval(view.points[0.0].measures[view.estimator], resamples=1)[0]
     place = dict(loc="center left", bbox_to_anchor=(0, 0.25)) if room else dict(loc="upper left")
@@ -112,7 +111,7 @@ def curve(view, fig=None, frame=None):
     fig = fig or Figure(figsize=(5.0, 4.3), layout="none")
     ax = fig.add_axes((0.19, 0.12, 0.63, 0.8))
     frame = study.summary(view.points) if frame is None else frame
-    twin = plots_guidance.over_lam(ax, frame, view.estimator, view.floor[view.estimator], view.on_policy)
+    twin = figures.guidance.over_lam(ax, frame, view.estimator, view.floor[view.estimator], view.on_policy)
     for lam, name in ((view.calibrated, "calibrated"), (view.limit, "predicted limit")):
         if lam is not None and 0 < lam <= 1.03 * frame["lam"].max():
             ax.axvline(lam, color="black", linewidth=1.2, linestyle="-.")

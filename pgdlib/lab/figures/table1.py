@@ -1,0 +1,49 @@
+"""Figures of Table 1: learning curves, and the table with everything that gives it meaning."""
+
+import numpy as np
+
+from pgdlib.lab.figures.style import figure, finished, lines, looks, marks
+from pgdlib.lab.seeds import interquartile_mean, mean_se
+from pgdlib.measures import bootstrap
+from pgdlib.simulators import pen
+
+
+def curves(steps, returns, resamples, title):
+    """Mean returns over seeds with their standard errors: steps [P], returns row -> [P, S], resamples: steps of new data."""
+    fig, [[ax]] = figure(title, 8, 4, xlabel="training step", ylabel="return, D4RL's scale (± SE over seeds)")
+    found = {name: np.array([mean_se(at_step) for at_step in each]).T for name, each in returns.items()}
+    lines(ax, {name: (steps, mean, mean - error, mean + error) for name, (mean, error) in found.items()})
+    for step in resamples:
+        ax.axvline(step, color="0.7", linestyle=":", linewidth=1, label="new synthetic data")
+    return finished(fig)
+
+
+def table1(rows, behaviour, paper, title):
+    """Table 1 as a figure: one line a row with each seed's return, the mean ± SE, and the interval of the IQM.
+
+    rows: name -> returns [S] (NaN where diverged); behaviour: (mean, se) of the data's own episodes; paper: name -> (mean,
+    se), the paper's numbers and others' on D4RL's own data, drawn apart below. All on D4RL's scale.
+    """
+    own = [("behaviour (± over episodes)", behaviour), *((name, mean_se(values)) for name, values in rows.items())]
+    names, measured = zip(*own, *paper.items())
+    y = np.arange(len(names)) + np.where(np.arange(len(names)) < len(own), 0, 0.7)  # what others measured stands apart
+    colours = ["0.35", *(look["color"] for look in looks(rows).values()), *["0.35"] * len(paper)]
+    fig, [[ax]] = figure(title, 9.5, 0.42 * len(y) + 1.9, xlabel="return on D4RL's scale")
+    text = dict(family="monospace", fontsize="small")
+    ax.annotate(f"{'mean ± SE':>16}  {'score':>6}", (1.01, 1), xycoords="axes fraction", va="bottom", **text)
+    for at, colour, (mean, se) in zip(y, colours, measured):
+        error = np.nan_to_num(se)
+        marks(ax, [at], [mean], [mean - error], [mean + error], fmt="o" if at < len(own) else "s", color=colour, capsize=3)
+        number = f"{mean:,.0f}" + ("" if np.isnan(se) else f" ± {se:,.0f}")
+        number = f"{number:>16}  {pen.normalised_score(mean):6.1f}"
+        ax.annotate(number, (1.01, at), xycoords=("axes fraction", "data"), va="center", **text)
+    for at, colour, values in zip(y[1:], colours[1:], rows.values()):
+        ax.plot(values, np.full(len(values), at + 0.22), "|", color=colour, markersize=7)
+        _, low, high = bootstrap(interquartile_mean, values)
+        ax.plot([low, high], [at, at], color=colour, linewidth=6, alpha=0.25, solid_capstyle="butt")
+    ax.set_yticks(y, names)
+    ax.set_ylim(y[-1] + 0.6, -0.6)
+    if paper:
+        ax.axhline(len(own) - 0.15, color="0.8", linewidth=1)
+    ax.grid(axis="x", alpha=0.3)
+    return fig
