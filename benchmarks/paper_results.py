@@ -99,7 +99,7 @@ def states(part, lab):
     p, weight = lab.p, part.card["calibrated"][lab.p.rule]
     scale = np.sqrt(np.where(lab.variance > 1e-12, lab.variance, 1.0))
     noise = torch.Generator(lab.device).manual_seed(p.seed)
-    real = lab.normaliser.denormalise(lab.windows(lab.train, p.samples, p.seed + 1)).cpu()
+    real = lab.normaliser.denormalise(lab.windows(lab.train, p.samples, p.seed + 1)[0]).cpu()
     start = real[..., data.OBS], real[..., data.ACTIONS]
     played = dynamics.rollout_from(*start, lab.policy.act(noise), p.horizon)[0]
     played = played[np.isfinite(played).all((1, 2))]

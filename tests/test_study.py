@@ -203,9 +203,9 @@ def test_counts_of_what_has_no_error(lab, episodes):
 def test_the_floor_is_that_of_validation_windows(lab):
     lab = lab(samples=20)
     assert {name: values.mean() for name, values in lab.real.items()} == pytest.approx(lab.floor)
-    x = lab.windows(lab.val, 20, 3)
-    assert x.shape == (20, 10, 71) and torch.equal(x, lab.windows(lab.val, 20, 3))
-    assert not torch.equal(x, lab.windows(lab.val, 20, 4))
+    (x, mask), again = (lab.windows(lab.val, 20, 3) for _ in range(2))
+    assert x.shape == (20, 10, 71) and mask.shape == (20, 10) and torch.equal(x, again[0])
+    assert not torch.equal(x, lab.windows(lab.val, 20, 4)[0])
     np.testing.assert_array_equal(lab.judge(x)[0]["normalised"], lab.real["normalised"])
     packed = lab.normaliser.normalise(lab.val.packed())
     assert all((packed == first).all(1).any() for first in x[:, 0])  # steps of the validation side
@@ -217,7 +217,7 @@ def test_what_lies_beyond_the_end_of_a_short_episode_is_not_judged(lab):
     short = lab(samples=20)
     ends = {k: torch.tensor([7]) if k == "lengths" else v[:7] for k, v in short.val.tensors().items()}
     short.val = data.Trajectories.from_tensors(ends, "short")
-    x = short.windows(short.val, 20, 3)
+    x, _ = short.windows(short.val, 20, 3)
     assert torch.equal(x[:, 7:], x[:, 6:7].expand(-1, 3, -1))  # its last step, repeated
     expected, _ = short.judge(x[:, :7])
     for name, values in short.real.items():  # a density is the exponential of a sum over 24 dimensions in float32
