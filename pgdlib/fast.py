@@ -17,7 +17,8 @@ STREAMS = ("weights", "training", "validation", "drawing", "rounds", "world mode
 def generator(device: torch.device | str, stream: str, *key: int) -> torch.Generator:
     """The random numbers of one of `STREAMS` under `key`: whole numbers from 0 to 2**32 - 1, the seed first.
 
-    Other streams and other keys give independent numbers, by numpy's `SeedSequence`. ValueError for what is no such key.
+    Other streams and other keys of the same length give independent numbers, by numpy's `SeedSequence`, to which zeros at the
+    end say nothing: a stream keeps to one length. ValueError for what is no such key.
     """
     if stream not in STREAMS:
         raise ValueError(f"stream={stream!r} is not allowed; it must be one of {', '.join(STREAMS)}")
