@@ -109,11 +109,10 @@ def a_policy(spec=SPEC, runs=1, seed=0, hidden=(16,), scale=1.0, **how):
 class Ideal(nn.Module):
     """The denoiser of independent N(0, 1), normalised."""
 
-    horizon, spec = 10, SPEC
-
-    def __init__(self):
+    def __init__(self, spec=SPEC, horizon=10, transform="raw"):
         super().__init__()
-        self.normaliser = data.Normaliser(SPEC).fit(toy([40]).packed())
+        self.spec, self.horizon = spec, horizon
+        self.normaliser = data.Normaliser(spec, transform).fit(toy([40], spec=spec).packed())
 
     def forward(self, x, sigma):
         return x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
