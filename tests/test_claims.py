@@ -345,6 +345,11 @@ def test_likely_is_real_looks_at_ranks_alone():
     assert shape(claims.likely_is_real(losses, -(losses**3))) == pytest.approx((NOT, -1, -1, -1))
 
 
+def test_one_trajectory_with_an_error_shows_nothing():
+    one = claims.likely_is_real(np.arange(8.0), np.where(np.arange(8) == 3, 0.5, math.nan))
+    assert one.verdict == NOT and np.isnan([one.effect, one.low, one.high]).all()
+
+
 # C9
 
 
