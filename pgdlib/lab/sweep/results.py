@@ -29,6 +29,8 @@ def tables(folder):
             found = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(found, dict):  # name -> row, or one row
                 found = list(found.values()) if all(isinstance(v, dict) for v in found.values()) else [found]
+            else:  # sentences
+                found = {"finding": found}
             frame = pd.DataFrame(found)
         yield SLUG.sub("", path.stem), slug and slug[1], frame
 
