@@ -65,7 +65,7 @@ def write(frame, path):
 def read(path, needed, scale, parameter="sweep"):
     """(path, frame) of a file that a sweep has written; "newest" is the last in runs/ at `scale` that has the table `needed`.
 
-    A table's name may go on after `needed`, or after one of several. ValueError that names `parameter` if there is no such file.
+    A table's name may go on after `needed`, or one of several. ValueError that names `parameter` if there is no such file.
     """
     if path == "newest":
         for found in sorted((artifacts.root() / FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime):
