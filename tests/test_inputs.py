@@ -6,7 +6,9 @@ each time, and counts them.
 """
 
 import functools
+import math
 
+import faulty_data
 import pytest
 from faulty_data import HORIZONS, LENGTHS, SOME_FAULTS
 from faulty_files import FAULTS, read
@@ -39,6 +41,12 @@ def test_a_parameter_is_what_its_rule_says_or_refused_by_name(path, many, told):
 def test_a_dataset_is_used_or_refused_by_name(runs, many, told):
     inputs = LENGTHS, SOME_FAULTS, HORIZONS, st.sampled_from(["raw", "arctanh"])
     tell(many and told, "datasets", tried(outcome, *inputs, examples=1_000 if many else 40, many=many))
+
+
+def test_two_faults_at_once_are_refused_by_the_first(runs):
+    """Found by drawing many: a value that is not finite, beside an array that is too short to say in which episode."""
+    faults = [((faulty_data.put, "actions", math.nan), 34), ((faulty_data.reshaped, "rewards", None), 98)]
+    assert outcome([1, 2], faults, 4) == "refused"
 
 
 @many
