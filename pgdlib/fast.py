@@ -23,7 +23,8 @@ def generator(device: torch.device | str, stream: str, *key: int) -> torch.Gener
         raise ValueError(f"stream={stream!r} is not allowed; it must be one of {', '.join(STREAMS)}")
     if not all(0 <= k < 2**32 for k in key):
         raise ValueError(f"key={key} is not allowed; it must hold whole numbers from 0 to 2**32 - 1")
-    made, seeds = torch.Generator(device), np.random.SeedSequence([STREAMS.index(stream), *key])
+    # The length, because zeros at the end say nothing to it.
+    made, seeds = torch.Generator(device), np.random.SeedSequence([STREAMS.index(stream), len(key), *key])
     if made.device.type != "cpu":
         return made.manual_seed(int(seeds.generate_state(1, np.uint64)[0]) >> 1)
     # A seed would set 32 bits only, by which one stream in some 10,000 meets another: the whole state is set.
