@@ -35,7 +35,7 @@ class OutOfReach(ValueError):
         self.nearest = nearest
 
 
-def bisect(log_likelihoods: Callable, targets: Tensor, lowest=1e-3, highest=30.0, rounds: int = 8) -> Tensor:
+def bisect(log_likelihoods: Callable, targets: Tensor, lowest: float = 1e-3, highest: float = 30.0, rounds: int = 8) -> Tensor:
     """The λ of each run [R] at which `log_likelihoods(lam [R])` [R], all from the same noise, meets `targets` [R].
 
     Bisection in log λ, all runs at once; 0 where unguided trajectories are at the target already, `highest` where it is out

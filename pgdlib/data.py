@@ -13,10 +13,9 @@ LARGEST = 1e6  # nothing that one learns from is as large; its squares stay fini
 
 @dataclass
 class Spec:
-    """Where things stand in the last axis of packed steps and transitions: observation, action, reward, terminal, end to end.
+    """Where things stand in the last axis of packed steps: observation, action, reward, terminal; of transitions next_obs, too.
 
-    `obs`, `actions` and, of a transition, `next_obs` are slices, `reward` and `terminal` indices; `width` counts the numbers of
-    a step, `transition_width` those of a transition, which is a step and the observation that follows it.
+    `obs`, `actions` and `next_obs` are slices, `reward` and `terminal` indices; `width` and `transition_width` count numbers.
     """
 
     obs_dim: int
@@ -81,6 +80,7 @@ class Trajectories:
 
     @property
     def spec(self) -> Spec:
+        """The sizes of its steps."""
         return Spec(self.obs.shape[1], self.actions.shape[1])
 
     @property
@@ -131,7 +131,6 @@ class Trajectories:
 
 
 def _kind(value):
-    """What a message says of a value that should be another tensor."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
@@ -170,8 +169,7 @@ def split(data: Trajectories, fraction: float, seed: int) -> tuple[Trajectories,
 class Normaliser(nn.Module):
     """Steps [..., width] in environment space to and from normalised space: zero mean and unit variance in every channel.
 
-    The terminal flag goes to -1 and 1. With `transform="arctanh"` actions pass through arctanh first. Statistics are
-    buffers, so they travel with the weights of the model that holds them.
+    The terminal flag goes to -1 and 1. "arctanh": actions pass through it first. Statistics travel with a model's weights.
     """
 
     def __init__(self, spec: Spec, transform: str = "raw"):
@@ -232,9 +230,9 @@ class Normaliser(nn.Module):
 class Windows:
     """Windows of `horizon` consecutive steps, normalised, on a device; none crosses the end of an episode.
 
-    An episode that the environment ended also gives windows that reach up to half their length beyond its end, so that ends are
-    seen at many places of a window and about as often as they happen; one shorter than the horizon gives a window at least.
-    What lies beyond an end repeats the last step and is masked.
+    An episode that the environment ended also gives windows that reach up to half their length beyond its end, so that ends
+    are seen at many places of a window and as often as they happen; one shorter than the horizon gives a window at least. What
+    lies beyond an end repeats the last step and is masked.
     """
 
     def __init__(self, data: Trajectories, normaliser: Normaliser, horizon: int, device: torch.device | str = "cpu"):

@@ -14,13 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy import ndarray as Array
 
 from pgdlib.simulators import Simulator, advance
 
 ESTIMATORS = ("reconstructed", "appendix_b", "still")
 
 
-def predict(simulator: Simulator, obs, actions, estimator: str = "reconstructed", threads: int | None = None) -> np.ndarray:
+def predict(
+    simulator: Simulator, obs: Array, actions: Array, estimator: str = "reconstructed", threads: int | None = None
+) -> Array:
     """T(s_t, a_t) for all but the last step of trajectories: [B, T - 1, obs_dim].
 
     NaN rows are outside the simulator's reach. The goal keeps the place that s_t gives it. ValueError for an `estimator` that
@@ -43,8 +46,8 @@ def predict(simulator: Simulator, obs, actions, estimator: str = "reconstructed"
 class DynamicsError:
     """Squared one-step errors of B trajectories, and the ways to sum them up."""
 
-    squared: np.ndarray  # [B, T - 1, obs_dim]; NaN outside the simulator's reach and after the end
-    variance: np.ndarray  # [obs_dim]: each dimension's variance in the data
+    squared: Array  # [B, T - 1, obs_dim]; NaN outside the simulator's reach and after the end
+    variance: Array  # [obs_dim]: each dimension's variance in the data
     groups: dict  # name -> slice of the observation
 
     def __post_init__(self):
@@ -53,12 +56,12 @@ class DynamicsError:
             raise ValueError(f"variance[{bad[0]}]={self.variance[bad[0]]} is not allowed; it must be above zero")
 
     @property
-    def plain(self) -> np.ndarray:
+    def plain(self) -> Array:
         """[B]: the paper's mean over steps and dimensions. Almost only the pen's angular velocity enters it."""
         return _mean(self.squared, (1, 2))
 
     @property
-    def normalised(self) -> np.ndarray:
+    def normalised(self) -> Array:
         """[B]: the mean with each dimension divided by its variance in the data."""
         return _mean(self.squared / self.variance, (1, 2))
 
@@ -67,11 +70,11 @@ class DynamicsError:
         """How many of the B trajectories have no error (NaN). A mean leaves them out: report it with the mean."""
         return int(np.isnan(self.plain).sum())
 
-    def by_step(self) -> np.ndarray:
+    def by_step(self) -> Array:
         """[T - 1]: the mean normalised error at each place of the trajectory, of those that have one there."""
         return _mean(self.squared / self.variance, (0, 2))
 
-    def by_dimension(self) -> np.ndarray:
+    def by_dimension(self) -> Array:
         """[obs_dim]: the mean normalised error of each dimension of the observation."""
         return _mean(self.squared, (0, 1)) / self.variance
 
@@ -89,28 +92,29 @@ class OpenLoopError(DynamicsError):
     from where it gives up; a step of the trajectory that is not finite is NaN by itself.
     """
 
-    lasts: np.ndarray  # [B, K]: whether the trajectory still has a step start + k
-    joints: np.ndarray | None = None  # [B, K, qpos_dim]: the simulator's qpos; NaN where it cannot start, or has given up
+    lasts: Array  # [B, K]: whether the trajectory still has a step start + k
+    joints: Array | None = None  # [B, K, qpos_dim]: the simulator's qpos; NaN where it cannot start, or has given up
 
     @property
-    def plain(self) -> np.ndarray:
+    def plain(self) -> Array:
         """[B, K]: the mean over dimensions."""
         return _mean(self.squared, 2)
 
     @property
-    def normalised(self) -> np.ndarray:
+    def normalised(self) -> Array:
         """[B, K]: the mean over dimensions, each divided by its variance in the data."""
         return _mean(self.squared / self.variance, 2)
 
     @property
-    def unjudged(self) -> np.ndarray:
+    def unjudged(self) -> Array:
         """[K]: how many trajectories last k steps and have no error. A mean leaves them out: report it with the mean."""
         return (self.lasts & np.isnan(self.plain)).sum(0)
 
 
 def dynamics_error(
-    simulator: Simulator, obs, actions, variance, estimator: str = "reconstructed", alive=None, threads: int | None = None
-) -> DynamicsError:
+    simulator: Simulator, obs: Array, actions: Array, variance: Array, estimator: str = "reconstructed",
+    alive: Array | None = None, threads: int | None = None,
+) -> DynamicsError:  # fmt: skip
     """`DynamicsError` of trajectories obs [B, T, obs_dim], actions [B, T, action_dim].
 
     `variance` [obs_dim], above zero, is the data's (`Trajectories.variance`); `alive` [B, T] is 1 on the steps that belong to a
@@ -131,8 +135,9 @@ def dynamics_error(
 
 
 def open_loop_error(
-    simulator: Simulator, obs, actions, variance, steps: int, alive=None, threads: int | None = None, start: int = 1
-) -> OpenLoopError:
+    simulator: Simulator, obs: Array, actions: Array, variance: Array, steps: int, alive: Array | None = None,
+    threads: int | None = None, start: int = 1,
+) -> OpenLoopError:  # fmt: skip
     """`OpenLoopError`: the simulator plays each trajectory's own actions from its step `start`, for k = 1..`steps` steps.
 
     Arguments are those of `dynamics_error`. The state at `start` is the reconstructed one, and the goal stays where s_start
@@ -182,17 +187,17 @@ def _played(simulator, qpos, qvel, actions, threads):
 class Replay:
     """The states that a trajectory has from its step `start` on, and where the simulator gets with its actions."""
 
-    imagined: np.ndarray  # [K + 1, qpos_dim]: qpos, reconstructed
-    simulated: np.ndarray  # [K + 1, qpos_dim]: qpos; NaN from where the simulator gives up, or all along if it cannot start
-    squared: np.ndarray  # [K + 1, obs_dim]: that of `open_loop_error`, after a 0 for the start, which the two share
-    start: np.ndarray  # [obs_dim]: the observation there
+    imagined: Array  # [K + 1, qpos_dim]: qpos, reconstructed
+    simulated: Array  # [K + 1, qpos_dim]: qpos; NaN from where the simulator gives up, or all along if it cannot start
+    squared: Array  # [K + 1, obs_dim]: that of `open_loop_error`, after a 0 for the start, which the two share
+    start: Array  # [obs_dim]: the observation there
 
-    def normalised(self, variance: np.ndarray) -> np.ndarray:
+    def normalised(self, variance: Array) -> Array:
         """[K + 1]: the squared error's mean over dimensions, each divided by its `variance` [obs_dim] in the data."""
         return _mean(self.squared / variance, 1)
 
 
-def replay(simulator: Simulator, obs, actions, start: int = 1, threads: int | None = None) -> Replay:
+def replay(simulator: Simulator, obs: Array, actions: Array, start: int = 1, threads: int | None = None) -> Replay:
     """`Replay` of one trajectory obs [T, obs_dim], actions [T, action_dim], from step `start` to its last."""
     obs, actions = (np.asarray(x, dtype=np.float64)[None] for x in (obs, actions))
     ones = np.ones(simulator.obs_dim)
@@ -205,8 +210,8 @@ def replay(simulator: Simulator, obs, actions, start: int = 1, threads: int | No
 
 
 def rollout_from(
-    simulator: Simulator, obs, actions, act: Callable, horizon: int, start: int = 1, threads: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+    simulator: Simulator, obs: Array, actions: Array, act: Callable, horizon: int, start: int = 1, threads: int | None = None
+) -> tuple[Array, Array]:
     """What the simulator does under a policy from step `start` of trajectories obs [B, T, obs_dim], actions [B, T, action_dim].
 
     `act(obs [B, obs_dim]) -> actions [B, action_dim]`. Returns obs [B, horizon, obs_dim], actions [B, horizon, action_dim]; the

@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 
 import numpy as np
@@ -23,7 +23,8 @@ def generator(device: torch.device | str, stream: str, *key: int) -> torch.Gener
         raise ValueError(f"stream={stream!r} is not allowed; it must be one of {', '.join(STREAMS)}")
     if not all(0 <= k < 2**32 for k in key):
         raise ValueError(f"key={key} is not allowed; it must hold whole numbers from 0 to 2**32 - 1")
-    made, seeds = torch.Generator(device), np.random.SeedSequence([STREAMS.index(stream), *key])
+    # The length, because zeros at the end say nothing to it.
+    made, seeds = torch.Generator(device), np.random.SeedSequence([STREAMS.index(stream), len(key), *key])
     if made.device.type != "cpu":
         return made.manual_seed(int(seeds.generate_state(1, np.uint64)[0]) >> 1)
     # A seed would set 32 bits only, by which one stream in some 10,000 meets another: the whole state is set.
@@ -49,7 +50,7 @@ def has_bfloat16(device: torch.device | str) -> bool:
     return bool(supported and supported())
 
 
-def adam(parameters, learning_rate: float) -> torch.optim.Adam:
+def adam(parameters: Iterable, learning_rate: float) -> torch.optim.Adam:
     """Adam with the state that it would make in its first step, for a checkpoint to be copied into."""
     optimiser = torch.optim.Adam(parameters, learning_rate, fused=True)
     for p in (p for group in optimiser.param_groups for p in group["params"]):
@@ -84,6 +85,7 @@ class Convolution(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels_out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, out] at x [B, T, in]."""
         weight, bias = self._cast(x.dtype)
         _, size, channels = weight.shape
         if size == 1:

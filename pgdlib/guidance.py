@@ -9,7 +9,7 @@ noise level, all in normalised units. Rules need a policy with a differentiable 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgdlib.data import Normaliser
 from pgdlib.policies import fast_moments, is_gaussian
@@ -32,8 +32,9 @@ class Guide:
     """
 
     def __init__(
-        self, rule: str, policy, normaliser: Normaliser, lam, steps: int, warmup: int = 0, units: str = "natural", on=None
-    ):
+        self, rule: str, policy: nn.Module, normaliser: Normaliser, lam: float | Tensor, steps: int, warmup: int = 0,
+        units: str = "natural", on: str | None = None,
+    ):  # fmt: skip
         on = on or ("noised" if rule in NOISED else "denoised")
         for name, value, allowed in (
             ("rule", rule, RULES),
@@ -74,7 +75,7 @@ class Guide:
         return shift
 
 
-def explicit(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, units: str = "natural") -> Tensor:
+def explicit(policy: nn.Module, normaliser: Normaliser, x: Tensor, lam: float | Tensor, units: str = "natural") -> Tensor:
     """The paper's rule (Eq. 3): λ ∇_a log π(a|s).
 
     With units="natural" the gradient is preconditioned by the policy's own variance, which makes it the natural gradient in
@@ -84,7 +85,7 @@ def explicit(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, uni
     return lam * action_gradient(policy, normaliser, x, units)
 
 
-def normalised(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor) -> Tensor:
+def normalised(policy: nn.Module, normaliser: Normaliser, x: Tensor, lam: float | Tensor) -> Tensor:
     """λ g / |g| with g = ∇_a log π, its norm over a whole trajectory: the form of the authors' later code."""
     gradient = action_gradient(policy, normaliser, x, "raw")
     return lam * gradient / (gradient.square().sum((1, 2), keepdim=True).sqrt() + 1e-6)
@@ -97,7 +98,7 @@ def schedule(step: int, steps: int, bump: float) -> float:
     return 1 - step / steps + bump * math.sin(math.pi * (step + 1) / steps)
 
 
-def proximal(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, units: str = "natural") -> Tensor:
+def proximal(policy: nn.Module, normaliser: Normaliser, x: Tensor, lam: float | Tensor, units: str = "natural") -> Tensor:
     """The implicit step: to argmin |a' - a|² / (2 λ) - log π(a'|s), stable for every λ, for λ to infinity the policy's mean.
 
     For a Gaussian policy λ/(λ + s²) (μ - a), and in natural units, where λ counts in s², λ/(1 + λ) (μ - a).
@@ -105,7 +106,7 @@ def proximal(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, uni
     return nearby(policy, normaliser, x, lam, units) - x[..., normaliser.spec.actions]
 
 
-def smoothed(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, sigma: float) -> Tensor:
+def smoothed(policy: nn.Module, normaliser: Normaliser, x: Tensor, lam: float | Tensor, sigma: float) -> Tensor:
     """The score of the policy convolved with the noise level, as an implicit step of weight λ: stable for every λ.
 
     For a Gaussian policy the score is (μ - a) / (s² + σ²), a shift of the denoised estimate by f (μ - a) with
@@ -116,7 +117,9 @@ def smoothed(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, sig
     return lam / (1 + lam) * (nearby(policy, normaliser, x, (1 + lam) * sigma**2, "raw") - x[..., normaliser.spec.actions])
 
 
-def annealed(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, sigma: float, units: str = "natural") -> Tensor:
+def annealed(
+    policy: nn.Module, normaliser: Normaliser, x: Tensor, lam: float | Tensor, sigma: float, units: str = "natural"
+) -> Tensor:
     """The proximal step with the weight λ √(σ / (1 + σ)): like the paper's, but gentler as the noise falls below the data.
 
     By then the states have settled and can no longer follow. The form was found on the fronts of notebook 04, not derived.
@@ -124,7 +127,7 @@ def annealed(policy, normaliser: Normaliser, x: Tensor, lam: float | Tensor, sig
     return proximal(policy, normaliser, x, lam * math.sqrt(sigma / (1 + sigma)), units)
 
 
-def action_gradient(policy, normaliser: Normaliser, x: Tensor, units: str) -> Tensor:
+def action_gradient(policy: nn.Module, normaliser: Normaliser, x: Tensor, units: str) -> Tensor:
     """∇ log π(a|s) by the normalised actions of x [B, T, width]: [B, T, action_dim]; in natural units times the variance.
 
     The step a + s² ∇_a log π ends at a Gaussian policy's mean; natural units take it in environment space and give its end's
@@ -137,7 +140,7 @@ def action_gradient(policy, normaliser: Normaliser, x: Tensor, units: str) -> Te
     return _gradient(policy, obs, actions) * normaliser.action_slope(x).detach()
 
 
-def nearby(policy, normaliser: Normaliser, x: Tensor, weight: float | Tensor, units: str) -> Tensor:
+def nearby(policy: nn.Module, normaliser: Normaliser, x: Tensor, weight: float | Tensor, units: str) -> Tensor:
     """argmin_a' |a' - a|² / (2 weight) - log π(a'|s): [B, T, action_dim], normalised; weight a number or [B, 1, 1].
 
     In natural units the weight counts in the policy's variance. It is worked out in environment space, where the policy lives.
@@ -153,7 +156,7 @@ def nearby(policy, normaliser: Normaliser, x: Tensor, weight: float | Tensor, un
         return normaliser.normalise_actions(nearest)
 
 
-def newton(policy, obs: Tensor, actions: Tensor, weight: Tensor, iterations: int = 32) -> Tensor:
+def newton(policy: nn.Module, obs: Tensor, actions: Tensor, weight: Tensor, iterations: int = 32) -> Tensor:
     """Solve a - actions = weight ∇ log π(a|obs) for a [..., action_dim], all in environment space, by damped Newton steps.
 
     The curvature of log π is taken dimension by dimension from the last two gradients, and bounded where log π is not

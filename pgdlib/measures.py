@@ -1,17 +1,17 @@
 """What is measured of trajectories: likelihood under a policy, intervals, whether two sets of them visit the same states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCK = 32  # trajectories whose distances to all others are held at once
 
 
 @torch.no_grad()
-def log_likelihood(policy, obs: Tensor, actions: Tensor, alive: Tensor | None = None) -> Tensor:
+def log_likelihood(policy: nn.Module, obs: Tensor, actions: Tensor, alive: Tensor | None = None) -> Tensor:
     """The mean over steps of log π(a|s) per action dimension, in nats: [B], for obs [B, T, ...], actions [B, T, action_dim].
 
     `alive` [B, T] is 1 on the steps that count (all by default). Environment space.
@@ -20,7 +20,7 @@ def log_likelihood(policy, obs: Tensor, actions: Tensor, alive: Tensor | None = 
 
 
 @torch.no_grad()
-def mean_density(policy, obs: Tensor, actions: Tensor, alive: Tensor | None = None) -> Tensor:
+def mean_density(policy: nn.Module, obs: Tensor, actions: Tensor, alive: Tensor | None = None) -> Tensor:
     """The paper's trajectory likelihood, read literally: the mean over steps of the density π(a|s), [B].
 
     In many dimensions a few steps decide it; `log_likelihood` is the measure to trust.
@@ -28,18 +28,18 @@ def mean_density(policy, obs: Tensor, actions: Tensor, alive: Tensor | None = No
     return _masked_mean(policy.log_prob(obs, actions).double().exp(), alive)
 
 
-def on_policy_log_likelihood(policy) -> Tensor:
+def on_policy_log_likelihood(policy: nn.Module) -> Tensor:
     """-H(π) per action dimension, in nats: what trajectories of the policies themselves [R] have, in the mean."""
     return -policy.entropy() / policy.action_dim
 
 
-def interval(values, level: float = 0.95, resamples: int = 2_000, seed: int = 0) -> tuple[float, float, float]:
+def interval(values: Sequence, level: float = 0.95, resamples: int = 2_000, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high) of `values` [n]: percentile bootstrap over the n trajectories, values that are not finite left out."""
     return bootstrap(lambda v: v.mean(-1), values, level=level, resamples=resamples, seed=seed)
 
 
 def bootstrap(
-    statistic: Callable, *samples, paired: bool = False, level: float = 0.95, resamples: int = 2_000, seed: int = 0
+    statistic: Callable, *samples: Sequence, paired: bool = False, level: float = 0.95, resamples: int = 2_000, seed: int = 0
 ) -> tuple[float, float, float]:
     """(value, low, high) of `statistic(*samples)`, samples [n] each: percentile bootstrap over trajectories.
 
@@ -62,7 +62,7 @@ def bootstrap(
     return value, float(found.low), float(found.high)
 
 
-def ratio_of_means(numerator, denominator):
+def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """The mean of the first over the mean of the second, along the last axis; a statistic for `bootstrap`."""
     return numerator.mean(-1) / denominator.mean(-1)
 
@@ -81,7 +81,7 @@ def _masked_mean(values, alive):
 
 @torch.no_grad()
 def energy_distance(
-    x, y, scale, generator: torch.Generator, permutations: int = 500, steps_each: int = 32
+    x: Tensor, y: Tensor, scale: Tensor, generator: torch.Generator, permutations: int = 500, steps_each: int = 32
 ) -> tuple[float, float, float]:
     """(E, p, q): squared energy distance of the states of trajectories x [n, T, D] and y [m, T', D], p-value, null quantile.
 
@@ -157,7 +157,7 @@ def _energies(distances, x):
 
 
 @torch.no_grad()
-def coverage(reference, generated, scale, neighbours: int = 5, steps_each: int = 8) -> float:
+def coverage(reference: Tensor, generated: Tensor, scale: Tensor, neighbours: int = 5, steps_each: int = 8) -> float:
     """The share of the states of `reference` [n, T, D] that have a state of `generated` [m, T', D] near (Naeem et al. 2020).
 
     Near is no farther than the state's own `neighbours`-th nearest neighbour among the states of other reference
@@ -167,7 +167,8 @@ def coverage(reference, generated, scale, neighbours: int = 5, steps_each: int =
     reference, generated, scale = _checked(reference, generated, scale)
     centre = reference.flatten(0, 1).mean(0)  # distances lose digits far from zero
     ours, theirs = (_spread(v, steps_each) for v in (reference, generated))
-    if not 1 <= neighbours <= (others := (len(ours) - 1) * ours.shape[1]):
+    others = (len(ours) - 1) * ours.shape[1]
+    if not 1 <= neighbours <= others:
         raise ValueError(f"neighbours={neighbours} must be 1 to {others}, the states of other reference trajectories")
     ids = torch.arange(len(ours)).repeat_interleave(ours.shape[1])
     ours, theirs = (((v - centre) / scale).flatten(0, 1) for v in (ours, theirs))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class GaussianPolicy(nn.Module):
     is_gaussian = True  # a call gives mean and std
 
     def __init__(
-        self, obs_dim: int, action_dim: int, hidden=(256, 256), activation: str = "tanh", obs_clip: float = 10.0,
+        self, obs_dim: int, action_dim: int, hidden: Sequence = (256, 256), activation: str = "tanh", obs_clip: float = 10.0,
         squash: bool = False, low: bool = False, log_std_range: tuple = (-math.inf, math.inf), generators=(None,),
     ):  # fmt: skip
         super().__init__()
@@ -81,7 +82,7 @@ class GaussianPolicy(nn.Module):
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_std.device)
         return (self(obs)[0] if generator is None else self.sample(obs, generator)).cpu().numpy()
 
-    def select(self, runs) -> "GaussianPolicy":
+    def select(self, runs: Sequence[int]) -> "GaussianPolicy":
         """The policies of the `runs` (indices) as a stack of their own, a copy without gradients."""
         other = copy.deepcopy(self).requires_grad_(False)
         other.runs = len(runs)
@@ -90,7 +91,7 @@ class GaussianPolicy(nn.Module):
         return other
 
 
-def is_gaussian(policy) -> bool:
+def is_gaussian(policy: nn.Module) -> bool:
     """Whether `policy(obs)` gives the mean and std of a diagonal Gaussian."""
     return getattr(policy, "is_gaussian", False)
 

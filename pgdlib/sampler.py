@@ -24,15 +24,9 @@ def noise_levels(steps: int) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    denoise: Callable,
-    shape: tuple,
-    steps: int,
-    churn: float,
-    noise,
-    guide: Callable | None = None,
-    solver: str = "heun",
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
+    denoise: Callable, shape: tuple, steps: int, churn: float, noise: torch.Generator | list, guide: Callable | None = None,
+    solver: str = "heun", dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw trajectories `shape` = (B, T, C) with `denoise(x, σ)`; returns them and which have diverged [B].
 
     "heun": Algorithm 2 of Karras et al. with churn, two network evaluations a step, as the paper. "multistep": DPM-Solver++(2M)
@@ -77,8 +71,9 @@ def chunks(n: int, most: int) -> list[list[tuple[int, int]]]:
 
 
 def draw(
-    denoise: Callable, shape: tuple, steps: int, churn: float, noise: Callable, guide=None, solver: str = "heun",
-    most: int | None = None, keep: Callable | None = None, watch: Callable | None = None, dtype: torch.dtype = torch.float32,
+    denoise: Callable, shape: tuple, steps: int, churn: float, noise: Callable, guide: Callable | None = None,
+    solver: str = "heun", most: int | None = None, keep: Callable | None = None, watch: Callable | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`sample`, at most `most` trajectories at once (None: all), each block with noise of its own, from `noise(its number)`.
 

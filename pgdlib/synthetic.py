@@ -114,7 +114,14 @@ def cut(spec: Spec, steps: Tensor, alive: Tensor) -> Tensor:
 
 
 def from_world_model(
-    ensemble, policy: GaussianPolicy, starts: Tensor, n: int, length: int, seeds: list, number: int, outcome: Callable
+    ensemble: worldmodel.Ensemble,
+    policy: GaussianPolicy,
+    starts: Tensor,
+    n: int,
+    length: int,
+    seeds: list,
+    number: int,
+    outcome: Callable,
 ) -> Batch:
     """A `Batch` of n rollouts of `length` steps for each run in the ensemble, from random states of `starts` [N, obs_dim].
 

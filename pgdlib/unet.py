@@ -38,6 +38,7 @@ class UNet(nn.Module):
         self.stride = 2 ** (blocks - 1)
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        """[B, T, channels] at x [B, T, channels], noise [B] or [1]."""
         if x.shape[1] % self.stride:
             raise ValueError(f"horizon={x.shape[1]} is not allowed; it must be divisible by {self.stride}")
         embedding = self.embed(noise)
@@ -63,6 +64,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if channels_in == channels_out else Convolution(channels_in, channels_out)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[B, T, channels_out] at x [B, T, channels_in], embedding [B or 1, embedding]."""
         in_place = not torch.is_grad_enabled()
         y = F.silu(self.norm_1(self.conv_1(x), *self.modulate(embedding).chunk(2, 1)), in_place)
         y = F.silu(self.norm_2(self.conv_2(y)), in_place)
@@ -79,5 +81,6 @@ class NoiseEmbedding(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * half, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
 
     def forward(self, noise: Tensor) -> Tensor:
+        """[B, features] at noise [B]."""
         angles = noise[:, None] * self.frequencies
         return self.layers(torch.cat([angles.sin(), angles.cos()], -1))

@@ -173,7 +173,7 @@ class Rollout:
 
 @torch.no_grad()
 def rollout(
-    ensemble: Ensemble, policy, obs: Tensor, horizon: int, noise: torch.Generator, ended: Callable | None = None
+    ensemble: Ensemble, policy: nn.Module, obs: Tensor, horizon: int, noise: torch.Generator, ended: Callable | None = None
 ) -> Rollout:
     """`horizon` steps in the model from obs [B, obs_dim] (environment space), with actions drawn from `policy`, as a `Rollout`.
 

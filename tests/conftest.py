@@ -6,6 +6,7 @@ is to be seen in figures.
 
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -35,6 +36,7 @@ os.register_at_fork(before=gc.disable, after_in_parent=gc.enable)
 sys.modules["rfc3987_syntax"] = None  # jsonschema's optional check of web addresses, which takes 3 s to import
 torch.set_num_threads(1)
 SPEC = data.Spec(45, 24)  # of Adroit Pen
+SMALL = data.Spec(7, 3)  # of another environment
 
 
 def white(rng, n, steps):
@@ -66,40 +68,70 @@ def pairs(episodes, n=8, steps=60, first=0):
     return tuple(x[:n, first : first + steps].copy() for x in (episodes.obs, episodes.actions))
 
 
-def toy(episodes, seed=0, **changes):
-    """Random `Trajectories` with `episodes` of such lengths; `changes` replaces tensors."""
+def draw(seed, *shape, dtype=torch.float32):
+    """Independent N(0, 1)."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def assert_same(found, expected):
+    """Tensors by the same names, equal bit for bit, NaN in the same places."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def toy(episodes, seed=0, spec=SPEC, **changes):
+    """Random `Trajectories` with `episodes` of such lengths; `changes` replaces tensors. Those of the pen do not fall."""
     n, generator = sum(episodes), torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    tensors = dict(obs=draw(n, 45), actions=draw(n, 24).tanh(), rewards=draw(n), terminals=torch.zeros(n), next_obs=draw(n, 45))
-    tensors["next_obs"][:, 26] = 0.075 + 0.1 * draw(n).abs()
+    obs, actions, rewards, next_obs = (
+        torch.randn(n, *shape, generator=generator) for shape in ((spec.obs_dim,), (spec.action_dim,), (), (spec.obs_dim,))
+    )
+    if spec == SPEC:
+        next_obs[:, 26] = 0.075 + 0.1 * torch.randn(n, generator=generator).abs()
+    tensors = dict(obs=obs, actions=actions.tanh(), rewards=rewards, terminals=torch.zeros(n), next_obs=next_obs)
     return data.Trajectories(**{**tensors, "lengths": torch.tensor(episodes), "name": "toy", **changes})
+
+
+def a_policy(spec=SPEC, runs=1, seed=0, hidden=(16,), scale=1.0, **how):
+    """Small random policies in float64 that differ in all that is their own: weights, and stds from 0.22 to 1 times `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    policy = GaussianPolicy(spec.obs_dim, spec.action_dim, hidden, **how, generators=[generator] * runs).double()
+    with torch.no_grad():
+        for parameter in policy.net.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+        policy.log_std.uniform_(-1.5, 0.0, generator=generator).add_(math.log(scale))
+        policy.obs_mean.normal_(generator=generator)
+        policy.obs_std.uniform_(0.5, 2.0, generator=generator)
+    return policy
 
 
 class Ideal(nn.Module):
     """The denoiser of independent N(0, 1), normalised."""
 
-    horizon, spec = 10, SPEC
-
-    def __init__(self):
+    def __init__(self, spec=SPEC, horizon=10, transform="raw"):
         super().__init__()
-        self.normaliser = data.Normaliser(SPEC).fit(toy([40]).packed())
+        self.spec, self.horizon = spec, horizon
+        self.normaliser = data.Normaliser(spec, transform).fit(toy([40], spec=spec).packed())
 
     def forward(self, x, sigma):
         return x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
 
 
-def random_batch(runs=3, n=32, seed=0):
-    """Random transitions [R, n, 116] in float64, a third of them terminal."""
-    x = torch.randn(runs * n, 116, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    obs, actions, next_obs = (x[:, s] for s in (SPEC.obs, SPEC.actions, SPEC.next_obs))
-    terminal = (x[:, SPEC.terminal] > 0.43).double()
-    return data.transitions(obs, actions, x[:, SPEC.reward], terminal, next_obs).unflatten(0, (runs, n))
+def random_batch(runs=3, n=32, seed=0, spec=SPEC):
+    """Random transitions [R, n, ...] in float64, a third of them terminal."""
+    x = draw(seed, runs, n, spec.transition_width, dtype=torch.float64)
+    x[..., spec.actions].clamp_(-1, 1)
+    x[..., spec.terminal] = (x[..., spec.terminal] > 0.43).double()
+    return x
 
 
-def plain_network(mlp, i, *after):
+def scales(spec):
+    """A mean and a std of observations, other ones in every dimension."""
+    return torch.linspace(-1, 1, spec.obs_dim), torch.linspace(0.5, 2, spec.obs_dim)
+
+
+def plain_network(mlp, i, *after, activation=nn.ReLU):
     """Network `i` of a `StackedMLP` as torch's own layers, with parameters of their own."""
     layers = []
     for weight, bias in zip(mlp.weights, mlp.biases):
@@ -107,7 +139,7 @@ def plain_network(mlp, i, *after):
         with torch.no_grad():
             linear.weight.copy_(weight[i].T)
             linear.bias.copy_(bias[i, 0])
-        layers += [nn.ReLU(), linear]
+        layers += [activation(), linear]
     return nn.Sequential(*layers[1:], *after)
 
 

@@ -20,10 +20,6 @@ def shape(claim):
     return claim.verdict, claim.effect, claim.low, claim.high
 
 
-def test_verdicts_go_from_good_to_bad():
-    assert claims.VERDICTS == (REPRODUCED, PARTLY, NOT, UNTESTED)
-
-
 # C1
 
 
@@ -55,13 +51,6 @@ def test_likelihood_without_a_gap_cannot_be_tested():
     assert claims.likelihood_raised(-1.01 * EIGHT, -0.5 * EIGHT, -1.0).verdict == REPRODUCED
 
 
-def test_likelihood_with_a_gap_that_is_chance_cannot_be_tested():
-    """A gap of a tenth of its standard error: the share closed may be anything."""
-    unguided = around(-1, 1.0)
-    unguided -= unguided.mean() + 1 + 0.1 / math.sqrt(200)
-    assert claims.likelihood_raised(unguided, unguided + 0.5, -1.0).verdict == UNTESTED
-
-
 # C2
 
 
@@ -85,14 +74,6 @@ def test_error_perhaps_not_raised():
         claim = claims.error_not_raised(unguided, ratio * unguided + noise - noise.mean(), "")
         assert claim.verdict == verdict and claim.effect == pytest.approx(ratio)
         assert (claim.low < MARGIN < claim.high) == (verdict == PARTLY)
-
-
-def test_errors_of_the_same_noise_are_compared_one_by_one():
-    """Guided errors 2% above wildly different unguided ones: surely below the margin, which two samples could not tell."""
-    unguided = np.exp(around(0, 2.0))
-    assert claims.error_not_raised(unguided, 1.02 * unguided, "").verdict == REPRODUCED
-    shuffled = np.random.default_rng(1).permutation(1.02 * unguided)
-    assert claims.error_not_raised(unguided, shuffled, "").verdict == PARTLY
 
 
 # C3
@@ -169,14 +150,6 @@ def test_a_fall_of_likelihood_within_the_noise_is_no_threshold():
     assert claims.threshold(LAMS, likelihoods, errors, diverged).verdict == REPRODUCED
     spread = [v.mean() + 20 * (v - v.mean()) for v in likelihoods]
     assert no_threshold(claims.threshold(LAMS, spread, errors, diverged))
-
-
-def test_a_threshold_after_a_dip_is_the_collapse():
-    """Before the best λ nothing counts, nor does a fall without error behind it."""
-    likelihoods, errors, diverged = sweep(2.5)
-    likelihoods[1], errors[1] = likelihoods[1] - 20, 10 * errors[1]
-    likelihoods[5] = likelihoods[5] - 5
-    assert shape(claims.threshold(LAMS, likelihoods, errors, diverged)) == (REPRODUCED, 2.75, 2.5, 3.0)
 
 
 # C4
@@ -312,14 +285,6 @@ def test_compounding_needs_more_growth_and_more_error(model, whole, verdict):
     assert shape(claim) == pytest.approx((verdict, *[model[1] / whole[1]] * 3))
 
 
-def test_compounding_must_be_sure():
-    early = np.exp(around(0, 1.0, 60))
-    for growth, verdict in ((4.0, REPRODUCED), (1.1, NOT)):
-        late = growth * early * np.exp(around(0, 0.8, 60, seed=1))
-        claim = claims.compounding(early, late, early[::-1], early[::-1] * np.exp(around(0, 0.8, 60, seed=2)), 9)
-        assert claim.verdict == verdict
-
-
 def test_each_growth_is_of_the_same_trajectories():
     """Wildly different trajectories that all grow by half, against others that do not: sure, though the spread hides it."""
     early = np.exp(around(0, 3.0, 100))
@@ -380,10 +345,9 @@ def test_likely_is_real_looks_at_ranks_alone():
     assert shape(claims.likely_is_real(losses, -(losses**3))) == pytest.approx((NOT, -1, -1, -1))
 
 
-def test_independent_losses_and_errors_show_nothing():
-    """Surely above zero happens by chance once in forty, both by their own seeds."""
-    verdicts = [claims.likely_is_real(around(0, 1.0, 60, seed=s), around(0, 1.0, 60, seed=s + 99)).verdict for s in range(5)]
-    assert verdicts.count(NOT) >= 4 and REPRODUCED not in verdicts
+def test_one_trajectory_with_an_error_shows_nothing():
+    one = claims.likely_is_real(np.arange(8.0), np.where(np.arange(8) == 3, 0.5, math.nan))
+    assert one.verdict == NOT and np.isnan([one.effect, one.low, one.high]).all()
 
 
 # C9
@@ -423,16 +387,6 @@ WITH_INTERVAL = {
     "C7": lambda a, b, c, d: claims.better_guide(a, b, verdict_of(NOT), verdict_of(NOT)),
     "C8": lambda a, b, c, d: claims.likely_is_real(a, b * a),
 }
-
-
-@pytest.mark.parametrize("name", WITH_INTERVAL)
-def test_intervals_hold_the_effect_and_shrink_as_the_root_of_n(name):
-    widths = []
-    for n in (50, 800):
-        found = [WITH_INTERVAL[name](*(positive(n, 10 * s + i) for i in range(4))) for s in range(2)]
-        assert all(c.low < c.effect < c.high for c in found)
-        widths.append(np.mean([c.high - c.low for c in found]))
-    assert widths[1] / widths[0] == pytest.approx(1 / 4, rel=0.25)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,174 +1,137 @@
-"""The loss against its known value, training against its interruption."""
+"""The loss against its known value, training against a plain loop with torch's own parts and against its interruption."""
 
+import copy
 import math
 
 import pytest
 import torch
-from conftest import SPEC, cut
+from conftest import SMALL, SPEC, assert_same, draw, toy
+from torch import nn
 
-from pgdlib import data, edm
-from pgdlib.lab import artifacts
-from pgdlib.unet import UNet
+from pgdlib import data, edm, fast
 
 
-def small_denoiser(horizon=8):
+def small_denoiser(spec=SPEC, horizon=8, features=8):
     torch.manual_seed(0)
-    return edm.Denoiser(45, 24, horizon, features=8, blocks=2)
+    return edm.Denoiser(spec.obs_dim, spec.action_dim, horizon, features, blocks=2)
 
 
-class Zero(torch.nn.Module):
+def windows_of(spec=SPEC, lengths=(30, 5, 30)):
+    mine = toy(list(lengths), spec=spec)
+    return data.Windows(mine, data.Normaliser(spec).fit(mine.packed()), 8)
+
+
+class Zero(nn.Module):
+    """With Karras' preconditioning the exact denoiser of N(0, 1) data."""
+
     def forward(self, x, noise):
         return torch.zeros_like(x)
+
+
+def zero():
+    denoiser = small_denoiser()
+    denoiser.net = Zero()
+    return denoiser
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.5, 1.0, 20.0])
 def test_loss_of_a_zero_network_is_one(sigma):
     """Karras' preconditioning and weight make the loss of a network that says 0 equal to 1 on N(0, 1) data, at every σ."""
-    denoiser = small_denoiser()
-    denoiser.net = Zero()
-    x = torch.randn(4000, 8, 71, generator=torch.Generator().manual_seed(0))
-    value = edm.loss(denoiser, x, torch.ones(4000, 8), torch.full((4000,), sigma), torch.Generator().manual_seed(1)).mean()
+    x = draw(0, 4000, 8, 71)
+    value = edm.loss(zero(), x, torch.ones(4000, 8), torch.full((4000,), sigma), torch.Generator().manual_seed(1)).mean()
     assert value.item() == pytest.approx(1.0, abs=4.5 * math.sqrt(2 / x.numel()))
 
 
+@pytest.mark.parametrize("sigma", [0.1, 3.0])
+def test_the_denoiser_is_karras_formula(sigma):
+    """D(x; σ) = c_skip x + c_out F(c_in x; ln(σ) / 4), for one σ and for one each."""
+    denoiser, x = small_denoiser(SMALL).double(), draw(0, 3, 8, 12).double()
+    root = math.sqrt(1 + sigma**2)
+    expected = x / root**2 + sigma / root * denoiser.net(x / root, torch.full((3,), math.log(sigma) / 4).double())
+    for given in (sigma, torch.tensor(sigma).double(), torch.full((3,), sigma).double()):
+        torch.testing.assert_close(denoiser(x, given), expected)
+
+
 def test_masked_steps_do_not_count():
-    denoiser = small_denoiser()
-    denoiser.net = Zero()
-    x = torch.randn(5, 8, 71, generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(8) < torch.tensor([8, 6, 1, 4, 2])[:, None]).float()
+    x, mask = draw(0, 5, 8, 71), (torch.arange(8) < torch.tensor([8, 6, 1, 4, 2])[:, None]).float()
     other = torch.where(mask[..., None] > 0, x, x * 7 + 3)
     other[..., SPEC.terminal] = x[..., SPEC.terminal]
-    a, b = (edm.loss(denoiser, v, mask, torch.full((5,), 0.5), torch.Generator().manual_seed(1)) for v in (x, other))
-    assert torch.allclose(a, b)
+
+    def loss(x):
+        return edm.loss(zero(), x, mask, torch.full((5,), 0.5), torch.Generator().manual_seed(1))
+
+    torch.testing.assert_close(loss(x), loss(other))
     other[:, -1, SPEC.terminal] += 1.0  # but the flag of an end counts to the end of the window
-    c = edm.loss(denoiser, other, mask, torch.full((5,), 0.5), torch.Generator().manual_seed(1))
-    assert (a != c).all()
+    assert (loss(x) != loss(other)).all()
 
 
-@pytest.mark.parametrize("blocks, kernel_size", [(1, 3), (2, 3), (3, 5)])
-def test_unet_shapes_and_reach(blocks, kernel_size):
-    torch.manual_seed(0)
-    net = UNet(71, features=16, blocks=blocks, kernel_size=kernel_size)
-    x, noise = torch.randn(3, 16, 71), torch.randn(3)
-    assert net(x, noise).shape == x.shape
-    assert not torch.allclose(net(x, noise), net(x, noise + 1))  # the noise level matters
-    assert torch.allclose(net(x, noise)[1], net(x[1:2], noise[1:2])[0], atol=1e-5)  # trajectories do not mix
+def test_the_validation_loss_of_the_exact_denoiser_is_one():
+    """At every σ, for windows of data whose channels have mean 0 and variance 1; the same windows and noise for one seed."""
+    mine = toy([4000], rewards=torch.ones(4000).index_fill(0, torch.arange(0, 4000, 2), -1.0))
+    windows, sigmas = data.Windows(mine, data.Normaliser(SPEC).fit(mine.packed()), 8), torch.tensor([0.1, 1.0, 10.0])
+    found = edm.validation_loss(zero(), windows, sigmas, 2000, seed=3)
+    torch.testing.assert_close(found, torch.ones(3), atol=0.01, rtol=0)
+    assert torch.equal(found, edm.validation_loss(zero(), windows, sigmas, 2000, seed=3))
+    one = windows_of(lengths=[8])  # of which all seeds see one window, in other noise
+    assert not torch.equal(*(edm.validation_loss(zero(), one, sigmas, 2, seed) for seed in (3, 4)))
 
 
-def test_unet_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="horizon=7"):
-        UNet(71, features=16, blocks=2)(torch.zeros(1, 7, 71), torch.zeros(1))
-    with pytest.raises(ValueError, match="features=12"):
-        UNet(71, features=12)
+# Training
 
 
-def training_windows():
-    n = 60
-    g = torch.Generator().manual_seed(0)
-    trajectories = data.Trajectories(
-        torch.randn(n, 45, generator=g),
-        torch.randn(n, 24, generator=g).clamp(-1, 1),
-        torch.randn(n, generator=g),
-        torch.zeros(n),
-        torch.randn(n, 45, generator=g),
-        torch.tensor([30, 30]),
-        "toy",
-    )
-    return data.Windows(trajectories, data.Normaliser(SPEC).fit(trajectories.packed()), 8)
+def plain(denoiser, windows, recipe):
+    """Algorithm and schedule written out, with torch's own Adam; the random numbers are those of the stream."""
+    ema, losses = copy.deepcopy(denoiser), []
+    adam = torch.optim.Adam(denoiser.net.parameters(), recipe.learning_rate)
+    for step in range(recipe.steps):
+        warmup = recipe.steps // 10
+        rise, fall = 0.1 + 0.9 * step / warmup, 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (recipe.steps - warmup))
+        adam.param_groups[0]["lr"] = recipe.learning_rate * (rise if step < warmup else fall)
+        noise = fast.generator("cpu", "training", recipe.seed, step)
+        x, mask = windows[torch.randint(len(windows), (recipe.batch_size,), generator=noise)]
+        sigma = torch.randn(recipe.batch_size, generator=noise).mul(1.2).sub(1.2).exp()
+        loss = edm.loss(denoiser, x, mask, sigma, noise).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+        keep = min(recipe.ema, (1 + step) / (10 + step))
+        for slow, new in zip(ema.net.parameters(), denoiser.net.parameters()):
+            slow.data = keep * slow.data + (1 - keep) * new.data
+    return ema, losses
 
 
-HOW = edm.Training(steps=12, batch_size=5, learning_rate=1e-3)  # two processes have 2 windows and 3
+@pytest.mark.parametrize("ema", [0.4, 0.999])
+def test_training_is_the_plain_loop(ema):
+    """In float64, where Adam does not make much of rounding."""
+    recipe, windows = edm.Recipe(steps=20, batch_size=5, learning_rate=1e-3, seed=4, ema=ema), windows_of(SMALL)
+    windows.steps, (mine, model) = windows.steps.double(), (small_denoiser(SMALL).double() for _ in range(2))
+    expected, losses = plain(model, windows, recipe)
+    training = edm.Training(mine, windows, recipe)
+    assert list(training) == list(range(1, 21)) and list(training) == [] and training.step == training.steps == 20
+    torch.testing.assert_close(training.losses, torch.tensor(losses))
+    for found, right in ((training.ema, expected), (training.denoiser, model)):
+        for name, tensor in right.state_dict().items():
+            torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-8, atol=1e-8, msg=name)
+    other = edm.Training(mine, windows, edm.Recipe(20, 5, 1e-3, seed=5))
+    assert next(iter(other)) == 1 and other.losses[0] != training.losses[0]
 
 
-def in_float64():
-    windows = training_windows()
-    windows.steps = windows.steps.double()
-    return small_denoiser().double(), windows
-
-
-def test_resume_gives_the_same_weights(tmp_path):
-    how = edm.Training(steps=30, batch_size=4, learning_rate=1e-3)
-    whole, losses = edm.train(small_denoiser(), training_windows(), how)
-
-    def interrupt(step, losses):
+@pytest.mark.parametrize("spec", [SPEC, SMALL], ids=["pen", "small"])
+def test_a_state_copied_into_a_fresh_training_goes_on_to_the_same_weights(spec):
+    recipe = edm.Recipe(steps=30, batch_size=4, learning_rate=1e-3)
+    whole, fresh = (edm.Training(small_denoiser(spec), windows_of(spec), recipe) for _ in range(2))
+    for step in whole:
         if step == 17:
-            raise KeyboardInterrupt
-
-    path = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        edm.train(small_denoiser(), training_windows(), how, path, save_every=0.0, report=interrupt)
+            saved = {name: tensor.clone() for name, tensor in whole.state().items()}
+    for parameter in fresh.denoiser.parameters():
+        parameter.data.add_(1.0)  # another start, which the state must undo
     torch.manual_seed(99)
-    steps = []
-    resumed, losses_again = edm.train(
-        small_denoiser(), training_windows(), how, path, report=lambda step, losses: steps.append(step)
-    )
-    assert steps[0] == 18  # it did go on, not start anew, and lost nothing
-    assert torch.equal(losses, losses_again)
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def other_tensors(path):
-    tensors, card = artifacts.load(path)
-    artifacts.save(path, {**tensors, "losses": torch.zeros(4)}, card)
-
-
-def renamed(path):
-    other = path.with_name("other")
-    artifacts.save(other, *artifacts.load(path))
-    other.replace(path)
-
-
-SPOILS = {
-    "cut": cut,
-    "empty": lambda path: path.write_bytes(b""),
-    "of another learning rate": lambda path: edm.train(
-        small_denoiser(), training_windows(), edm.Training(3, 4, 2e-3), path, save_every=0.0
-    ),
-    "of another network": lambda path: edm.train(
-        edm.Denoiser(45, 24, 8, 16, 2), training_windows(), edm.Training(3, 4, 1e-3), path, save_every=0.0
-    ),
-    "with other tensors": other_tensors,
-    "a list": lambda path: artifacts.save(path, {}, [1]),
-    "saved under another name": renamed,
-}
-
-
-@pytest.mark.parametrize("spoil", SPOILS)
-def test_a_checkpoint_that_cannot_be_used_is_set_aside_and_training_begins_anew(tmp_path, spoil, capsys):
-    how, path = edm.Training(3, 4, 1e-3), tmp_path / "checkpoint.safetensors"
-    expected, losses = edm.train(small_denoiser(), training_windows(), how)
-    edm.train(small_denoiser(), training_windows(), how, path, save_every=0.0)
-    if spoil.startswith("of another"):
-        path.unlink()
-    SPOILS[spoil](path)
-    bad, steps = path.read_bytes(), []
-    found, again = edm.train(small_denoiser(), training_windows(), how, path, report=lambda step, losses: steps.append(step))
-    assert steps == [1, 2, 3] and torch.equal(losses, again)
-    for (name, a), b in zip(expected.state_dict().items(), found.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    (aside,) = tmp_path.glob("*.damaged")
-    assert aside.read_bytes() == bad and aside.name in capsys.readouterr().out
-
-
-def test_what_a_report_raises_is_saved_before(tmp_path):
-    def interrupt(step, losses):
-        if step == 2:
-            raise KeyboardInterrupt
-
-    path = tmp_path / "checkpoint.safetensors"
-    assert edm.steps_done(path) == 0
-    with pytest.raises(KeyboardInterrupt):
-        edm.train(small_denoiser(), training_windows(), edm.Training(3, 4, 1e-3), path, report=interrupt)
-    assert edm.steps_done(path) == 2
-
-
-@pytest.mark.slow
-def test_training_learns():
-    windows = training_windows()
-    denoiser = small_denoiser()
-    ema, _ = edm.train(denoiser, windows, edm.Training(150, 16, 3e-3, ema=0.9))
-    sigmas = torch.tensor([0.1, 1.0, 10.0])
-    torch.manual_seed(0)
-    before = edm.validation_loss(small_denoiser(), windows, sigmas, 64, seed=1)
-    assert (edm.validation_loss(ema, windows, sigmas, 64, seed=1)[:2] < 0.9 * before[:2]).all()
+    for name, tensor in fresh.state().items():
+        tensor.copy_(saved[name])
+    fresh.step = 17
+    assert list(fresh) == list(range(18, 31)) and not torch.equal(saved["losses"], whole.losses)
+    assert_same(fresh.state(), whole.state())
+    assert not any(p.requires_grad for p in whole.ema.parameters())
+    assert whole.card == dict(recipe=vars(recipe), config=whole.denoiser.config)
+    assert edm.Denoiser(**whole.card["config"]).state_dict().keys() == whole.ema.state_dict().keys()

@@ -222,7 +222,7 @@ def test_01_tells_of_the_dataset_it_was_given(run):
 
 @named("02")
 def test_02_trains_and_draws_as_asked(run):
-    assert 7 in [artifacts.load(file)[1]["how"]["steps"] for file in run.files("denoisers/human-standin-*")]
+    assert 7 in [artifacts.load(file)[1]["recipe"]["steps"] for file in run.files("denoisers/human-standin-*")]
     assert "7 training steps" in run.text and "6 trajectories" in run.text
     assert len(run.table("02_training_standin-human")) == 10
     lines = {"generated", "still (generated)", "still (real data)", "floor (real data)"}
@@ -297,7 +297,7 @@ def test_06_compares_both_models(run):
     assert horizon.index.tolist() == list(range(1, 11))  # 12 steps, from the second to the last
     assert horizon["simulator.mean"][1] < 0.01 < horizon["still (simulator's rollouts).mean"][1]
     assert verdicts(run, "human")["C6"]["verdict"] in claims.VERDICTS
-    assert 40 in [artifacts.load(file)[1]["how"]["steps"] for file in run.files("worldmodels/human-standin-*")]
+    assert 40 in [artifacts.load(file)[1]["recipe"]["steps"] for file in run.files("worldmodels/human-standin-*")]
 
 
 @named("05")

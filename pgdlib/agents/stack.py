@@ -47,6 +47,7 @@ class Twins(StackedMLP):
         super().__init__([spec.obs_dim + spec.action_dim, *hidden, 1], drawn + drawn)  # first all first twins, then the second
 
     def forward(self, pairs: Tensor, frozen: bool = False) -> Tensor:
+        """As described; frozen: no gradient reaches the weights."""
         return super().forward(pairs.repeat(2, 1, 1), frozen).reshape(2, *pairs.shape[:2])
 
 
@@ -95,7 +96,7 @@ class Learner:
         self.agent.after_step()
         self.step += 1
         bad = ~loss.isfinite() if value is None else ~(loss.isfinite() & (value.abs() < DIVERGED))
-        self.diverged_at = torch.where(bad.detach() & (self.diverged_at < 0), self.step, self.diverged_at)
+        self.diverged_at.masked_fill_(bad.detach() & (self.diverged_at < 0), self.step)
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on beside `step` and the data, live: name -> tensor, to save or to copy into."""

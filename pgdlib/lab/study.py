@@ -67,7 +67,7 @@ class Study:
     @cached_property
     def real(self):
         """The measures of real windows, of the validation side: what a perfect model would have, if the ruler were perfect."""
-        x, mask = self._windows(self.val, self.p.samples, self.p.seed)
+        x, mask = self.windows(self.val, self.p.samples, self.p.seed)
         return self.judge(x, alive=mask)[0]
 
     @cached_property
@@ -76,10 +76,7 @@ class Study:
         return {name: measures.interval(values)[0] for name, values in self.real.items()}
 
     def windows(self, episodes, n, seed):
-        """n random windows [n, T, width] of `episodes`, normalised; beyond an episode's end its last step is repeated."""
-        return self._windows(episodes, n, seed)[0]
-
-    def _windows(self, episodes, n, seed):
+        """n random windows [n, T, width] of `episodes`, normalised, and mask [n, T]; beyond an end its last step repeats."""
         cut = data.Windows(episodes, self.normaliser, self.p.horizon, self.device)
         ids = torch.randint(len(cut), (n,), generator=torch.Generator().manual_seed(seed))
         return cut[ids.to(self.device)]
@@ -182,10 +179,10 @@ class Study:
         wanted = self._wanted(lams)
         have = [lam for lam in wanted if self._path(rule, lam).exists()]
         folder, own = self._path(rule, 0.0).parent, self._inputs(rule)
-        differs, others = set(), sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+        differs, others = set(), list(folder.glob("*.safetensors"))
         if not have and others:
             try:
-                other = artifacts.load(others[-1])[1]["inputs"]
+                other = artifacts.load(max(others, key=lambda path: path.stat().st_mtime))[1]["inputs"]
                 differs = {name for name in {**own, **other} if own.get(name) != other.get(name)}
             except (artifacts.CorruptArtifact, FileNotFoundError, KeyError):
                 differs = {"file, damaged"}

@@ -208,11 +208,10 @@ def announce(make_agent, rows, seeds, sources, p, device, say=print):
     def seconds(call):  # of one call, after others
         return Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).timeit(1).mean
 
-    step = seconds(lambda: list(learner.train([sources.real] * runs, learner.step + 1)))
-    control = seconds(lambda: evaluate(learner.agent.policy, 8, 10, learner.seeds)) / (80 * runs)
+    training = seconds(lambda: list(learner.train([sources.real] * runs, learner.step + 1))) * p.agent_steps
+    tests = seconds(lambda: evaluate(learner.agent.policy, 8, 10, learner.seeds)) / (80 * runs) * episodes * pen.D4RL_HORIZON
     memory = runs * p.windows * diffusion.denoiser.horizon * sources.real[0].nbytes
-    works = [("training", f"{p.agent_steps:,} steps", step * p.agent_steps, memory)]
-    works += [("tests", f"{episodes:,} episodes", control * episodes * pen.D4RL_HORIZON, 0.0)]
+    works = [("training", f"{p.agent_steps:,} steps", training, memory), ("tests", f"{episodes:,} episodes", tests, 0.0)]
     if hasattr(diffusion.denoiser, "config"):  # else it is no network of ours: a formula
         config, asked = diffusion.denoiser.config, sampler.evaluations(diffusion.solver, diffusion.steps)
         at_once = len(seeds) * sum(size for _, size in sampler.chunks(p.windows, diffusion.chunk // len(seeds))[0])
@@ -235,12 +234,9 @@ def per_seed(result, dataset):
     A run that has diverged has no return (NaN), and the step at which it did.
     """
     rows, alive, n = [row for row in result.rows for _ in result.seeds], result.diverged_at < 0, result.returns.shape[1]
+    table = pd.DataFrame([dict(dataset=dataset, row=row.name, source=row.source, rule=row.rule) for row in rows])
     lived = np.where(alive, 1.0, np.nan)
-    columns = dict(
-        dataset=[dataset] * len(rows),
-        row=[row.name for row in rows],
-        source=[row.source for row in rows],
-        rule=[row.rule for row in rows],
+    return table.assign(
         seed=result.seeds * len(result.rows),
         d4rl_return=result.means,
         standard_error=lived * result.returns.std(1, ddof=1) / math.sqrt(n),
@@ -249,5 +245,5 @@ def per_seed(result, dataset):
         fell=lived * result.falls.mean(1),
         episodes=n,
         diverged_at=np.where(alive, np.nan, result.diverged_at),
+        **{f"data_{k}": result.facts[-1, i].astype(float) for i, k in enumerate(pgd.FACTS)},
     )
-    return pd.DataFrame(columns | {f"data_{k}": result.facts[-1, i].astype(float) for i, k in enumerate(pgd.FACTS)})

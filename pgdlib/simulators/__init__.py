@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
@@ -31,7 +32,9 @@ class Simulator:
     with_goal: Callable  # (obs [..., obs_dim], start [..., obs_dim]) -> obs, its goal being that of `start`; in place
 
 
-def advance(simulator: Simulator, qpos, qvel, actions, threads: int | None = None, chunk: int = 4096) -> np.ndarray:
+def advance(
+    simulator: Simulator, qpos: np.ndarray, qvel: np.ndarray, actions: np.ndarray, threads: int | None = None, chunk: int = 4096
+) -> np.ndarray:
     """One control step from each state qpos, qvel [n, ...] with `actions` [n, action_dim]: the next observations [n, obs_dim].
 
     A goal is that of an untouched simulation. A row is NaN where the state is outside the simulator's reach
@@ -56,8 +59,7 @@ def default_threads() -> int:
     return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 
-
-def import_mujoco():
+def import_mujoco() -> ModuleType:
     """MuJoCo, also where $MUJOCO_GL names a way to draw that does not work here: simulating needs none."""
     try:
         return importlib.import_module("mujoco")

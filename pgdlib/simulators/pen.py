@@ -164,13 +164,9 @@ class Episodes:
 
 
 def rollout(
-    act: Callable,
-    n: int,
-    rng: np.random.Generator | None,
-    horizon: int = NATIVE_HORIZON,
-    targets=None,
-    threads: int | None = None,
-) -> Episodes:
+    act: Callable, n: int, rng: np.random.Generator | None, horizon: int = NATIVE_HORIZON,
+    targets: np.ndarray | None = None, threads: int | None = None,
+) -> Episodes:  # fmt: skip
     """`n` episodes of `horizon` steps side by side, with `act(obs [n, 45]) -> actions [n, 24]`, as `Episodes`."""
     batch = PenBatch(n, threads)
     targets = sample_targets(n, rng) if targets is None else targets

@@ -4,6 +4,8 @@ An observation (45 numbers, environment space) is, with the slices of `GROUPS`:
 hand joint angles, pen position, pen velocity (linear, angular), pen axis, target axis, pen-target position, pen-target axis.
 """
 
+from typing import Any
+
 import numpy as np
 
 OBS_DIM, ACTION_DIM, STATE_DIM = 45, 24, 30  # of an observation, an action, and each of qpos and qvel
@@ -42,7 +44,9 @@ def with_goal(obs: np.ndarray, start: np.ndarray) -> np.ndarray:
     return obs
 
 
-def perturb(obs: np.ndarray, size: float, rng: np.random.Generator, variance: np.ndarray, dims=STATE_DIMS) -> np.ndarray:
+def perturb(
+    obs: np.ndarray, size: float, rng: np.random.Generator, variance: np.ndarray, dims: slice | list = STATE_DIMS
+) -> np.ndarray:
     """`obs` [..., 45] (environment space) with independent Gaussian noise: how large an error does an estimator see?
 
     The noise has `size` standard deviations of the data, whose `variance` [45] is given, in the dimensions `dims` (a slice or
@@ -62,7 +66,9 @@ def perturb(obs: np.ndarray, size: float, rng: np.random.Generator, variance: np
     return noisy
 
 
-def state_from_observations(obs: np.ndarray, actions: np.ndarray | None, origin, rest, kick) -> tuple[np.ndarray, np.ndarray]:
+def state_from_observations(
+    obs: np.ndarray, actions: np.ndarray | None, origin: np.ndarray, rest: np.ndarray, kick: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Joint positions and velocities [..., T, 30] of consecutive observations [..., T, 45] (environment space).
 
     The pen's pose and velocity are exact but for the roll about its own axis, which the observation does not hold: roll is
@@ -123,7 +129,7 @@ def _pen_hinges(n, rates):
     return np.where(other_misfit < misfit, [np.pi, np.pi] + other * [1, -1], same)
 
 
-def kick_response(batch) -> np.ndarray:
+def kick_response(batch: Any) -> np.ndarray:
     """[24, 24]: what to add to a central difference of the hand's joint angles, for each unit of change of each action.
 
     Where the action changes, the acceleration jumps by Δ, and the central difference over one step h on both sides is off by

@@ -1,0 +1,50 @@
+"""Samplers beside each other: what is shown of each, and which are as good as the first.
+
+`found`: (solver, steps, churn) -> (measures of trajectories from the same noise, name -> [n] as `Study.judge` gives them; what
+`energy_distance` gives of their states and the data's). `truth`: the measures' means on real data.
+"""
+
+import numpy as np
+import pandas as pd
+
+from pgdlib import sampler
+from pgdlib.lab.claims import MARGIN
+from pgdlib.measures import bootstrap, interval, ratio_of_means
+
+
+def frame(found, truth):
+    """A row for each sampler, as `figures.data.sampler_quality` draws them, and whether it is `as_good` as the first."""
+    rows, names = [], dict(error="normalised", motion="motion", likelihood="log_likelihood")
+    base = next(iter(found.values()))
+    for (solver, steps, churn), (values, (distance, p, chance)) in found.items():
+        relative = bootstrap(ratio_of_means, values["normalised"], values["motion"], paired=True)
+        each = {"relative": relative} | {name: interval(values[key]) for name, key in names.items()}
+        each["distance"] = [distance] * 3
+        family = "multistep" if solver == "multistep" else "Heun with churn" if churn else "Heun"
+        name = f"{solver} {steps}" + f", churn {churn:g}" * bool(churn)
+        row = dict(sampler=name, evaluations=sampler.evaluations(solver, steps), family=family)
+        row |= {f"{k}.{c}": v for k, of in each.items() for c, v in zip(("mean", "low", "high"), of)}
+        real = dict(error=truth["normalised"], relative=np.nan, motion=truth["motion"], distance=chance)
+        row |= {"chance": chance} | {f"{k}.real": v for k, v in real.items()}
+        rows.append(row | {"as good": as_good(values, (distance, p, chance), *base, truth)})
+    return pd.DataFrame(rows)
+
+
+def as_good(values, distance, base, base_distance, truth):
+    """Whether a sampler is as good as the base: in nothing surely worse, and surely better than predicting stillness.
+
+    Compared are the error over the own motion (worse: by more than `MARGIN`), how far the log-likelihood is from the data's,
+    and the energy distance to the data (worse: by more than chance); stillness is that of the data.
+    """
+
+    def relative(a, b, c, d):
+        return ratio_of_means(a, b) / ratio_of_means(c, d)
+
+    def farther(a, b):
+        return abs(a.mean(-1) - truth["log_likelihood"]) - abs(b.mean(-1) - truth["log_likelihood"])
+
+    pairs = [each[name] for each in (values, base) for name in ("normalised", "motion")]
+    _, error, _ = bootstrap(relative, *pairs, paired=True)
+    _, likelihood, _ = bootstrap(farther, values["log_likelihood"], base["log_likelihood"], paired=True)
+    near = distance[0] <= base_distance[0] + distance[2]
+    return bool(error <= MARGIN and likelihood <= 0 and near and interval(values["normalised"])[2] < truth["motion"])
