@@ -13,7 +13,7 @@ LARGEST = 1e6  # nothing that one learns from is as large; its squares stay fini
 
 @dataclass
 class Spec:
-    """Where things stand in the last axis of packed steps: observation, action, reward, terminal; in transitions, next_obs, too.
+    """Where things stand in the last axis of packed steps: observation, action, reward, terminal; of transitions next_obs, too.
 
     `obs`, `actions` and `next_obs` are slices, `reward` and `terminal` indices; `width` and `transition_width` count numbers.
     """

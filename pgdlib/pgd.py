@@ -50,7 +50,7 @@ class Sources:
     real_fraction: float
     seeds: list
     outcome: Callable | None = None  # the environment's (`Simulator.outcome`), for the world model's rollouts
-    _first: list = field(default_factory=list)  # (the policies of the first round, its data)
+    _first: list = field(default_factory=list, init=False)  # (the policies of the first round, its data)
 
     def __call__(self, row: Row, policy: GaussianPolicy, number: int) -> tuple[list[Tensor], synthetic.Batch | None]:
         """(packed transitions of each run of `policy`, the `synthetic.Batch` or None) for the round `number`.

@@ -38,7 +38,7 @@ CHOICES = dict(
     solver=("heun", "multistep"),
     draw_solver=("heun", "multistep"),
 )
-FILES = ("guide", "denoiser", "sweep", "benchmark")
+FILES = ("guide", "denoiser", "sweep", "verdicts", "benchmark")
 REAL = dict(churn=(0, None), draw_churn=(0, None), real_fraction=(0, 1), agent_rate=(1e-8, 1), polyak=(1e-6, 1))
 WHOLE = dict(seed=(0, 2**32 - 1), seeds=(1, 1000), horizon=(4, 10_000), long=(8, 2**32 - 1), data_steps=(2_000, 2**32 - 1))
 WHOLE |= dict.fromkeys(("steps", "draw_steps", "samples", "episodes", "test_episodes"), (2, 2**32 - 1))

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from pgdlib.lab import settings
 from tools import promote, readme
 
 NO_PROSE = re.compile(r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|(?<=\])\([^)\s]*\)|<[^>\n]*>", re.DOTALL)
@@ -30,7 +31,7 @@ ALLOWED = [  # no run can change these
     r"more than 0\.41 a step",  # √2 − 1
     r"so 1\.5 stands for the paper's 2",
 ]
-NOT_YET = {"README", "05_iql_benchmark", "07_sweep"}  # still with results typed into them
+NOT_YET = {"05_iql_benchmark", "07_sweep"}  # still with results typed into them
 
 
 def typed(text):
@@ -144,6 +145,19 @@ def test_a_gain_has_the_interval_of_the_paired_t_test(figures):
     half = stats.t.ppf(0.975, 2) * gains.std(ddof=1) / np.sqrt(3)
     expected = f"{gains.mean():+,.0f} [{gains.mean() - half:+,.0f}, {gains.mean() + half:+,.0f}]".replace("-", "−")
     assert f"| IQL, guided | 1,117 ± 117 | {expected} |" in blocks(figures)["benchmark"]
+
+
+def test_the_table_of_parameters_is_that_of_the_check():
+    """What it says of each is what a notebook takes, and the words of a refusal."""
+    head, _, *rows = [line.strip("| ").split(" | ") for line in readme.parameters(None).splitlines()]
+    known = settings.PARAMETERS | settings.SETTINGS
+    assert [row[0].strip("`") for row in rows] == list(known) and head[3:] == list(settings.SCALES)
+    for name, _, allowed, *values in (row for row in rows if len(row) == len(head)):
+        with pytest.raises(ValueError, match=re.escape(allowed.replace("2³² − 1", "4294967295"))):
+            settings.check({"scale": "ci", name.strip("`"): object()})
+        taken = [str(vars(settings.check({"scale": scale}))[name.strip("`")]) for scale in settings.SCALES]
+        assert [value.replace(",", "") for value in values] == taken
+    assert sum(len(row) == len(head) for row in rows) == len(settings.SETTINGS)
 
 
 def test_other_files_are_another_readme_and_a_missing_mark_is_an_error(figures):

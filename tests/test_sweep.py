@@ -309,6 +309,7 @@ def test_all_rows_of_all_points_are_in_one_tidy_file(runs, tmp_path):
     first = {
         "figures/ci/04_a_standin-human.csv": "lam,y\n0,1.5\n1,2.5\n",
         "results/ci/claims_standin-human.json": json.dumps(claims),
+        "results/ci/findings_08_standin-human.json": '["It rises."]',
         "results/ci/one.json": '{"y": 7}',
         "figures/ci/04_a_standin-human.png": "no table",
     }
@@ -326,10 +327,12 @@ def test_all_rows_of_all_points_are_in_one_tidy_file(runs, tmp_path):
         ["a", "04_a", 1, "standin-human", "auto", 1, 2.5, None],
         ["a", "claims", 0, "standin-human", "auto", None, None, 1.5],
         ["a", "claims", 1, "standin-human", "auto", None, None, None],
+        ["a", "findings_08", 0, "standin-human", "auto", None, None, None],
         ["a", "one", 0, None, "auto", None, 7, None],
         ["b", "05_t_5seeds", 0, "d4rl-expert", "2", None, 3, None],
         ["nothing", None, 0, None, "0.5", None, None, None],
     ]
+    assert frame["finding"].dropna().tolist() == ["It rises."]
     assert (frame["run.seconds"] == 2.5).all() and set(frame["run.git"]) == {"abc"} and set(frame["run.code"]) == {"c0de"}
     assert frame["p.lams"][0] == "[1, 2]" and frame["p.gone"].isna().all()
 
@@ -372,6 +375,7 @@ def test_a_table_may_be_named_by_its_beginning(runs):
     results.write(pd.DataFrame({"run.table": ["table1_iql_5seeds", None, "04"], "p.scale": "ci", "y": [1, 2, 3]}), path)
     _, frame = results.read("newest", "table1_", "ci", "benchmark")
     assert results.table(frame, "table1_", y="y")["y"].tolist() == [1]
+    assert results.table(frame, ("table1_", "04"), y="y")["y"].tolist() == [1, 3]
     with pytest.raises(
         ValueError, match="benchmark='newest' is not allowed: runs/ has no sweep at scale 'ci' with the table 1_"
     ):
@@ -524,7 +528,7 @@ def test_notebook_07_draws_the_sweeps_that_came_with_it(tmp_path, runs):
     call = [sys.executable, "-m", "papermill", "-k", "python3", "-p", "scale", "ci", ROOT / "notebooks/07_sweep.ipynb"]
     subprocess.run([*call, tmp_path / "out.ipynb"], check=True, stdin=subprocess.DEVNULL, capture_output=True)
     names = ("fronts.csv", "fronts.png", "gains.csv", "gains.png", "lam.png", "rules.csv", "rules.png")
-    assert kept(runs) == [f"figures/ci/07_{name}" for name in names]
+    assert kept(runs) == [*(f"figures/ci/07_{name}" for name in names), "results/ci/findings_07_all.json"]
     shipped = pd.read_parquet(ROOT / "figures/07_sweep.parquet").query("`run.table` == '04_fronts' and `p.dataset` == 'human'")
     own = shipped[shipped["rule"] == "annealed"].pivot(index="p.seed", columns="lam", values="normalised.mean")
     table = pd.read_csv(runs / "figures/ci/07_fronts.csv").set_index(["dataset", "rule", "lam"]).sort_index()

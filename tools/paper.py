@@ -14,7 +14,7 @@ from pgdlib.lab import artifacts, settings
 from pgdlib.lab.sweep import run
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-LONGEST = ["02_diffusion", "05_iql_benchmark", "08_threshold", "06_world_model"]  # begin first
+LONGEST = ["02_diffusion", "05_iql_benchmark", "08_rules", "06_world_model"]  # begin first
 LAST = "04_guidance"  # alone, with all cores: it gathers the verdicts of the others
 
 

@@ -1,4 +1,6 @@
-"""The blocks of README.md that a run writes: each stands between its two marks and is made from files of figures/.
+"""The blocks of README.md that no hand writes: each stands between its two marks.
+
+One, the parameters, is made from `pgdlib.lab.settings`; the others from files of figures/, so by a run.
 
 `make figures` brings these files from the run: figures/<kind>.json holds, by dataset, what the notebooks have left in
 runs/results/quick/<kind>_<dataset>.json:
@@ -16,6 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from pgdlib.lab import claims as verdicts
+from pgdlib.lab import settings
 
 KINDS = ("claims", "floors", "findings")
 BLOCK = re.compile(r"(<!-- (\w+): made by `make figures` -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
@@ -109,9 +112,22 @@ def findings(figures):
     return "\n".join(found) or "(No run has left its findings yet.)"
 
 
+def parameters(figures):
+    """All parameters with what is allowed, and of those that have them the values of the three scales; of no file."""
+    lines = [["name", "what it is", "allowed", *settings.SCALES]]
+    lines += [[f"`{name}`", what, _allowed(kind), *[""] * 3] for name, (kind, what) in settings.PARAMETERS.items()]
+    for name, (kind, *values, what) in settings.SETTINGS.items():
+        lines.append([f"`{name}`", what, _allowed(kind), *(f"{v:,}" if isinstance(v, int) else v for v in values)])
+    return table(lines)
+
+
+def _allowed(kind):
+    return kind.__metadata__[-1].replace(f"{2**32 - 1}", "2³² − 1")
+
+
 def _results(figures, kind):
     path = figures / f"{kind}.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-BLOCKS = {block.__name__: block for block in (claims, guidance, benchmark, findings)}
+BLOCKS = {block.__name__: block for block in (claims, guidance, benchmark, findings, parameters)}

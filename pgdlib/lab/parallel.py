@@ -79,13 +79,20 @@ def main(arguments=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank():
-            return serve(device)
+            serve(device)
+            return _leave()
     dataset = load.load_data(p.dataset, p.source, p.data_steps)
     _, losses = load.load_denoiser(dataset, p, device, training=Shared if world > 1 else edm.Training)
     print(f"{len(losses):,} training steps, loss of the last tenth: {losses[-max(1, len(losses) // 10) :].mean():.4g}")
     if world > 1:
         _say()
+        _leave()
     return 0
+
+
+def _leave():
+    dist.barrier()  # a process that ends while another still talks to it may abort
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ PARAMETERS = {  # name: (what is allowed, what it is)
     "seeds": (whole(1, 1000), "agents of each row"),
     "real_fraction": (number(0, 1), "share of real data in synthetic batches"),
     "denoiser": (TEXT, "auto, or a file of a diffusion model"),
-    "sweep": (TEXT, "Parquet file of a sweep of 04, shipped, or newest at this scale"),
+    "sweep": (TEXT, "Parquet file of a sweep of 08, shipped, or newest at this scale"),
+    "verdicts": (TEXT, "the same of 04"),
     "benchmark": (TEXT, "the same of 05"),
 }
 # `ci` proves that the path runs, `quick` is for a laptop's CPU, `paper` holds the paper's Tables 2 to 4.

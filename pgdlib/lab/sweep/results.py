@@ -29,6 +29,8 @@ def tables(folder):
             found = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(found, dict):  # name -> row, or one row
                 found = list(found.values()) if all(isinstance(v, dict) for v in found.values()) else [found]
+            else:  # sentences
+                found = {"finding": found}
             frame = pd.DataFrame(found)
         yield SLUG.sub("", path.stem), slug and slug[1], frame
 
@@ -63,7 +65,7 @@ def write(frame, path):
 def read(path, needed, scale, parameter="sweep"):
     """(path, frame) of a file that a sweep has written; "newest" is the last in runs/ at `scale` that has the table `needed`.
 
-    A table's name may go on after `needed`. Raises ValueError that names `parameter` if there is no such file.
+    A table's name may go on after `needed`, or one of several. ValueError that names `parameter` if there is no such file.
     """
     if path == "newest":
         for found in sorted((artifacts.root() / FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime):
@@ -85,7 +87,7 @@ def read(path, needed, scale, parameter="sweep"):
 def table(frame, name, **columns):
     """The rows of the table `name`, of its columns those that are asked for: own name -> the file's, each row once.
 
-    `name` may be the beginning of a name, so that tables of runs that differ in a parameter are one.
+    `name` may be the beginning of a name, or of several, so that tables of runs that differ in a parameter are one.
     """
     own = frame.loc[_of_table(frame, name), list(columns.values())]
     return own.set_axis(list(columns), axis=1).drop_duplicates(ignore_index=True)
