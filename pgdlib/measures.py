@@ -167,7 +167,8 @@ def coverage(reference, generated, scale, neighbours: int = 5, steps_each: int =
     reference, generated, scale = _checked(reference, generated, scale)
     centre = reference.flatten(0, 1).mean(0)  # distances lose digits far from zero
     ours, theirs = (_spread(v, steps_each) for v in (reference, generated))
-    if not 1 <= neighbours <= (others := (len(ours) - 1) * ours.shape[1]):
+    others = (len(ours) - 1) * ours.shape[1]
+    if not 1 <= neighbours <= others:
         raise ValueError(f"neighbours={neighbours} must be 1 to {others}, the states of other reference trajectories")
     ids = torch.arange(len(ours)).repeat_interleave(ours.shape[1])
     ours, theirs = (((v - centre) / scale).flatten(0, 1) for v in (ours, theirs))

@@ -93,7 +93,8 @@ def loop(spec, steps):
 def test_which_steps_are_transitions(flags, expected):
     steps = torch.zeros(1, 4, SMALL.width)
     steps[..., SMALL.terminal] = torch.tensor([flags])
-    assert synthetic.successors(SMALL, steps, measures.alive(steps[..., SMALL.terminal]))[0].nonzero()[:, 0].tolist() == expected
+    taken = synthetic.successors(SMALL, steps, measures.alive(steps[..., SMALL.terminal]))
+    assert taken[0].nonzero()[:, 0].tolist() == expected
     assert [t for _, t in loop(SMALL, steps)[0]] == expected
 
 
@@ -127,7 +128,7 @@ def test_each_run_has_its_block(n, chunk, spec):
     assert len(torch.unique(x[:, 0, 0])) == 3 * n  # no noise comes twice
 
 
-@pytest.mark.parametrize("n, chunk, expected", [(33, 1, [32, 1]), (70, 192, [64, 6]), (70, 191, [32, 32, 6]), (161, 576, [161])])
+@pytest.mark.parametrize("n, chunk, expected", [(33, 1, [32, 1]), (70, 192, [64, 6]), (70, 191, [32, 32, 6]), (99, 576, [99])])
 def test_chunks_are_as_large_as_allowed(n, chunk, expected, monkeypatch):
     """In whole blocks of 32 trajectories for each of three runs, of which one always fits."""
     shapes, sample = [], sampler.sample
@@ -340,7 +341,7 @@ def test_rollouts_in_the_world_model():
         assert torch.equal(following[:, COUNT], made[:, COUNT] + 1)
         entropy = torch.distributions.Normal(mean[0], std[0]).entropy().mean().item()
         assert batch.on_policy[r].item() == pytest.approx(-entropy)
-        assert batch.log_likelihood[r].item() == pytest.approx(-entropy, abs=4 * math.sqrt(1 / (6 * n)))  # 3 values or more each
+        assert batch.log_likelihood[r].item() == pytest.approx(-entropy, abs=4 / math.sqrt(6 * n))
 
 
 def test_rollouts_depend_on_seed_and_round_alone():
@@ -353,7 +354,7 @@ def test_rollouts_depend_on_seed_and_round_alone():
         batch = rollouts(stack().select(runs), seeds=[SEEDS[r] for r in runs])
         for i, r in enumerate(runs):
             assert torch.equal(batch.data[i], whole.data[r])
-            assert all(getattr(batch, name)[i] == getattr(whole, name)[r] for name in ("kept", "ended", "diverged", "on_policy"))
+            assert all(getattr(batch, name)[i] == getattr(whole, name)[r] for name in NAMES if name != "log_likelihood")
             assert batch.log_likelihood[i].item() == pytest.approx(whole.log_likelihood[r].item(), rel=1e-4)
     others = [rollouts(stack(), seeds=[1, 2, 4]), rollouts(stack(), number=1), rollouts(stack(), number=2)]
     for x, y in itertools.combinations((whole, *others), 2):
