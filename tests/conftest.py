@@ -118,12 +118,17 @@ class Ideal(nn.Module):
         return x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
 
 
-def random_batch(runs=3, n=32, seed=0):
-    """Random transitions [R, n, 116] in float64, a third of them terminal."""
-    x = torch.randn(runs * n, 116, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    obs, actions, next_obs = (x[:, s] for s in (SPEC.obs, SPEC.actions, SPEC.next_obs))
-    terminal = (x[:, SPEC.terminal] > 0.43).double()
-    return data.transitions(obs, actions, x[:, SPEC.reward], terminal, next_obs).unflatten(0, (runs, n))
+def random_batch(runs=3, n=32, seed=0, spec=SPEC):
+    """Random transitions [R, n, ...] in float64, a third of them terminal."""
+    x = draw(seed, runs, n, spec.transition_width, dtype=torch.float64)
+    x[..., spec.actions].clamp_(-1, 1)
+    x[..., spec.terminal] = (x[..., spec.terminal] > 0.43).double()
+    return x
+
+
+def scales(spec):
+    """A mean and a std of observations, other ones in every dimension."""
+    return torch.linspace(-1, 1, spec.obs_dim), torch.linspace(0.5, 2, spec.obs_dim)
 
 
 def plain_network(mlp, i, *after, activation=nn.ReLU):

@@ -95,7 +95,7 @@ class Learner:
         self.agent.after_step()
         self.step += 1
         bad = ~loss.isfinite() if value is None else ~(loss.isfinite() & (value.abs() < DIVERGED))
-        self.diverged_at = torch.where(bad.detach() & (self.diverged_at < 0), self.step, self.diverged_at)
+        self.diverged_at.masked_fill_(bad.detach() & (self.diverged_at < 0), self.step)
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on beside `step` and the data, live: name -> tensor, to save or to copy into."""
