@@ -91,12 +91,14 @@ def test_a_diverging_run_is_marked_and_leaves_the_others_untouched(kind):
     runs = packed(COUNTS)
     spoilt = [runs[0], torch.full_like(runs[1], math.nan), runs[2]]
     clean, dirty = learner(kind), learner(kind)
+    live = dirty.state()
     for loop, later in ((clean, runs), (dirty, spoilt)):
         train(loop, runs, 10)
         train(loop, later, 13)
         train(loop, runs, 20)
     assert clean.diverged_at.tolist() == [-1, -1, -1]
     assert dirty.diverged_at.tolist() == [-1, 11, -1]  # and is not moved by what follows
+    assert_same(live, dirty.state())
     for i in range(3):
         ours, theirs = (run_of(loop.agent, i) for loop in (dirty, clean))
         assert all(same(ours, theirs)) == (i != 1)

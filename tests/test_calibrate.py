@@ -72,9 +72,10 @@ def test_out_of_reach_is_said_with_what_came_nearest(draw):
 
 def test_what_holds_in_the_search_alone_is_out_of_reach():
     """Likely in the noise of the search, but not finite, or never as likely, in any other."""
-    for other in (math.nan, -50.0):
+    for other, draws in ((math.nan, 1), (-50.0, 8)):
         with pytest.raises(OutOfReach) as caught:
             calibrate(lambda lam, n, number, v=other: rising()(lam, n, 0) + (v if number else 0.0), -0.4)
+        assert sum(n > 64 for _, n, _, _ in caught.value.nearest.trace) == draws
         assert caught.value.nearest.samples == 64 and caught.value.nearest.log_likelihood == pytest.approx(-0.4, abs=0.1)
 
 

@@ -245,7 +245,6 @@ def test_each_trajectory_has_its_own_lam_and_each_run_of_a_stack_its_own_block(s
         ("lam", -0.1, "at least 0"),
         ("lam", math.nan, "finite"),
         ("lam", math.inf, "finite"),
-        ("lam", -math.inf, "finite"),
         ("lam", [0.5, -1.0], "at least 0"),
         ("lam", [0.5, math.nan], "finite"),
         ("lam", [[0.5]], "one number or one a trajectory"),
@@ -321,20 +320,19 @@ def test_smoothed_starts_as_the_score_of_the_convolved_policy(spec, policy, x, s
 
 @pytest.mark.parametrize("kind", ["Gaussian", "laplace"])
 def test_smoothed_fades_with_the_noise(policy, normaliser, x, kind):
-    policy, largest = shaped(policy, kind), []
-    for sigma in (1.0, 1e-1, 1e-2, 1e-3, 1e-4):
-        largest.append(float(smoothed(policy, normaliser, x, 2.0, sigma).abs().max()))
+    policy, sigmas = shaped(policy, kind), (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+    largest = [float(smoothed(policy, normaliser, x, 2.0, sigma).abs().max()) for sigma in sigmas]
     assert largest == sorted(largest, reverse=True) and largest[0] > 0.1 and largest[-1] < 1e-6, largest
 
 
 def test_smoothed_is_the_implicit_step_on_the_moreau_envelope(spec, policy, x):
     """argmin over a' and u of |a' - a|² / (2 λσ²) + |u - a'|² / (2 σ²) - log π(u), by grids in both."""
-    normaliser, lam, sigma, n = fitted("raw", spec), 1.5, 0.8, 9
+    normaliser, lam, sigma = fitted("raw", spec), 1.5, 0.8
     a, mean = x[..., spec.actions], mu_hat(policy, normaliser, x)
     start, centre, width = (v.reshape(-1)[:72, None, None] for v in (a, mean, std_hat(policy, normaliser).expand_as(a)))
     lows, highs = [torch.minimum(start, centre) - 1] * 2, [torch.maximum(start, centre) + 1] * 2
     fraction = torch.linspace(0, 1, 41, dtype=torch.float64)
-    for _ in range(n):
+    for _ in range(9):
         moved, u = (low + (high - low) * fraction for low, high in zip(lows, highs))
         moved = moved.mT
         value = (moved - start) ** 2 / (2 * lam * sigma**2) + (u - moved) ** 2 / (2 * sigma**2)

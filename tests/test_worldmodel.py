@@ -355,13 +355,15 @@ def test_the_uncertainty_is_a_maximum_at_every_state():
 def test_an_explosion_is_finite_and_counted():
     ensemble = noiseless()
     ensemble.weights[0][:, range(7), range(7)] = 30.0  # Δ = 30 s
+    ensemble.weights[0][:, 3, 7], ensemble.std[-1] = 2.0, 0.1  # and the reward 0.2 s
     start = standing(3)
     start[1, 3] = 1e-3
     ensemble.mean[HEIGHT] = start[0, HEIGHT]  # the other rows are at the fixed point, 0 in normalised space
     out = rollout(ensemble, STILL, start, 30, noise())
     assert out.diverged.tolist() == [False, True, False]
     assert all(x.isfinite().all() for x in vars(out).values())
-    assert out.obs[1, :, 3].abs().max() == worldmodel.DIVERGED and (out.obs[[0, 2]] == start[[0, 2], None]).all()
+    assert out.rewards[1].max().item() == pytest.approx(0.1 * worldmodel.DIVERGED)
+    assert out.obs[1, :, 3].max() == worldmodel.DIVERGED and (out.obs[[0, 2]] == start[[0, 2], None]).all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
