@@ -32,11 +32,9 @@ def main(argv=None):
         failed = {}
         if missing:
             notebook.keep()
-            local = given.backend == "local"
             ray = given.workers, given.address, given.cpus, given.gpus
-            failed = run.sweep(
-                missing, run.here(given.workers, len(missing)) if local else run.on_ray(*ray), given.retries, say
-            )
+            backend = run.here(given.workers, len(missing)) if given.backend == "local" else run.on_ray(*ray)
+            failed = run.sweep(missing, backend, given.retries, say)
         frame = results.gather(points)
         own = f"{notebook.name}-{artifacts.key(points=sorted(point.key for point in points))}.parquet"
         path = Path(given.out or artifacts.root() / plan.FOLDER / own)

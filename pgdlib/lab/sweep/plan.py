@@ -74,10 +74,7 @@ class Notebook:
         except SyntaxError as e:
             raise BadSweep(f"{path} is not all Python: {e}") from e
         self.modules = sorted(set().union(*map(artifacts.imported, self.cells)))
-        self.identity = {
-            "cells": artifacts.key(cells=[c.source for c in code]),
-            **identity(self.modules),
-        }  # text does not count
+        self.identity = {"cells": artifacts.key(cells=[c.source for c in code])} | identity(self.modules)  # text does not count
         for cell in code:
             cell.outputs, cell.execution_count = [], None
 
@@ -145,7 +142,7 @@ def check(notebook, points, elsewhere=False):
     wrong = {}
     for point in points:
         given = {k: "auto" if elsewhere and (k, v) == ("device", "cuda") else v for k, v in point.given.items()}
-        namespace = {"__name__": "__main__"}
+        namespace = {"__name__": "__main__", "In": [notebook.cells[notebook.parameters]]}  # as IPython has it
         try:
             for i, cell in enumerate(notebook.code[: last + 1]):
                 exec(cell, namespace)

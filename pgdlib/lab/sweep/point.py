@@ -14,11 +14,11 @@ import time
 import papermill
 from nbclient.exceptions import DeadKernelError
 
-from pgdlib.lab import artifacts
+from pgdlib.lab import artifacts, inventory
 from pgdlib.lab.sweep import plan
 
 # What all points share, in the folder of all runs; everything else that a notebook writes is its point's own.
-COMMON = ("agents", "checkpoints", "data", "denoisers", "guides", "minari", "sweeps", "worldmodels")
+COMMON = (*inventory.KINDS, "minari")
 LOST = 75  # the exit status of a point that may do better if it is run again
 
 
@@ -37,9 +37,8 @@ def main(text, parent):
         _run(point)
         card = dict(begun=begun, seconds=time.monotonic() - clock, threads=int(os.environ.get("OMP_NUM_THREADS", 0)))
         with artifacts.replacing(point.folder / "done.json") as partial:
-            partial.write_text(
-                json.dumps({**vars(point), **card, "versions": artifacts.versions()}, indent=1), encoding="utf-8"
-            )
+            record = {**vars(point), **card, "versions": artifacts.versions()}
+            partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def _follow(parent):
