@@ -31,7 +31,6 @@ ALLOWED = [  # no run can change these
     r"more than 0\.41 a step",  # √2 − 1
     r"so 1\.5 stands for the paper's 2",
 ]
-NOT_YET = {"05_iql_benchmark", "07_sweep"}  # still with results typed into them
 
 
 def typed(text):
@@ -46,9 +45,7 @@ def texts():
 
 
 @pytest.mark.parametrize("name", dict(texts()))
-def test_no_result_is_typed(name, request):
-    if name in NOT_YET:
-        request.applymarker(pytest.mark.xfail(reason="results are typed into it", strict=True))
+def test_no_result_is_typed(name):
     assert typed(dict(texts())[name]) == []
 
 

@@ -217,7 +217,7 @@ def test_what_is_generated_and_its_facts(transform, spec):
     policy, n = stack(spec), 30
     ours, given = diffusion(Losing(1.0, spec, T, transform)), ("explicit", torch.tensor([0.0, 0.5, 1.0]).double(), n, SEEDS, 3)
     batch, (x, diverged) = ours.generate(policy, *given), ours.draw(policy, *given)
-    assert 5 < diverged.sum() < 60
+    assert 2 < diverged.sum() < 60
     steps = ours.denoiser.normaliser.denormalise(x).split(n)
     assert (steps[0][..., spec.actions].abs() > 1).any() == (transform == "raw")
     for r, (block, lost) in enumerate(zip(steps, diverged.split(n))):

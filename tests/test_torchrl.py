@@ -143,7 +143,7 @@ def test_losses_and_gradients_are_torchrls(kind, spec, settings, monkeypatch):
     if kind is IQL and settings:
         pairs = torch.cat([made.policy.normalise(batch[..., spec.obs]), batch[..., spec.actions]], -1)
         advantage = made.target_q(pairs).amin(0) - made.v(pairs[..., spec.obs])[..., 0]
-        assert 0 < ((made.temperature * advantage).exp() > made.max_weight).sum() < 60  # both sides of the limit are there
+        assert 0 < ((made.temperature * advantage).exp() > made.max_weight).sum() < 90  # both sides of the limit are there
 
 
 def test_training_is_that_of_torchrls_loss_and_plain_adam(kind, spec, settings, monkeypatch):
