@@ -206,13 +206,13 @@ def denoising(tracks, steps, title, action=0):
         for step, (above, below) in zip(steps, columns):
             states = track.noised[step][:, : pen.GROUPS["pen axis"].stop].T / np.sqrt(1 + track.sigma[step] ** 2)
             image = above.imshow(states, **style.STATES)
-            above.set_title(f"{name}, σ = {track.sigma[step]:.3g}")
+            above.set_title(f"{name}, σ = {track.sigma[step]:.3g}", fontsize="medium" if rows == 1 else "x-small")
             above.set_yticks([s.start for s in STATES.values()], STATES, fontsize="x-small", va="top")
             below.plot(track.actions[step][:, action], color=colour, marker=".", label="denoised action")
             below.plot(track.means[step][:, action], color="black", linestyle=":", label="the policy's mean there")
             below.set(ylim=(-1.6, 1.6))
     for ax in axes[-1]:
-        ax.set_xlabel("step of the trajectory")
+        ax.set_xlabel("step of the trajectory", fontsize="medium" if rows == 1 else "small")
     for ax in axes[1::2, 0]:
         ax.set_ylabel(f"action {action}")
     fig.colorbar(image, ax=axes[::2].ravel().tolist(), label="state (std)", shrink=0.9)
