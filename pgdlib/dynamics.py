@@ -6,8 +6,8 @@ the one to trust. Beside them stands
 
 still          no simulator: T(s, a) = s, the error of predicting that nothing moves. A yardstick: how much a trajectory moves.
 
-The open-loop error is that of k steps in a row, played from the reconstructed state. Arrays are numpy, in environment space:
-obs [B, T, obs_dim], actions [B, T, action_dim].
+The open-loop error is that of k steps in a row, played from the reconstructed state of step `START`. Arrays are numpy, in
+environment space: obs [B, T, obs_dim], actions [B, T, action_dim].
 """
 
 from collections.abc import Callable
@@ -19,6 +19,9 @@ from numpy import ndarray as Array
 from pgdlib.simulators import Simulator, advance
 
 ESTIMATORS = ("reconstructed", "appendix_b", "still")
+# Not 0, where a velocity that must be made from neighbours has only one: on real data of Adroit Pen the mean floor from there
+# is five times as high at k = 1, and still twice at k = 30.
+START = 1
 
 
 def predict(
@@ -49,6 +52,7 @@ class DynamicsError:
     squared: Array  # [B, T - 1, obs_dim]; NaN outside the simulator's reach and after the end
     variance: Array  # [obs_dim]: each dimension's variance in the data
     groups: dict  # name -> slice of the observation
+    axes = 1, 2  # of `squared`, over which `plain` and `normalised` are means
 
     def __post_init__(self):
         self.variance = np.asarray(self.variance, dtype=np.float64)
@@ -58,12 +62,12 @@ class DynamicsError:
     @property
     def plain(self) -> Array:
         """[B]: the paper's mean over steps and dimensions. Almost only the pen's angular velocity enters it."""
-        return _mean(self.squared, (1, 2))
+        return _mean(self.squared, self.axes)
 
     @property
     def normalised(self) -> Array:
         """[B]: the mean with each dimension divided by its variance in the data."""
-        return _mean(self.squared / self.variance, (1, 2))
+        return _mean(self.squared / self.variance, self.axes)
 
     @property
     def unjudged(self) -> int:
@@ -86,24 +90,15 @@ class DynamicsError:
 
 @dataclass
 class OpenLoopError(DynamicsError):
-    """Squared errors after k = 1..K steps of the simulator on its own, of B trajectories; sums are those of each k.
+    """Squared errors after k = 1..K steps of the simulator on its own, of B trajectories; `plain` and `normalised` are [B, K].
 
     `squared` is [B, K, obs_dim]. It is NaN from where the trajectory has ended, all along where the simulator cannot start, or
     from where it gives up; a step of the trajectory that is not finite is NaN by itself.
     """
 
     lasts: Array  # [B, K]: whether the trajectory still has a step start + k
-    joints: Array | None = None  # [B, K, qpos_dim]: the simulator's qpos; NaN where it cannot start, or has given up
-
-    @property
-    def plain(self) -> Array:
-        """[B, K]: the mean over dimensions."""
-        return _mean(self.squared, 2)
-
-    @property
-    def normalised(self) -> Array:
-        """[B, K]: the mean over dimensions, each divided by its variance in the data."""
-        return _mean(self.squared / self.variance, 2)
+    joints: Array | None = None  # [B, K + 1, qpos_dim]: qpos after k = 0..K; NaN where it cannot start, or has given up
+    axes = 2
 
     @property
     def unjudged(self) -> Array:
@@ -135,100 +130,81 @@ def dynamics_error(
 
 
 def open_loop_error(
-    simulator: Simulator, obs: Array, actions: Array, variance: Array, steps: int, alive: Array | None = None,
-    threads: int | None = None, start: int = 1,
-) -> OpenLoopError:  # fmt: skip
-    """`OpenLoopError`: the simulator plays each trajectory's own actions from its step `start`, for k = 1..`steps` steps.
+    simulator: Simulator, obs: Array, actions: Array, variance: Array, steps: int, alive: Array | None = None
+) -> OpenLoopError:
+    """`OpenLoopError`: the simulator plays each trajectory's own actions from its step `START`, for k = 1..`steps` steps.
 
-    Arguments are those of `dynamics_error`. The state at `start` is the reconstructed one, and the goal stays where s_start
-    has it. By default the start is step 1, for a velocity that must be made from neighbours has only one at step 0: on real
-    data of Adroit Pen the mean floor there is five times as high at k = 1, and still twice at k = 30.
+    Arguments are those of `dynamics_error`. The goal stays where the start has it.
     """
     obs, actions = np.asarray(obs, dtype=np.float64), np.asarray(actions, dtype=np.float64)
     T = obs.shape[1]
-    if not 0 <= start <= T - 2:
-        raise ValueError(f"start={start} is not allowed; it must be 0 to {T - 2}, for trajectories of {T} steps")
-    if not 1 <= steps <= T - 1 - start:
-        raise ValueError(f"steps={steps} is not allowed; it must be 1 to {T - 1 - start}, for {T} steps from start={start}")
+    if not 1 <= steps <= T - 1 - START:
+        raise ValueError(f"steps={steps} is not allowed; it must be 1 to {T - 1 - START}, for trajectories of {T} steps")
     lengths = _lengths(obs, alive)
-    lasts = np.arange(start + 1, start + steps + 1) < lengths[:, None]
+    lasts = np.arange(START + 1, START + steps + 1) < lengths[:, None]
     qpos, qvel = (np.full((len(obs), size), np.nan) for size in (simulator.qpos_dim, simulator.qvel_dim))
-    for n in np.unique(lengths[lengths > start + 1]):
+    for n in np.unique(lengths[lengths > START + 1]):
         rows = np.flatnonzero(lengths == n)
         states = simulator.states["reconstructed"](obs[rows, :n], actions[rows, :n])
-        qpos[rows], qvel[rows] = (x[:, start] for x in states)
+        qpos[rows], qvel[rows] = (x[:, START] for x in states)
     # An ended trajectory goes on with no action, for what stands there may be anything.
-    played = np.where(lasts[..., None], actions[:, start : start + steps], 0.0)
-    simulated, joints = _played(simulator, qpos, qvel, played, threads)
-    simulator.with_goal(simulated, obs[:, start, None])
-    squared = (simulated - obs[:, start + 1 : start + steps + 1]) ** 2
+    played = iter(np.where(lasts[..., None], actions[:, START : START + steps], 0.0).swapaxes(0, 1))
+    simulated, _, joints = _simulated(simulator, obs[:, START], qpos, qvel, lambda seen: next(played), steps)
+    squared = (simulated[:, 1:] - obs[:, START + 1 : START + steps + 1]) ** 2
     squared[~(lasts & np.isfinite(squared).all(2))] = np.nan
     return OpenLoopError(squared, variance, simulator.groups, lasts, joints)
 
 
-def _played(simulator, qpos, qvel, actions, threads):
-    """Observations [B, K, obs_dim] and qpos [B, K, ...] from the states qpos, qvel [B, ...] under actions [B, K, action_dim].
+def _simulated(simulator, start, qpos, qvel, act, steps):
+    """B simulations from the states qpos, qvel [B, ...] under `act`, with the goals of the observations `start` [B, obs_dim].
 
-    NaN where the simulator cannot start, and from where it gives up.
+    Observations [B, steps + 1, ...], the first of them `start`, actions [B, steps, ...] and qpos [B, steps + 1, ...]; NaN where
+    the simulator cannot start, and observations and qpos from where it gives up.
     """
-    simulated, joints = (np.full((*actions.shape[:2], n), np.nan) for n in (simulator.obs_dim, simulator.qpos_dim))
-    rows = np.flatnonzero(simulator.within_reach(qpos, qvel))
-    if len(rows):
-        batch = simulator.batch(len(rows), threads)
-        batch.set_state(qpos[rows], qvel[rows])
-        for k in range(actions.shape[1]):
-            simulated[rows, k] = batch.step(actions[rows, k])
-            joints[rows, k] = batch.state()[0]
-    joints[np.isnan(simulated).any(2)] = np.nan
-    return simulated, joints
+    reach = simulator.within_reach(qpos, qvel)
+    batch = simulator.batch(len(start), None)
+    batch.set_state(*(np.where(reach[:, None], x, 0.0) for x in (qpos, qvel)))
+    seen, acted, joints = [start], [], [qpos]
+    for _ in range(steps):
+        acted.append(np.asarray(act(seen[-1]), dtype=np.float64))
+        after = batch.step(acted[-1])
+        joints.append(np.where(np.isnan(after).any(1, keepdims=True), np.nan, batch.state()[0]))
+        seen.append(simulator.with_goal(after, start))
+    made = [np.stack(x, 1) for x in (seen, acted, joints)]
+    for x in made:
+        x[~reach] = np.nan
+    return made
 
 
 @dataclass
 class Replay:
-    """The states that a trajectory has from its step `start` on, and where the simulator gets with its actions."""
+    """The states that a trajectory has from its step `START` on, and where the simulator gets with its actions."""
 
     imagined: Array  # [K + 1, qpos_dim]: qpos, reconstructed
     simulated: Array  # [K + 1, qpos_dim]: qpos; NaN from where the simulator gives up, or all along if it cannot start
-    squared: Array  # [K + 1, obs_dim]: that of `open_loop_error`, after a 0 for the start, which the two share
+    error: Array  # [K + 1]: the normalised `open_loop_error`, after a 0 for the start, which the two share
     start: Array  # [obs_dim]: the observation there
 
-    def normalised(self, variance: Array) -> Array:
-        """[K + 1]: the squared error's mean over dimensions, each divided by its `variance` [obs_dim] in the data."""
-        return _mean(self.squared / variance, 1)
 
-
-def replay(simulator: Simulator, obs: Array, actions: Array, start: int = 1, threads: int | None = None) -> Replay:
-    """`Replay` of one trajectory obs [T, obs_dim], actions [T, action_dim], from step `start` to its last."""
+def replay(simulator: Simulator, obs: Array, actions: Array, variance: Array) -> Replay:
+    """`Replay` of one trajectory obs [T, obs_dim], actions [T, action_dim], to its last step."""
     obs, actions = (np.asarray(x, dtype=np.float64)[None] for x in (obs, actions))
-    ones = np.ones(simulator.obs_dim)
-    played = open_loop_error(simulator, obs, actions, ones, obs.shape[1] - 1 - start, threads=threads, start=start)
-    qpos, qvel = (x[0, start:] for x in simulator.states["reconstructed"](obs, actions))
-    starts = simulator.within_reach(qpos[:1], qvel[:1])
-    simulated = np.concatenate([np.where(starts, qpos[:1], np.nan), played.joints[0]])
-    squared = np.concatenate([np.full((1, simulator.obs_dim), 0.0 if starts else np.nan), played.squared[0]])
-    return Replay(qpos, simulated, squared, obs[0, start])
+    played = open_loop_error(simulator, obs, actions, variance, obs.shape[1] - 1 - START)
+    imagined, simulated = simulator.states["reconstructed"](obs, actions)[0][0, START:], played.joints[0]
+    error = [0.0 if np.isfinite(simulated[0]).all() else np.nan, *played.normalised[0]]
+    return Replay(imagined, simulated, np.array(error), obs[0, START])
 
 
-def rollout_from(
-    simulator: Simulator, obs: Array, actions: Array, act: Callable, horizon: int, start: int = 1, threads: int | None = None
-) -> tuple[Array, Array]:
-    """What the simulator does under a policy from step `start` of trajectories obs [B, T, obs_dim], actions [B, T, action_dim].
+def rollout_from(simulator: Simulator, obs: Array, actions: Array, act: Callable, horizon: int) -> tuple[Array, Array]:
+    """What the simulator does under a policy from step `START` of trajectories obs [B, T, obs_dim], actions [B, T, action_dim].
 
     `act(obs [B, obs_dim]) -> actions [B, action_dim]`. Returns obs [B, horizon, obs_dim], actions [B, horizon, action_dim]; the
     first observation is the trajectory's own. No outcome ends it. Rows are NaN if the start is outside the simulator's reach.
     """
     obs, actions = np.asarray(obs, dtype=np.float64), np.asarray(actions, dtype=np.float64)
-    qpos, qvel = (x[:, start] for x in simulator.states["reconstructed"](obs, actions))
-    reach = simulator.within_reach(qpos, qvel)
-    batch = simulator.batch(len(obs), threads)
-    batch.set_state(*(np.where(reach[:, None], x, 0.0) for x in (qpos, qvel)))
-    seen, acted = [obs[:, start]], []
-    for _ in range(horizon):
-        acted.append(np.asarray(act(seen[-1]), dtype=np.float64))
-        seen.append(simulator.with_goal(batch.step(acted[-1]), obs[:, start]))
-    seen, acted = np.stack(seen[:-1], 1), np.stack(acted, 1)
-    seen[~reach], acted[~reach] = np.nan, np.nan
-    return seen, acted
+    qpos, qvel = (x[:, START] for x in simulator.states["reconstructed"](obs, actions))
+    seen, acted, _ = _simulated(simulator, obs[:, START], qpos, qvel, act, horizon)
+    return seen[:, :-1], acted
 
 
 def _lengths(obs, alive):

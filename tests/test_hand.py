@@ -271,7 +271,7 @@ def replay(K=20, broken=()):
     imagined[:, 0] = np.arange(K + 1)
     simulated = imagined.copy()
     simulated[list(broken)] = np.nan
-    return dynamics.Replay(imagined, simulated, np.zeros((K + 1, 45)), np.eye(45)[38])
+    return dynamics.Replay(imagined, simulated, np.zeros(K + 1), np.eye(45)[38])
 
 
 def filmed(errors, size=(150, 80), **how):
@@ -326,8 +326,8 @@ def test_a_frame_that_is_not_there():
 def test_side_by_side_of_a_real_replay(quiet):
     obs, actions = (x[0, :8].copy() for x in quiet)
     actions[1:] = 1.0  # not what moved the pen
-    played = dynamics.replay(adroit.PEN, obs, actions)
-    film = hand.SideBySide(played, played.normalised(np.ones(45)), "guide", SIZE)
+    played = dynamics.replay(adroit.PEN, obs, actions, np.ones(45))
+    film = hand.SideBySide(played, played.error, "guide", SIZE)
     first, *_, last = (frame[hand.HEAD : hand.HEAD + SIZE[1]].astype(int) for frame in film)
     left, right = (first[:, x : x + SIZE[0]] for x in (hand.EDGE, 2 * hand.EDGE + SIZE[0]))
     np.testing.assert_array_equal(left, right)  # one start

@@ -20,11 +20,10 @@ ONES = np.ones(45)
 MOVING = np.r_[0:36, 39:42]  # what a step of the simulator gives, whatever the target
 
 
-@pytest.mark.parametrize("start", [0, 1, 5])
-def test_open_loop_begins_with_the_one_step_error(real, start):
+def test_open_loop_begins_with_the_one_step_error(real):
     obs, actions = pairs(real)
-    error = open_loop_error(obs, actions, ONES, 4, start=start)
-    np.testing.assert_array_equal(error.squared[:, 0], dynamics_error(obs, actions, ONES).squared[:, start])
+    error = open_loop_error(obs, actions, ONES, 4)
+    np.testing.assert_array_equal(error.squared[:, 0], dynamics_error(obs, actions, ONES).squared[:, 1])
     assert error.squared.shape == (8, 4, 45) and (error.squared[:, 1:] != error.squared[:, :1]).any((0, 2)).all()
 
 
@@ -44,18 +43,26 @@ def test_open_loop_stays_near_the_guides_episodes(guided):
     stays_near(guided)
 
 
-def test_open_loop_is_gym_playing_the_actions(real):
-    obs, actions = pairs(real, 3, 14, first=50)
+def test_open_loop_and_its_replay_are_gym_playing_the_actions(real):
+    obs, actions = pairs(real, 3, 10, first=50)
     variance = np.linspace(0.5, 9, 45)
-    error = open_loop_error(obs, actions, variance, 8, start=2)
+    error = open_loop_error(obs, actions, variance, 8)
     qpos, qvel = state_from_observations(obs, actions)
     env = AdroitHandPenEnv()
     for i in range(3):
-        env.reset(seed=0, options={"initial_state_dict": dict(qpos=qpos[i, 2], qvel=qvel[i, 2], desired_orien=real.targets[i])})
-        expected = np.stack([env.step(actions[i, 2 + k])[0] - obs[i, 3 + k] for k in range(8)]) ** 2
-        np.testing.assert_allclose(error.squared[i], expected, rtol=1e-5, atol=1e-9)
-        np.testing.assert_allclose(error.plain[i], expected.mean(1), rtol=1e-5, atol=1e-9)
-        np.testing.assert_allclose(error.normalised[i], (expected / variance).mean(1), rtol=1e-5, atol=1e-9)
+        state = dict(qpos=qpos[i, 1], qvel=qvel[i, 1], desired_orien=real.targets[i])
+        env.reset(seed=0, options={"initial_state_dict": state})
+        steps = [(env.step(actions[i, 1 + k])[0] - obs[i, 2 + k], env.data.qpos.copy()) for k in range(8)]
+        expected, joints = (np.stack(x) for x in zip(*steps))
+        np.testing.assert_allclose(error.squared[i], expected**2, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(error.plain[i], (expected**2).mean(1), rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(error.normalised[i], (expected**2 / variance).mean(1), rtol=1e-5, atol=1e-9)
+        played = play(obs[i], actions[i], variance)
+        np.testing.assert_allclose(played.imagined, qpos[i, 1:], rtol=1e-12)
+        np.testing.assert_array_equal(played.simulated[0], played.imagined[0])
+        np.testing.assert_allclose(played.simulated[1:], joints, rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(played.error, [0, *error.normalised[i]])
+        np.testing.assert_array_equal(played.start, obs[i, 1])
 
 
 def test_open_loop_measures_a_jump_from_its_step_on(real):
@@ -83,22 +90,21 @@ def test_open_loop_keeps_the_target_of_its_start(real):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("garbage", [3.0, np.nan, 1e9])
-def test_open_loop_ends_with_the_trajectory(real, garbage, start, tmp_path, monkeypatch):
+def test_open_loop_ends_with_the_trajectory(real, garbage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     obs, actions = pairs(real, 7, 20, first=60)
     lengths = np.array([20, 17, 9, 4, 3, 2, 1])
     alive = (np.arange(20) < lengths[:, None]).astype(float)
     for values in (obs, actions):
         values[alive == 0] = garbage
-    error = open_loop_error(obs, actions, ONES, 18, alive, start=start)
+    error = open_loop_error(obs, actions, ONES, 18, alive)
     for i, n in enumerate(lengths):
-        lived = min(max(n - 1 - start, 0), 18)  # k up to the trajectory's last step
+        lived = max(n - 2, 0)  # k up to the trajectory's last step
         assert error.lasts[i].tolist() == [True] * lived + [False] * (18 - lived)
         assert np.isnan(error.squared[i, lived:]).all()
         if lived:
-            expected = open_loop_error(obs[i : i + 1, :n], actions[i : i + 1, :n], ONES, lived, start=start)
+            expected = open_loop_error(obs[i : i + 1, :n], actions[i : i + 1, :n], ONES, lived)
             np.testing.assert_array_equal(error.squared[i, :lived], expected.squared[0])
     assert not list(tmp_path.iterdir())  # MuJoCo had nothing to log: it never saw what stands beyond an end
     assert not error.unjudged.any()  # they ended; no error is missing
@@ -139,54 +145,21 @@ def test_open_loop_means_by_hand():
     assert error.unjudged.tolist() == [1, 1]  # the second has ended
 
 
-@pytest.mark.parametrize(
-    "start, steps, message", [(-1, 3, "0 to 38"), (39, 1, "0 to 38"), (1, 39, "1 to 38"), (3, 0, "1 to 36")]
-)
-def test_open_loop_needs_steps_to_play(quiet, start, steps, message):
-    with pytest.raises(ValueError, match=message):
-        open_loop_error(*quiet, ONES, steps, start=start)
-
-
-@pytest.mark.parametrize("start, steps", [(0, 39), (1, 38), (38, 1)])
-def test_open_loop_reaches_the_last_step(quiet, start, steps):
-    assert np.isfinite(open_loop_error(*quiet, ONES, steps, start=start).plain).all()
+@pytest.mark.parametrize("steps", [0, 39])
+def test_open_loop_needs_steps_to_play(quiet, steps):
+    assert np.isfinite(open_loop_error(*quiet, ONES, 38).plain).all()  # to the last step
+    with pytest.raises(ValueError, match=f"steps={steps} is not allowed; it must be 1 to 38, for trajectories of 40 steps"):
+        open_loop_error(*quiet, ONES, steps)
 
 
 # Replays: the same as joint positions
-
-
-@pytest.mark.parametrize("start", [0, 1, 5])
-def test_replay_has_the_open_loop_error(real, start):
-    obs, actions = pairs(real, 3, 14, first=50)
-    variance = np.linspace(0.5, 9, 45)
-    for i in range(3):
-        played = play(obs[i], actions[i], start)
-        error = open_loop_error(obs[i : i + 1], actions[i : i + 1], variance, 13 - start, start=start)
-        np.testing.assert_array_equal(played.squared[1:], error.squared[0])
-        np.testing.assert_array_equal(played.normalised(variance), [0, *error.normalised[0]])
-        assert not played.squared[0].any() and len(played.imagined) == len(played.simulated) == 14 - start
-        np.testing.assert_array_equal(played.start, obs[i, start])
-
-
-def test_replay_is_gym_playing_the_actions(real):
-    obs, actions = pairs(real, 3, 14, first=50)
-    qpos, qvel = state_from_observations(obs, actions)
-    env = AdroitHandPenEnv()
-    for i in range(3):
-        played = play(obs[i], actions[i], 2)
-        np.testing.assert_allclose(played.imagined, qpos[i, 2:], rtol=1e-12)
-        np.testing.assert_array_equal(played.simulated[0], played.imagined[0])
-        env.reset(seed=0, options={"initial_state_dict": dict(qpos=qpos[i, 2], qvel=qvel[i, 2], desired_orien=real.targets[i])})
-        for k in range(11):
-            env.step(actions[i, 2 + k])
-            np.testing.assert_allclose(played.simulated[k + 1], env.data.qpos, rtol=1e-5, atol=1e-7)
 
 
 def test_replay_of_a_true_trajectory_stays_near_it(guided):
     """Hand joints and pen position, to a tenth of how far they move; measured 1/20 or less."""
     obs, actions = pairs(guided, 8, 12, first=20)
     for i in range(8):
-        played, true = play(obs[i], actions[i]), guided.qpos[i, 21:32, :27]
+        played, true = play(obs[i], actions[i], ONES), guided.qpos[i, 21:32, :27]
         np.testing.assert_allclose(played.imagined[:, :27], true, rtol=0, atol=1e-6)
         assert np.abs(played.simulated[:, :27] - true).mean() < np.abs(true - true[0]).mean() / 10
 
@@ -202,23 +175,16 @@ def test_replay_shows_what_there_is(quiet, tmp_path, monkeypatch):
     ):
         broken = [x[1].copy() for x in quiet]
         broken[which][place] = value
-        played = play(*broken)
+        played = play(*broken, ONES)
         assert np.isfinite(played.imagined).all() and len(played.imagined) == K + 1
-        for values in (played.simulated, played.squared):
+        for values in (played.simulated, played.error[:, None]):
             np.testing.assert_array_equal(np.flatnonzero(np.isnan(values).all(1)), gone)
             assert np.isfinite(np.delete(values, gone, 0)).all()
     obs, actions = (x[1].copy() for x in quiet)
     obs[7, 3] = np.nan
-    played = play(obs, actions)
-    assert np.isfinite(played.simulated).all() and np.flatnonzero(np.isnan(played.normalised(ONES))).tolist() == [6]
+    played = play(obs, actions, ONES)
+    assert np.isfinite(played.simulated).all() and np.flatnonzero(np.isnan(played.error)).tolist() == [6]
     assert np.flatnonzero(np.isnan(played.imagined).any(1)).tolist()[0] <= 6  # its velocity, too
-
-
-@pytest.mark.parametrize("start", [-1, 39])
-def test_replay_needs_a_step_to_play(quiet, start):
-    with pytest.raises(ValueError, match="0 to 38"):
-        play(quiet[0][0], quiet[1][0], start)
-    assert len(play(quiet[0][0], quiet[1][0], 38).imagined) == 2
 
 
 # Rollouts from given trajectories
@@ -227,11 +193,11 @@ def test_replay_needs_a_step_to_play(quiet, start):
 def test_rollout_from_a_trajectory_with_its_own_actions_is_that_trajectory(real):
     """What a true episode's own actions do from its middle is what happened, to the accuracy of the reconstruction."""
     obs, actions = real.obs[:, 3:20], real.actions[:, 3:20]
-    seen, acted = rollout_from(obs, actions, replay(actions[:, 1:]), 8, threads=1)
+    seen, acted = rollout_from(obs, actions, replay(actions[:, 1:]), 8)
     assert seen.shape == (16, 8, 45) and np.array_equal(acted, actions[:, 1:9])
     np.testing.assert_array_equal(seen[:, 0], obs[:, 1])
     variance = real.obs.reshape(-1, 45).var(0) + 1e-12
-    expected = open_loop_error(obs, actions, variance, 7, threads=1).squared
+    expected = open_loop_error(obs, actions, variance, 7).squared
     np.testing.assert_allclose((seen[:, 1:] - obs[:, 2:9]) ** 2, expected, rtol=1e-9, atol=1e-18)
 
 
@@ -243,8 +209,8 @@ def test_rollout_from_gives_the_policy_what_it_sees_and_nan_out_of_reach(real):
         asked.append(o.copy())
         return np.zeros((4, 24))
 
-    seen, acted = rollout_from(obs, actions, act, 5, start=2, threads=1)
+    seen, acted = rollout_from(obs, actions, act, 5)
     np.testing.assert_array_equal(np.stack(asked, 1)[[0, 1, 3]], seen[[0, 1, 3]])
     assert np.isnan(seen[2]).all() and np.isnan(acted[2]).all() and np.isfinite(seen[[0, 1, 3]]).all()
-    np.testing.assert_array_equal(seen[0, :, 36:39], np.tile(obs[0, 2, 36:39], (5, 1)))
+    np.testing.assert_array_equal(seen[0, :, 36:39], np.tile(obs[0, 1, 36:39], (5, 1)))
     np.testing.assert_allclose(seen[0, :, 42:45], seen[0, :, 33:36] - seen[0, :, 36:39])

@@ -101,9 +101,9 @@ def test_the_film_is_that_of_the_chosen_trajectory_and_time(explorer, projector)
     assert on_screen(hands, projector) == ("λ = 0, no. 4", 5)
     for (replay, errors, _), lam in zip(projector.given, (1.0, 0.0), strict=True):
         steps = lab.normaliser.denormalise(explorer.stops.sweep.points[lam].x[4]).numpy()
-        expected = dynamics.replay(PEN, steps[:, :45], steps[:, 45:69])
+        expected = dynamics.replay(PEN, steps[:, :45], steps[:, 45:69], lab.variance)
         np.testing.assert_array_equal(replay.simulated, expected.simulated)
-        np.testing.assert_array_equal(errors, expected.normalised(lab.variance))
+        np.testing.assert_array_equal(errors, expected.error)
     hands._guided.value = True
     assert on_screen(hands, projector) == ("λ = 1, no. 4", 5) and len(projector.drawn) == 3
 

@@ -137,10 +137,10 @@ class Player:
 def _replay(lab, view):
     """The `dynamics.Replay` of the trajectory that is picked in a view."""
     x, normaliser = view.here.x[view.picked], lab.normaliser
-    return dynamics.replay(pen.PEN, normaliser.obs(x).cpu(), normaliser.actions(x).cpu())
+    return dynamics.replay(pen.PEN, normaliser.obs(x).cpu(), normaliser.actions(x).cpu(), lab.variance)
 
 
 def _side_by_side(lab, view, size=(320, 270)):
     played = _replay(lab, view)
     title = f"{view.sweep.label}: λ = {view.lam:.3g}, no. {view.picked}"
-    return hand.SideBySide(played, played.normalised(lab.variance), title, size)
+    return hand.SideBySide(played, played.error, title, size)
