@@ -86,7 +86,7 @@ def test_iql():
     ids = learner._draw([200, 200])
     for step in range(steps):
         batch = torch.stack([rows[i[step]] for i in ids])
-        expected = agent.losses(batch, step, [3, 5])[0].detach()
+        expected = sum(agent.losses(batch, step, [3, 5])[0].values()).detach()
         list(learner.train([rows, rows], step + 1))
         for seed in range(2):
             torch.testing.assert_close(plain[seed].step(batch[seed]), expected[seed], rtol=1e-3, atol=1e-3)
@@ -148,7 +148,7 @@ def test_count_of_training(denoiser):
 def test_count_of_iql():
     agent = iql.IQL(SPEC, [0, 1], torch.zeros(SPEC.obs_dim), torch.ones(SPEC.obs_dim), (64, 64))
     batch = torch.randn(2, 32, SPEC.transition_width)
-    assert counts.iql(2, 32, 64) == counted(lambda: agent.losses(batch, 0, [0, 1])[0].sum().backward())
+    assert counts.iql(2, 32, 64) == counted(lambda: sum(agent.losses(batch, 0, [0, 1])[0].values()).sum().backward())
 
 
 def test_ratio_is_of_the_same_round():

@@ -13,9 +13,10 @@ class BC(nn.Module):
         super().__init__()
         self.spec, self.policy = spec, policies(spec, generators(seeds), obs_mean, obs_std, hidden)
 
-    def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[Tensor, None]:
+    def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[dict[str, Tensor], None]:
         """The loss of each run [R]; batch [R, B, transition_width]. There is no value."""
-        return -self.policy.log_prob(batch[..., self.spec.obs], batch[..., self.spec.actions]).mean(1), None
+        log_prob = self.policy.log_prob(batch[..., self.spec.obs], batch[..., self.spec.actions])
+        return dict(policy=-log_prob.mean(1)), None
 
     def after_step(self) -> None:
         """Nothing follows an optimiser's step here."""

@@ -27,13 +27,8 @@ class IQL(nn.Module):
         self.q, self.v = Twins(spec, hidden, drawn), StackedMLP([spec.obs_dim, *hidden, 1], drawn)
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
-    def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[Tensor, Tensor]:
-        """The sum of the three losses of each run [R], which share no weights, and the mean V [R]; batch [R, B, ...]."""
-        parts, value = self.parts(batch)
-        return sum(parts.values()), value
-
-    def parts(self, batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses of V, Q and the policy by name, [R] each, and the mean V [R] (Eqs. 5, 6, 7)."""
+    def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[dict[str, Tensor], Tensor]:
+        """Those of V, Q and the policy (Eqs. 5, 6, 7), [R] each, which share no weights; the mean V [R]; batch [R, B, ...]."""
         spec, reward, terminal = self.spec, batch[..., self.spec.reward], batch[..., self.spec.terminal]
         obs, next_obs = (self.policy.normalise(batch[..., s]) for s in (spec.obs, spec.next_obs))
         pairs = torch.cat([obs, batch[..., spec.actions]], -1)

@@ -2,7 +2,8 @@
 
 Runs share nothing: weights, data and random draws are their own, so that one that diverges leaves the others untouched.
 Shapes: R runs, B transitions a batch. Observations and actions are in environment space; networks see normalised ones.
-An agent is a module with `policy` and the methods `losses(batch, step, seeds)` and `after_step()`.
+An agent is a module with `policy` and the methods `losses(batch, step, seeds)`, which gives losses by name, [R] each, of which
+the sum is trained, and a mean value [R] or None, and `after_step()`.
 """
 
 import math
@@ -90,7 +91,8 @@ class Learner:
     def _advance(self, batch):
         self.optimiser.param_groups[0]["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         self.optimiser.zero_grad()
-        loss, value = self.agent.losses(batch, self.step, self.seeds)
+        losses, value = self.agent.losses(batch, self.step, self.seeds)
+        loss = sum(losses.values())
         loss.sum().backward()
         self.optimiser.step()
         self.agent.after_step()

@@ -28,29 +28,25 @@ class TD3BC(nn.Module):
         self.q = Twins(spec, hidden, drawn)
         self.target_q, self.target_policy = (copy.deepcopy(m).requires_grad_(False) for m in (self.q, self.policy))
 
-    def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[Tensor, Tensor]:
-        """The loss of each run [R], the policy's only every `delay` steps, and the mean Q [R]; batch [R, B, ...]."""
-        parts, value = self.parts(batch, self.target_noise(batch, step, seeds), with_policy=step % self.delay == 0)
-        self.moves = "policy" in parts
-        return sum(parts.values()), value
-
     def target_noise(self, batch: Tensor, step: int, seeds: list) -> Tensor:
         """The clipped noise on the target's actions [R, B, action_dim], each run's own."""
         shape, device = (batch.shape[1], self.spec.action_dim), batch.device
         drawn = [torch.randn(shape, generator=generator(device, "targets", s, step), device=device) for s in seeds]
         return (self.noise * torch.stack(drawn)).clamp(-self.noise_clip, self.noise_clip)
 
-    def parts(self, batch: Tensor, noise: Tensor, with_policy: bool = True) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses of Q and of the policy by name, [R] each, and the mean Q [R]."""
+    def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[dict[str, Tensor], Tensor]:
+        """Those of Q and, every `delay` steps, of the policy, [R] each, and the mean Q [R]; batch [R, B, ...]."""
         spec, reward, terminal = self.spec, batch[..., self.spec.reward], batch[..., self.spec.terminal]
         obs, next_obs = (self.policy.normalise(batch[..., s]) for s in (spec.obs, spec.next_obs))
         with torch.no_grad():
+            noise = self.target_noise(batch, step, seeds)
             next_actions = (self.target_policy(batch[..., spec.next_obs])[0] + noise).clamp(-1, 1)
             slow = self.target_q(torch.cat([next_obs, next_actions], -1)).amin(0)
             aim = reward + self.discount * (1 - terminal) * slow
         q = self.q(torch.cat([obs, batch[..., spec.actions]], -1))
         parts = dict(q=(q - aim).square().mean(2).sum(0))
-        if with_policy:
+        self.moves = step % self.delay == 0
+        if self.moves:
             actions = self.policy(batch[..., spec.obs])[0]
             own = self.q(torch.cat([obs, actions], -1), frozen=True)[0]
             scale = self.alpha / own.detach().abs().mean(1)
