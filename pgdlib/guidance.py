@@ -36,11 +36,8 @@ class Guide:
         units: str = "natural", on: str | None = None,
     ):  # fmt: skip
         on = on or ("noised" if rule in NOISED else "denoised")
-        for name, value, allowed in (
-            ("rule", rule, RULES),
-            ("units", units, ("natural", "raw")),
-            ("on", on, ("noised", "denoised")),
-        ):
+        choices = dict(rule=(rule, RULES), units=(units, ("natural", "raw")), on=(on, ("noised", "denoised")))
+        for name, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not allowed; it must be one of {', '.join(map(repr, allowed))}")
         self.lam = torch.as_tensor(lam, dtype=torch.float32)

@@ -73,12 +73,7 @@ class Diffusion:
         likelihood = torch.where(diverged, torch.nan, likelihood)
         facts = [kept.float().mean(1), ended.float(), diverged.float(), likelihood]
         runs = [v.unflatten(0, (policy.runs, n)) for v in (steps, alive, diverged)]
-        return Batch(
-            [cut(spec, s[~d], a[~d]) for s, a, d in zip(*runs)],
-            *(v.unflatten(0, (policy.runs, n)).nanmean(1).float().cpu() for v in facts),
-            on_policy=measures.on_policy_log_likelihood(policy).cpu(),
-            lam=torch.as_tensor(lam, dtype=torch.float32).cpu(),
-        )
+        return _batch(policy, [cut(spec, s[~d], a[~d]) for s, a, d in zip(*runs)], facts, lam)
 
     def log_likelihoods(self, policy: GaussianPolicy, rule: str, lam: Tensor, n: int, seeds: list, number: int) -> Tensor:
         """The mean log-likelihood of n trajectories for each run under its policy, [R], nats per action dimension.
@@ -113,16 +108,17 @@ def cut(spec: Spec, steps: Tensor, alive: Tensor) -> Tensor:
     return transitions(*(v[taken] for v in (obs, steps[..., spec.actions], steps[..., spec.reward], terminal, following)))
 
 
+def _batch(policy, data, facts, lam):
+    """A `Batch` of `data`, with the means of the facts of each trajectory [R n]: kept, ended, diverged, log_likelihood."""
+    means = (v.unflatten(0, (policy.runs, -1)).nanmean(1).float().cpu() for v in facts)
+    on_policy = measures.on_policy_log_likelihood(policy).cpu()
+    return Batch(data, *means, on_policy, torch.as_tensor(lam, dtype=torch.float32).cpu())
+
+
 def from_world_model(
-    ensemble: worldmodel.Ensemble,
-    policy: GaussianPolicy,
-    starts: Tensor,
-    n: int,
-    length: int,
-    seeds: list,
-    number: int,
+    ensemble: worldmodel.Ensemble, policy: GaussianPolicy, starts: Tensor, n: int, length: int, seeds: list, number: int,
     outcome: Callable,
-) -> Batch:
+) -> Batch:  # fmt: skip
     """A `Batch` of n rollouts of `length` steps for each run in the ensemble, from random states of `starts` [N, obs_dim].
 
     Reward and end are the environment's own functions of the imagined observation: `outcome(obs)`, a `Simulator`'s, on numpy
@@ -145,13 +141,9 @@ def from_world_model(
     likelihood = measures.log_likelihood(policy, made.obs, made.actions, made.alive)
     facts = [taken.float().mean(1), (ended & taken).any(1).float(), made.diverged.float(), likelihood]
     whole = [made.obs, made.actions, rewards, ended.float(), made.next_obs, taken]
-    runs = list(zip(*(v.unflatten(0, (policy.runs, n)) for v in whole)))
-    return Batch(
-        [transitions(*(v[run[-1]] for v in run[:-1])) for run in runs],
-        *(v.unflatten(0, (policy.runs, n)).mean(1).float().cpu() for v in facts),
-        on_policy=measures.on_policy_log_likelihood(policy).cpu(),
-        lam=torch.full((policy.runs,), torch.nan),
-    )
+    runs = zip(*(v.unflatten(0, (policy.runs, n)) for v in whole))
+    data = [transitions(*(v[of_run] for v in parts)) for *parts, of_run in runs]
+    return _batch(policy, data, facts, torch.full((policy.runs,), torch.nan))
 
 
 def mixed(synthetic: Tensor, real: Tensor, fraction: float, seed: int, number: int) -> Tensor:

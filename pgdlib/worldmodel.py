@@ -28,10 +28,8 @@ class Ensemble(nn.Module):
             raise ValueError(f"elites={elites} is not allowed; it must be 1 or more, and at most members={members}")
         self.config = dict(obs_dim=obs_dim, action_dim=action_dim, members=members, elites=elites, hidden=list(hidden))
         self.obs_dim, inputs, outputs = obs_dim, obs_dim + action_dim, obs_dim + 1
-        self.into, self.out = (
-            slice(0, inputs),
-            slice(inputs, inputs + outputs),
-        )  # of `mean` and `std`: obs, action; Δobs, reward
+        # Of `mean` and `std`: obs, action; Δobs, reward.
+        self.into, self.out = slice(0, inputs), slice(inputs, inputs + outputs)
         widths = [inputs, *hidden, 2 * outputs]
         self.weights = nn.ParameterList(torch.empty(members, i, o) for i, o in zip(widths, widths[1:]))
         self.biases = nn.ParameterList(torch.zeros(members, 1, o) for o in widths[1:])

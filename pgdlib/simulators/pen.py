@@ -9,15 +9,7 @@ from functools import cache
 import numpy as np
 
 from pgdlib.simulators import Simulator, default_threads, import_mujoco, pen_states
-from pgdlib.simulators.pen_states import (
-    ACTION_DIM,
-    CONTROL_DT,
-    GROUPS,
-    N_SUBSTEPS,
-    OBS_DIM,
-    STATE_DIM,
-    outcome,
-)
+from pgdlib.simulators.pen_states import ACTION_DIM, CONTROL_DT, GROUPS, N_SUBSTEPS, OBS_DIM, STATE_DIM, outcome
 
 D4RL_HORIZON, NATIVE_HORIZON = 100, 200  # steps
 D4RL_RANDOM_RETURN, D4RL_EXPERT_RETURN = 96.262799, 3076.833073  # D4RL's reference returns of pen-*-v1
