@@ -78,13 +78,9 @@ class DynamicsError:
         """[T - 1]: the mean normalised error at each place of the trajectory, of those that have one there."""
         return _mean(self.squared / self.variance, (0, 2))
 
-    def by_dimension(self) -> Array:
-        """[obs_dim]: the mean normalised error of each dimension of the observation."""
-        return _mean(self.squared, (0, 1)) / self.variance
-
     def by_group(self) -> dict[str, float]:
         """Mean normalised error of each group of dimensions."""
-        per_dim = self.by_dimension()
+        per_dim = _mean(self.squared, (0, 1)) / self.variance
         return {name: float(per_dim[s].mean()) for name, s in self.groups.items()}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import spatial, stats
 from torch import Tensor, nn
 
 BLOCK = 32  # trajectories whose distances to all others are held at once
@@ -33,15 +33,15 @@ def on_policy_log_likelihood(policy: nn.Module) -> Tensor:
     return -policy.entropy() / policy.action_dim
 
 
-def interval(values: Sequence, level: float = 0.95, resamples: int = 2_000, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high) of `values` [n]: percentile bootstrap over the n trajectories, values that are not finite left out."""
-    return bootstrap(lambda v: v.mean(-1), values, level=level, resamples=resamples, seed=seed)
+def interval(values: Sequence) -> tuple[float, float, float]:
+    """(mean, low, high) of `values` [n], as `bootstrap` has them."""
+    return bootstrap(lambda v: v.mean(-1), values)
 
 
 def bootstrap(
-    statistic: Callable, *samples: Sequence, paired: bool = False, level: float = 0.95, resamples: int = 2_000, seed: int = 0
+    statistic: Callable, *samples: Sequence, paired: bool = False, resamples: int = 2_000
 ) -> tuple[float, float, float]:
-    """(value, low, high) of `statistic(*samples)`, samples [n] each: percentile bootstrap over trajectories.
+    """(value, low, high) of `statistic(*samples)`, samples [n] each: 95% by percentile bootstrap over trajectories.
 
     `statistic` takes arrays whose last axis is trajectories. paired: all samples are of the same trajectories, or of the same
     noise, and are drawn together. Trajectories with values that are not finite are left out, of paired samples in all.
@@ -56,9 +56,8 @@ def bootstrap(
     value = float(statistic(*samples))
     if min(map(len, samples)) == 1:
         return value, value, value
-    how = dict(n_resamples=resamples, paired=paired, confidence_level=level, method="percentile", vectorized=True)
-    rng = np.random.default_rng(seed)
-    found = stats.bootstrap(samples, lambda *drawn, axis: statistic(*drawn), rng=rng, **how).confidence_interval
+    how = dict(n_resamples=resamples, paired=paired, method="percentile", vectorized=True, rng=np.random.default_rng(0))
+    found = stats.bootstrap(samples, lambda *drawn, axis: statistic(*drawn), **how).confidence_interval
     return value, float(found.low), float(found.high)
 
 
@@ -67,9 +66,9 @@ def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray
     return numerator.mean(-1) / denominator.mean(-1)
 
 
-def alive(terminal: Tensor, threshold: float = 0.5) -> Tensor:
-    """[B, T]: 1 up to and including the first step whose terminal flag [B, T] is above `threshold`, then 0."""
-    ended = (terminal > threshold).float()
+def alive(terminal: Tensor) -> Tensor:
+    """[B, T]: 1 up to and including the first step whose terminal flag [B, T] is above one half, then 0."""
+    ended = (terminal > 0.5).float()
     return ((ended.cumsum(-1) - ended) == 0).float()
 
 
@@ -156,7 +155,6 @@ def _energies(distances, x):
     return 2 * xy / (n * m) - xx / (n * (n - 1)) - yy / (m * (m - 1))
 
 
-@torch.no_grad()
 def coverage(reference: Tensor, generated: Tensor, scale: Tensor, neighbours: int = 5, steps_each: int = 8) -> float:
     """The share of the states of `reference` [n, T, D] that have a state of `generated` [m, T', D] near (Naeem et al. 2020).
 
@@ -165,18 +163,13 @@ def coverage(reference: Tensor, generated: Tensor, scale: Tensor, neighbours: in
     reference's own distribution, of the same size, covers 1 - 2**-neighbours of it, about.
     """
     reference, generated, scale = _checked(reference, generated, scale)
-    centre = reference.flatten(0, 1).mean(0)  # distances lose digits far from zero
-    ours, theirs = (_spread(v, steps_each) for v in (reference, generated))
+    ours, theirs = (_spread(v, steps_each) / scale for v in (reference, generated))
     others = (len(ours) - 1) * ours.shape[1]
     if not 1 <= neighbours <= others:
         raise ValueError(f"neighbours={neighbours} must be 1 to {others}, the states of other reference trajectories")
-    ids = torch.arange(len(ours)).repeat_interleave(ours.shape[1])
-    ours, theirs = (((v - centre) / scale).flatten(0, 1) for v in (ours, theirs))
-    radius = torch.cat(
-        [
-            torch.cdist(part, ours).masked_fill(own[:, None] == ids, torch.inf).kthvalue(neighbours, 1).values
-            for part, own in zip(ours.split(512), ids.split(512))
-        ]
-    )
-    nearest = torch.cat([torch.cdist(part, theirs).amin(1) for part in ours.split(512)])
-    return float((nearest <= radius).double().mean())
+    trajectory, own = np.repeat(np.arange(len(ours)), ours.shape[1]), ours.shape[1]
+    ours, theirs = (v.flatten(0, 1).numpy() for v in (ours, theirs))
+    distance, ids = spatial.KDTree(ours).query(ours, neighbours + own)  # of these, `own` at most are of the same trajectory
+    distance[trajectory[ids] == trajectory[:, None]] = np.inf
+    radius = np.sort(distance, 1)[:, neighbours - 1]
+    return float((spatial.KDTree(theirs).query(ours)[0] <= radius).mean())

@@ -400,17 +400,10 @@ def test_actions_are_on_policy(learnt):
     assert [tuple(x.shape[:2]) for x in list(vars(out).values())[:-1]] == [(1600, 10)] * 6
 
 
-@pytest.mark.parametrize("members, elites", [(3, 4), (3, 0), (0, 1)])
-def test_impossible_ensembles_are_refused(members, elites):
-    with pytest.raises(ValueError, match=f"elites={elites} is not allowed.*members={members}"):
-        small(members=members, elites=elites)
-
-
-def test_impossible_input_is_refused():
+def test_what_is_impossible_is_refused():
+    for members, elites in ((3, 4), (3, 0), (0, 1)):
+        with pytest.raises(ValueError, match=f"elites={elites} is not allowed.*members={members}"):
+            small(members=members, elites=elites)
     data = toy([9], spec=SMALL)
     with pytest.raises(ValueError, match=r"weight_decay=\(0.1,\) is not allowed.*3 numbers"):
         training(small(), data, data, 1, weight_decay=(0.1,))
-    with pytest.raises(ValueError, match="horizon=0 is not allowed"):
-        rollout(small(), STILL, standing(2), 0, noise())
-    with pytest.raises(ValueError, match=r"obs of shape \(2, 6\) is not allowed"):
-        rollout(small(), STILL, standing(2)[:, 1:], 1, noise())

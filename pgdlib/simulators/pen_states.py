@@ -44,21 +44,16 @@ def with_goal(obs: np.ndarray, start: np.ndarray) -> np.ndarray:
     return obs
 
 
-def perturb(
-    obs: np.ndarray, size: float, rng: np.random.Generator, variance: np.ndarray, dims: slice | list = STATE_DIMS
-) -> np.ndarray:
+def perturb(obs: np.ndarray, size: float, rng: np.random.Generator, variance: np.ndarray) -> np.ndarray:
     """`obs` [..., 45] (environment space) with independent Gaussian noise: how large an error does an estimator see?
 
-    The noise has `size` standard deviations of the data, whose `variance` [45] is given, in the dimensions `dims` (a slice or
-    indices, within the first 36). The result is a possible observation again, so that only the dynamics are wrong: the pen's
-    axis keeps its length, and the differences from the target, entries 39 to 44, follow the pen.
+    The noise has `size` standard deviations of the data, whose `variance` [45] is given, in the dimensions `STATE_DIMS`. The
+    result is a possible observation again, so that only the dynamics are wrong: the pen's axis keeps its length, and the
+    differences from the target, entries 39 to 44, follow the pen.
     """
-    obs, chosen = np.asarray(obs, dtype=np.float64), np.zeros(OBS_DIM, dtype=bool)
-    chosen[dims] = True
-    if chosen[STATE_DIMS.stop :].any():
-        raise ValueError(f"dims={dims!r} is not allowed; it must be within the first {STATE_DIMS.stop} dimensions")
-    std = np.sqrt(np.asarray(variance, dtype=np.float64))
-    noisy = obs + np.where(chosen, size * std, 0.0) * rng.normal(size=obs.shape)
+    obs, std = np.asarray(obs, dtype=np.float64), np.sqrt(np.asarray(variance, dtype=np.float64))
+    std[STATE_DIMS.stop :] = 0.0
+    noisy = obs + size * std * rng.normal(size=obs.shape)
     length, noisy_length = (np.linalg.norm(x[..., 33:36], axis=-1, keepdims=True) for x in (obs, noisy))
     noisy[..., 33:36] *= length / noisy_length
     for own, difference in ((slice(24, 27), slice(39, 42)), (slice(33, 36), slice(42, 45))):
@@ -67,25 +62,24 @@ def perturb(
 
 
 def state_from_observations(
-    obs: np.ndarray, actions: np.ndarray | None, origin: np.ndarray, rest: np.ndarray, kick: np.ndarray
+    obs: np.ndarray, actions: np.ndarray, origin: np.ndarray, rest: np.ndarray, kick: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Joint positions and velocities [..., T, 30] of consecutive observations [..., T, 45] (environment space).
 
     The pen's pose and velocity are exact but for the roll about its own axis, which the observation does not hold: roll is
     integrated from its rate, from zero at the first observation. Hand velocities are central differences of the joint
-    angles, one-sided at both ends; with the `actions` [..., T, 24] taken at the observations, they are corrected for the
-    change of action in the middle by `kick` [24, 24] (`kick_response`). `origin` [3] and `rest` [3, 3] are the frame in
-    which the pen's joints count. An observation right after a reset is no special case for the pen.
+    angles, one-sided at both ends, corrected for the change in the middle of the `actions` [..., T, 24], taken at the
+    observations, by `kick` [24, 24] (`kick_response`). `origin` [3] and `rest` [3, 3] are the frame in which the pen's
+    joints count. An observation right after a reset is no special case for the pen.
     """
     qpos, qvel = np.zeros((2, *obs.shape[:-1], STATE_DIM))
     hand = obs[..., :24]
     qpos[..., :24] = hand
     if obs.shape[-2] > 2:
         qvel[..., :24] = np.gradient(hand, CONTROL_DT, axis=-2, edge_order=2)
-        if actions is not None:
-            change = np.diff(np.clip(actions, -1.0, 1.0), axis=-2)
-            qvel[..., 1:-1, :24] += change[..., :-1, :] @ kick
-            qvel[..., 0, :24] -= change[..., 0, :] @ kick
+        change = np.diff(np.clip(actions, -1.0, 1.0), axis=-2)
+        qvel[..., 1:-1, :24] += change[..., :-1, :] @ kick
+        qvel[..., 0, :24] -= change[..., 0, :] @ kick
     elif obs.shape[-2] == 2:
         qvel[..., :24] = np.gradient(hand, CONTROL_DT, axis=-2)
     rates = obs[..., 27:33]
