@@ -266,6 +266,6 @@ def make_env(scale: str = "d4rl", **kwargs):
     horizons = {"d4rl": pen.D4RL_HORIZON, "native": pen.NATIVE_HORIZON}
     if scale not in horizons:
         raise ValueError(f"scale must be one of {', '.join(horizons)}; got {scale!r}")
-    env = pen._pen_class()(**kwargs)
+    env = type(pen._gym_env())(**kwargs)
     env = EndOnFall(env) if scale == "d4rl" else env
     return gymnasium.wrappers.TimeLimit(env, horizons[scale])

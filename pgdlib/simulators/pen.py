@@ -21,16 +21,11 @@ def normalised_score(d4rl_return: float | np.ndarray) -> float | np.ndarray:
 
 
 @cache
-def _pen_class():
+def _gym_env():
     import_mujoco()
     with contextlib.redirect_stderr(io.StringIO()):  # importing it prints a notice about other environments
         from gymnasium_robotics.envs.adroit_hand.adroit_pen import AdroitHandPenEnv
-    return AdroitHandPenEnv
-
-
-@cache
-def _gym_env():
-    return _pen_class()()
+    return AdroitHandPenEnv()
 
 
 def pen_rest_pose() -> tuple[np.ndarray, np.ndarray]:
