@@ -155,42 +155,20 @@ def test_targets_are_drawn_as_gym_draws_them():
     assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
 
 
-def test_d4rl_environment_ends_on_the_fall_and_counts_it(mixed):
+def test_returns_are_those_of_gyms_episodes(mixed):
+    """Native ones have 200 steps; D4RL's end by the fall, which counts, or after 100."""
     env, native = make_env("d4rl"), make_env("native")
     ends = set()
-    for i, target in enumerate(mixed.targets):
-        obs, reward, _, _, _, terminated, truncated = play(env, target, mixed.actions[i])
+    for i, (target, actions) in enumerate(zip(mixed.targets, mixed.actions)):
+        obs, reward, *_, terminated, truncated = play(env, target, actions)
         fallen = obs[1:, 26] < 0.075
+        assert terminated == fallen[-1] and not fallen[:-1].any() and (terminated or len(reward) == 100)
+        _, whole, *_, never, always = play(native, target, actions)
+        assert len(whole) == 200 and not never and always
+        assert mixed.d4rl_lengths[i] == len(reward) and mixed.d4rl_returns[i] == pytest.approx(reward.sum(), abs=1e-9)
+        assert mixed.native_returns[i] == pytest.approx(whole.sum(), abs=1e-9)
         ends.add((terminated, truncated))
-        if terminated:
-            assert fallen[-1] and not fallen[:-1].any() and len(reward) <= 100
-            distance, similarity = np.linalg.norm(obs[-1, 39:42]), obs[-1, 33:36] @ obs[-1, 36:39]
-            assert distance > 0.075  # so no bonus
-            assert reward[-1] == pytest.approx(similarity - distance - 5, abs=1e-9)
-        else:
-            assert truncated and not fallen.any() and len(reward) == 100
-        assert len(play(native, target, mixed.actions[i])[1]) == 200  # with or without a fall
     assert ends == {(True, False), (False, True)}
-
-
-def test_native_environment_is_only_truncated(mixed):
-    *_, terminated, truncated = play(make_env("native"), mixed.targets[0], np.concatenate([mixed.actions[0]] * 2))
-    assert mixed.fallen[0].any() and not terminated and truncated
-
-
-def test_bad_scale_is_named():
-    with pytest.raises(ValueError, match=r"scale must be one of d4rl, native; got 'huge'"):
-        make_env("huge")
-
-
-def test_returns_follow_from_native_episodes(mixed):
-    env, native = make_env("d4rl"), make_env("native")
-    d4rl = [play(env, target, actions)[1] for target, actions in zip(mixed.targets, mixed.actions)]
-    np.testing.assert_array_equal(mixed.d4rl_lengths, [len(r) for r in d4rl])
-    np.testing.assert_allclose(mixed.d4rl_returns, [r.sum() for r in d4rl], atol=1e-9)
-    np.testing.assert_allclose(
-        mixed.native_returns, [play(native, t, a)[1].sum() for t, a in zip(mixed.targets, mixed.actions)], atol=1e-9
-    )
 
 
 def test_normalised_score_at_the_reference_points():

@@ -26,7 +26,6 @@ from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen
 
 FILE = Path(__file__).with_name("golden.json")
-RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
 
 
 def machine():
@@ -64,7 +63,7 @@ def make():
     noise = fast.stream("cpu", "drawing", 2)
     found = {"denoiser": [*model.state_dict().values(), losses]}
     model.eval().requires_grad_(False)
-    for rule in RULES:
+    for rule in guidance.RULES:
         lam = 5.0 if rule.startswith("normalised") else 0.3
         aim = guidance.Guide(rule, guide, model.normaliser, lam, 8, 2)
         found[f"guided, {rule}"] = list(sampler.draw(model, (6, 16, 71), 8, 1.6, noise, aim))

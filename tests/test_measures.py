@@ -158,14 +158,6 @@ def by_loops(x, y):
     return 2 * np.mean([apart(a, b) for a in x for b in y]) - sum(same)
 
 
-def test_of_single_numbers_it_is_scipys():
-    """But for a number's distance from itself: scipy's mean over all n² pairs is (n - 1) / n of that over the others."""
-    x, y = draw64(0, 30), 0.7 * draw64(1, 50) + 0.5
-    expected = stats.energy_distance(x, y) ** 2
-    expected -= sum(float((s[:, None] - s).abs().mean()) / (len(s) - 1) for s in (x, y))
-    assert energy_distance(x[:, None, None], y[:, None, None], [1.0], seeded(), 1)[0] == pytest.approx(expected, abs=1e-7)
-
-
 @pytest.mark.parametrize("far", [0.0, 1e7])
 def test_many_dimensions_against_loops(far):
     """Different numbers and lengths of trajectories, more than a block of them, in units of `scale`, far from zero."""

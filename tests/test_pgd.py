@@ -324,17 +324,6 @@ def test_the_world_model_follows_the_cloned_policies_first(ensemble):
         ours(row, stack(), 0)  # no other needs them
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("row", [ROWS[1], WORLD], ids=lambda r: r.source)
-def test_the_share_of_real_transitions(row, fraction, ensemble):
-    made, batch = sources(ensemble, fraction)(row, stack(), 1)
-    for mine, generated in zip(made, batch.data, strict=True):
-        is_real = (mine[:, None] == REAL).all(-1).any(1)
-        assert is_real.float().mean().item() == pytest.approx(fraction, abs=0.5 / len(mine) + 1e-6)
-        assert torch.equal(mine[~is_real], generated if fraction < 1 else generated[:0])
-    assert fraction != 0.4 or not torch.equal(made[0][-5:], made[1][-5:])  # not the same ones for all runs
-
-
 def test_a_run_without_data_is_marked_as_diverged_and_leaves_the_others_untouched(ensemble):
     """All its trajectories diverge once its policy is NaN: there is nothing to train on, which must end no other run."""
     rows, results = [ROWS[1], WORLD], []

@@ -112,22 +112,6 @@ def test_transitions_are_those_of_a_loop(n, share, spec):
 # Drawing
 
 
-@SPECS
-@pytest.mark.parametrize("n, chunk", [(1, 512), (33, 1), (70, 200)])
-def test_each_run_has_its_block(n, chunk, spec):
-    """The proximal rule with a huge weight ends on the mean of the policy: of each run's own, whatever the chunks."""
-    policy = a_policy(spec, 3).requires_grad_(False)
-    x, diverged = diffusion(Ideal(spec, T), chunk=chunk).draw(policy, "proximal", [1e8] * 3, n, SEEDS, 0)
-    assert x.shape == (3 * n, T, spec.width) and diverged.tolist() == [False] * 3 * n
-    normaliser = Ideal(spec).normaliser
-    for r, block in enumerate(x.split(n)):
-        for other in range(3):
-            mean = policy.select([other])(normaliser.obs(block))[0]
-            error = (normaliser.actions(block) - mean).abs().max()
-            assert error < 1e-4 if other == r else error > 0.1
-    assert len(torch.unique(x[:, 0, 0])) == 3 * n  # no noise comes twice
-
-
 @pytest.mark.parametrize("n, chunk, expected", [(33, 1, [32, 1]), (70, 192, [64, 6]), (70, 191, [32, 32, 6]), (99, 576, [99])])
 def test_chunks_are_as_large_as_allowed(n, chunk, expected, monkeypatch):
     """In whole blocks of 32 trajectories for each of three runs, of which one always fits."""
