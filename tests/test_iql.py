@@ -1,4 +1,4 @@
-"""IQL: expectiles in closed form, and a small MDP whose values are known. Its losses against torchrl's: test_torchrl.py."""
+"""IQL in a small MDP whose values are known. Its losses against torchrl's: test_torchrl.py."""
 
 from functools import cache
 
@@ -9,20 +9,8 @@ from conftest import SPEC, draw
 from scipy import stats
 
 from pgdlib import data
-from pgdlib.agents.iql import IQL, expectile_weight
+from pgdlib.agents.iql import IQL
 from pgdlib.agents.stack import Learner
-
-
-@pytest.mark.parametrize("expectile", [0.1, 0.5, 0.7, 0.99])
-def test_the_weighted_mean_is_the_expectile(expectile):
-    sample = np.random.default_rng(0).gamma(2.0, size=1000) - 1
-    x = torch.tensor(sample)
-    value = torch.zeros((), dtype=torch.float64)
-    for _ in range(200):  # where the derivative of the loss is 0
-        weight = expectile_weight(x - value, expectile)
-        value = (weight * x).sum() / weight.sum()
-    assert value.item() == pytest.approx(stats.expectile(sample, expectile), rel=1e-6)
-
 
 # A chain of five states whose values are known. In it one goes left, stays or goes right; the way into the last state ends
 # the episode, and what is seen there must not matter: it has rewards of its own.

@@ -126,13 +126,9 @@ def test_actions_change_nothing_but_the_hand_velocity(real):
     np.testing.assert_array_equal(given[1][..., 24:], plain[1][..., 24:])
     constant = state_from_observations(real.obs[:4], np.full((4, 201, 24), 0.7))
     np.testing.assert_array_equal(constant[1], plain[1])
-
-
-def test_actions_beyond_the_limits_count_as_the_simulator_clips_them(real):
-    actions = with_last(real.actions[:4])
-    assert np.abs(actions).max() > 1
-    for mine, clipped in zip(*(state_from_observations(real.obs[:4], a) for a in (actions, actions.clip(-1, 1)))):
-        np.testing.assert_array_equal(mine, clipped)
+    clipped = state_from_observations(real.obs[:4], with_last(real.actions[:4]).clip(-1, 1))  # as the simulator clips them
+    assert np.abs(real.actions[:4]).max() > 1
+    np.testing.assert_array_equal(clipped[1], given[1])
 
 
 @pytest.mark.slow

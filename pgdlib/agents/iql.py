@@ -38,8 +38,9 @@ class IQL(nn.Module):
         v = self.v(obs)[..., 0]
         advantage = slow - v
         weight = (self.temperature * advantage.detach()).exp().clamp_max(self.max_weight)
+        of_expectile = torch.where(advantage.detach() < 0, 1 - self.expectile, self.expectile)
         parts = dict(
-            v=(expectile_weight(advantage.detach(), self.expectile) * advantage.square()).mean(1),
+            v=(of_expectile * advantage.square()).mean(1),
             q=(self.q(pairs) - aim).square().mean(2).sum(0),
             policy=-(weight * self.policy.log_prob(batch[..., spec.obs], batch[..., spec.actions])).mean(1),
         )
@@ -49,8 +50,3 @@ class IQL(nn.Module):
     def after_step(self) -> None:
         """Move the targets toward the twins."""
         torch._foreach_lerp_(list(self.target_q.parameters()), list(self.q.parameters()), self.polyak)
-
-
-def expectile_weight(difference: Tensor, expectile: float) -> Tensor:
-    """|τ - 1(difference < 0)|: the weight of a squared difference whose minimum is the τ-expectile."""
-    return torch.where(difference < 0, 1 - expectile, expectile)
