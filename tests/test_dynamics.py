@@ -20,10 +20,11 @@ MOVING = np.r_[0:36, 39:42]  # what a step of the simulator gives, whatever the 
 
 def ordered(obs, actions):
     """The mean errors on real data, from the best estimator to the worst."""
-    errors = {e: dynamics_error(obs, actions, ONES, e).plain for e in dynamics.ESTIMATORS}
-    assert all(np.isfinite(e).all() and e.shape == (len(obs),) for e in errors.values())
-    ours, theirs, nothing = (errors[e].mean() for e in dynamics.ESTIMATORS)
-    assert ours <= 1e-3 and ours < nothing / 10 and nothing < theirs
+    errors = [dynamics_error(obs, actions, ONES, e) for e in dynamics.ESTIMATORS]
+    assert all(np.isfinite(e.plain).all() and e.plain.shape == (len(obs),) for e in errors)
+    ours, theirs, nothing = (e.plain.mean() for e in errors)
+    assert ours <= 1e-3 and ours < nothing / 20 and nothing < theirs
+    assert errors[0].by_step()[0] < 1e-3  # the first step, with a one-sided difference
 
 
 def test_floors_on_random_episodes(real):

@@ -455,26 +455,6 @@ def exact(x, sigma):
     return x / (1 + sigma**2)
 
 
-@every_way
-@pytest.mark.parametrize("on", ["noised", "denoised"])
-@every_transform
-def test_lam_0_is_the_unguided_sampler_bit_for_bit(transform, rule, units, on):
-    normaliser, policy = fitted(transform).float(), a_policy(SMALL).float()
-
-    def guided(lam, warmup=0):
-        return drawn(exact, Guide(rule, policy, normaliser, lam, 4, warmup, units, on), steps=4)[0]
-
-    unguided, _ = drawn(exact, steps=4)
-    # No guidance, none for all, none but warm-up.
-    for lam, warmup in ((0.0, 0), (torch.zeros(2), 0), (0.5, 4)):
-        assert torch.equal(guided(lam, warmup), unguided)
-    late = guided(0.01, 2)  # the last two steps alone, for the normalised rules leave the last
-    assert not torch.equal(late, unguided)
-    assert not torch.equal(guided(0.01, 1), late)
-    mixed = guided(torch.tensor([0.0, 0.01]))
-    assert torch.equal(mixed[0], unguided[0]) and not torch.equal(mixed[1], unguided[1])
-
-
 @every_transform
 def test_lam_2_is_the_limit_of_explicit(transform):
     policy, normaliser = a_policy(SMALL), fitted(transform)

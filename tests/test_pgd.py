@@ -174,20 +174,6 @@ def assert_others_are_untouched(rounds, clean, others):
     torch.testing.assert_close(rounds.facts[..., others], clean.facts[..., others], rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_diverged_run_is_marked_and_leaves_the_others_untouched():
-    class Poisoned(Noted):
-        def __call__(self, row, policy, number):
-            made, batch = super().__call__(row, policy, number)
-            if row.name == "b" and number == 1:
-                made[1][:, SMALL.reward] = math.nan
-            return made, batch
-
-    rounds = run(learner("iql"), Poisoned())
-    assert rounds.learner.diverged_at.tolist() == [-1, -1, -1, 6, -1, -1]
-    assert_others_are_untouched(rounds, run(learner("iql"), Noted()), [0, 1, 2, 4, 5])
-    assert looked_at(rounds.learner.agent.policy)[3].isnan().all()
-
-
 # Sources
 
 REAL = toy([40], spec=SMALL).transitions()

@@ -69,14 +69,11 @@ def test_the_log_std_stays_in_its_range():
     torch.testing.assert_close(policy.entropy(), Normal(0.0, expected).entropy().sum(1))
 
 
-def test_samples_and_act(policy):
-    policy, obs = policy.float(), torch.ones(100_000, 7)
+def test_act_is_the_mean_or_a_sample(policy):
+    policy, obs = policy.float(), torch.ones(100, 7)
     samples = policy.sample(obs, torch.Generator().manual_seed(0))
-    mean, std = (x[0].detach() for x in policy(obs))
-    assert ((samples.mean(0) - mean).abs() < 5 * std / math.sqrt(len(obs))).all()
-    torch.testing.assert_close(samples.std(0), std, rtol=0.02, atol=0)
     drawn = [policy.act(obs.double().numpy(), torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
-    assert isinstance(drawn[0], np.ndarray) and drawn[0].shape == (100_000, 3)
+    assert isinstance(drawn[0], np.ndarray) and drawn[0].shape == (100, 3)
     assert (drawn[0] == drawn[1]).all() and (drawn[0] == samples.detach().numpy()).all() and (drawn[0] != drawn[2]).any()
     np.testing.assert_array_equal(policy.act(obs[:3].numpy()), policy(obs[:3])[0].detach().numpy())
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import SMALL, SPEC, Ideal, a_policy, draw, toy
 
-from pgdlib import measures, sampler, synthetic, worldmodel
+from pgdlib import measures, sampler, synthetic
 from pgdlib.edm import Denoiser
 from pgdlib.fast import generator
-from pgdlib.guidance import RULES, WARMED, Guide
+from pgdlib.guidance import RULES, Guide
 
 SPECS = pytest.mark.parametrize("spec", [SPEC, SMALL], ids=["45 and 24", "7 and 3"])
 T, STEPS = 6, 5
+WARMED = ("explicit", "proximal", "annealed")
 SEEDS = [5, 0, 3]  # of three runs
 NAMES = ("kept", "ended", "diverged", "log_likelihood", "on_policy")
 
@@ -134,32 +135,11 @@ def test_guidance_is_the_samplers_with_each_runs_weight_and_policy(rule, spec):
     x, _ = ours.draw(policy, rule, lam, n, SEEDS, 5)
     unguided, _ = sampler.sample(network(spec), shape, STEPS, 2.0, noise())
     for r, block in enumerate(x.split(n)):
-        guide = Guide(rule, policy.select([r] * 3), ours.denoiser.normaliser, lam[r], STEPS, 1 if rule in WARMED else 0)
+        guide = Guide(rule, policy.select([r] * 3), ours.denoiser.normaliser, lam[r], STEPS, int(rule in WARMED))
         expected, _ = sampler.sample(network(spec), shape, STEPS, 2.0, noise(), guide)
         torch.testing.assert_close(block, expected.split(n)[r], rtol=1e-4, atol=1e-4)
         assert torch.equal(block, unguided.split(n)[r]) == (lam[r] == 0)
         assert (block - unguided.split(n)[r]).abs().max() > 1e-2 or lam[r] == 0
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_only_the_papers_rules_and_their_kin_are_warmed(rule):
-    none = diffusion().draw(stack(), rule, [0.0] * 3, 3, SEEDS, 0)[0]
-    guided = diffusion(warmup=STEPS).draw(stack(), rule, [0.5] * 3, 3, SEEDS, 0)[0]
-    assert torch.equal(guided, none) == (rule in ("explicit", "proximal", "annealed"))
-
-
-def test_noise_depends_on_seed_number_and_stream_and_on_no_global_state():
-    def drawn(*named):
-        return diffusion().draw(stack(), "explicit", [0.0] * 3, 40, *named)[0]
-
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    a = drawn(SEEDS, 0)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    assert torch.equal(a, drawn(SEEDS, 0)) and torch.equal(a, drawn(SEEDS, 0, "rounds"))
-    every = [a, drawn([6, 1, 4], 0), drawn(SEEDS, 1), drawn(SEEDS, 500), drawn(SEEDS, 0, "calibration")]
-    assert len(torch.cat(every)[:, 0, 0].unique()) == 5 * 3 * 40  # nowhere the same trajectory
 
 
 STACKS = [[2], [2, 0], [1, 2, 0], [2, 1, 1, 0, 2]]  # of which of the three runs
@@ -296,13 +276,9 @@ def lived(i):
     return None if i % 4 == 3 and length >= 3 else length
 
 
-def rollouts(policy, n=20, seeds=SEEDS, number=0, model=None):
-    return synthetic.from_world_model(model or Telling(), policy, starts(), n, LENGTH, seeds, number, outcome)
-
-
 def test_rollouts_in_the_world_model():
     policy, n = stack(), 400
-    batch = rollouts(policy, n)
+    batch = synthetic.from_world_model(Telling(), policy, starts(), n, LENGTH, SEEDS, 0, outcome)
     assert len(batch.data) == 3 and batch.lam.isnan().all()
     assert all(getattr(batch, name).shape == (3,) and getattr(batch, name).dtype == torch.float32 for name in (*NAMES, "lam"))
     for r, made in enumerate(batch.data):
@@ -326,33 +302,3 @@ def test_rollouts_in_the_world_model():
         entropy = torch.distributions.Normal(mean[0], std[0]).entropy().mean().item()
         assert batch.on_policy[r].item() == pytest.approx(-entropy)
         assert batch.log_likelihood[r].item() == pytest.approx(-entropy, abs=4 / math.sqrt(6 * n))
-
-
-def test_rollouts_depend_on_seed_and_round_alone():
-    """Bit for bit in any company: every run is rolled out for itself. Its likelihood, of a stack, to float precision."""
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    whole = rollouts(stack())
-    assert torch.equal(torch.get_rng_state(), state)
-    for runs in STACKS:
-        batch = rollouts(stack().select(runs), seeds=[SEEDS[r] for r in runs])
-        for i, r in enumerate(runs):
-            assert torch.equal(batch.data[i], whole.data[r])
-            assert all(getattr(batch, name)[i] == getattr(whole, name)[r] for name in NAMES if name != "log_likelihood")
-            assert batch.log_likelihood[i].item() == pytest.approx(whole.log_likelihood[r].item(), rel=1e-4)
-    others = [rollouts(stack(), seeds=[1, 2, 4]), rollouts(stack(), number=1), rollouts(stack(), number=2)]
-    for x, y in itertools.combinations((whole, *others), 2):
-        assert not any(torch.equal(a, b) for a, b in zip(x.data, y.data))
-
-
-def test_a_nan_policy_leaves_other_rollouts_untouched():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ensemble = worldmodel.Ensemble(7, 3, 3, 2, (16,)).requires_grad_(False)
-    ensemble.fit_normalisation(toy([40], spec=SMALL))
-    clean, batch = (rollouts(policy, model=ensemble) for policy in (stack(), broken(stack())))
-    for r in (0, 2):
-        assert torch.equal(clean.data[r], batch.data[r]) and len(batch.data[r]) > 10
-        assert all(getattr(clean, name)[r] == getattr(batch, name)[r] for name in NAMES)
-    assert batch.data[1].shape == (0, SMALL.transition_width)
-    assert (batch.diverged[1], batch.kept[1], batch.ended[1]) == (1, 0, 0)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributions import Normal
 
 from pgdlib import measures, worldmodel
-from pgdlib.policies import GaussianPolicy
 from pgdlib.worldmodel import Ensemble, Recipe, Training, rollout
 
 every_spec = pytest.mark.parametrize("spec", [SPEC, SMALL], ids=["pen", "small"])
@@ -358,19 +357,6 @@ def test_what_comes_after_the_end_is_not_counted():
     out = rollout(ensemble, STILL, start, 4, noise(), fallen)
     assert out.obs[:, -1, 3].tolist() == [worldmodel.DIVERGED] * 2  # both leave in their second step; one has fallen by then
     assert out.diverged.tolist() == [False, True]
-
-
-def test_actions_are_on_policy(learnt):
-    ensemble, _, val, _ = learnt
-    policy = GaussianPolicy(7, 3, hidden=(8,), generators=[noise()]).requires_grad_(False)
-    policy.log_std.uniform_(-2, 0, generator=noise())
-    out, again, other = (rollout(ensemble, policy, val.obs[:1600], 10, noise(s)) for s in (3, 3, 4))
-    # The mean over 16,000 steps and 3 dimensions of log π has standard error sqrt(0.5 / 48000).
-    found = measures.log_likelihood(policy, out.obs, out.actions).mean().item()
-    assert found == pytest.approx(measures.on_policy_log_likelihood(policy).item(), abs=4.5 * math.sqrt(0.5 / 48_000))
-    assert_same(vars(out), vars(again))
-    assert not torch.equal(out.actions, other.actions) and not torch.equal(out.next_obs, other.next_obs)
-    assert [tuple(x.shape[:2]) for x in list(vars(out).values())[:-1]] == [(1600, 10)] * 6
 
 
 def test_what_is_impossible_is_refused():
