@@ -26,7 +26,7 @@ from stable_baselines3 import PPO
 from torch import nn
 
 import pgdlib
-from pgdlib import data
+from pgdlib import data, edm
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
 
@@ -81,6 +81,21 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
+def assert_goes_on(whole, fresh, at):
+    """From the state that the training `whole` has after step `at`, `fresh` goes on to the same bits."""
+    live = whole.state()
+    for step in whole:
+        if step == at:
+            saved = {name: tensor.clone() for name, tensor in live.items()}
+    assert_same(live, whole.state())
+    for name, tensor in fresh.state().items():
+        tensor.copy_(saved[name])
+    fresh.step = at
+    torch.manual_seed(99)
+    assert list(fresh) == list(range(at + 1, whole.steps + 1)) and not torch.equal(saved["losses"], whole.losses)
+    assert_same(fresh.state(), whole.state())
+
+
 def toy(episodes, seed=0, spec=SPEC, **changes):
     """Random `Trajectories` with `episodes` of such lengths; `changes` replaces tensors. Those of the pen do not fall."""
     n, generator = sum(episodes), torch.Generator().manual_seed(seed)
@@ -104,6 +119,15 @@ def a_policy(spec=SPEC, runs=1, seed=0, hidden=(16,), scale=1.0, **how):
         policy.obs_mean.normal_(generator=generator)
         policy.obs_std.uniform_(0.5, 2.0, generator=generator)
     return policy
+
+
+def a_denoiser(spec=SMALL, horizon=8, blocks=2, transform="raw"):
+    """A small U-Net with random weights, normalised by random data."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = edm.Denoiser(spec.obs_dim, spec.action_dim, horizon, 8, blocks, transform=transform)
+    made.normaliser.fit(toy([40], spec=spec).packed())
+    return made
 
 
 class Ideal(nn.Module):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL, SPEC, a_policy, draw
+from conftest import SMALL, SPEC, a_denoiser, a_policy, draw
 
 from pgdlib import edm, fast, sampler
 from pgdlib.data import ACTION_LIMIT, Normaliser
@@ -443,13 +443,6 @@ def drawn(denoise, guide=None, steps=8, churn=2.0, n=2, dtype=torch.float32):
     return sampler.sample(denoise, (n, 8, 12), steps, churn, torch.Generator().manual_seed(0), guide, dtype=dtype)
 
 
-def small_denoiser(transform):
-    torch.manual_seed(0)
-    denoiser = edm.Denoiser(7, 3, 8, features=8, blocks=2, transform=transform)
-    denoiser.normaliser.load_state_dict(fitted(transform).float().state_dict())
-    return denoiser
-
-
 def exact(x, sigma):
     """The exact denoiser of N(0, 1) data."""
     return x / (1 + sigma**2)
@@ -489,7 +482,7 @@ def test_lam_2_is_the_limit_of_explicit(transform):
 )
 def test_implicit_rules_are_stable_for_every_lam(rule, units, kind, transform):
     """Beside a policy of common std one of a hundredth of it; for a Gaussian one to the largest floats."""
-    denoiser, policy = small_denoiser(transform), a_policy(SMALL, runs=2).float().requires_grad_(False)
+    denoiser, policy = a_denoiser(transform=transform), a_policy(SMALL, runs=2).float().requires_grad_(False)
     policy.log_std[1] -= math.log(100)
     lams = [0.0, 1e-3, 1.0, 100.0, 10_000.0, *[1e38] * (kind == "Gaussian")]
     guide = Guide(rule, shaped(policy, kind), denoiser.normaliser, 2 * lams, 12, units=units)
@@ -500,7 +493,7 @@ def test_implicit_rules_are_stable_for_every_lam(rule, units, kind, transform):
 @pytest.mark.usefixtures("full_precision")
 @every_transform
 def test_proximal_for_a_large_lam_draws_the_policys_mean_at_its_own_states(transform):
-    denoiser, policy = small_denoiser(transform), a_policy(SMALL).float()
+    denoiser, policy = a_denoiser(transform=transform), a_policy(SMALL).float()
     guided, plain = (drawn(denoiser, g)[0] for g in (Guide("proximal", policy, denoiser.normaliser, 1e5, 8), None))
     away = [way_to_the_mean(policy, denoiser.normaliser, x).abs().max() for x in (guided, plain)]
     assert away[0] < 1e-3 and away[1] > 1.0

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import draw
+from conftest import a_denoiser, draw
 
-from pgdlib import edm, fast, sampler
+from pgdlib import fast, sampler
 
 PAIRS = [("heun", 0.0), ("heun", 5.0), ("multistep", 0.0)]
 
@@ -166,8 +166,7 @@ def test_a_list_of_generators_gives_separate_samples_one_after_the_other(solver,
 @pytest.fixture(scope="module")
 def network():
     """A small U-Net with random weights, in float64, so that only the order of sums differs between chunks."""
-    torch.manual_seed(0)
-    return edm.Denoiser(7, 3, 4, 8, 2).double().requires_grad_(False)
+    return a_denoiser().double().requires_grad_(False)
 
 
 def in_chunks(n, denoise=gaussian_denoiser, churn=3.0, guide=None, seed=3, **named):

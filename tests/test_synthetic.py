@@ -6,10 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SPEC, Ideal, a_policy, draw, toy
+from conftest import SMALL, SPEC, Ideal, a_denoiser, a_policy, draw
 
 from pgdlib import measures, sampler, synthetic
-from pgdlib.edm import Denoiser
 from pgdlib.fast import generator
 from pgdlib.guidance import RULES, Guide
 
@@ -43,15 +42,6 @@ class Losing(Ideal):
         out = super().forward(x, sigma)
         lost = (out[:, -1, self.spec.reward] > self.beyond) & (sigma < 1.0)
         return torch.where(lost[:, None, None], torch.nan, out)
-
-
-def network(spec=SMALL):
-    """A small U-Net with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        denoiser = Denoiser(spec.obs_dim, spec.action_dim, 4, 8, 1)
-    denoiser.normaliser.fit(toy([40], spec=spec).packed())
-    return denoiser.requires_grad_(False)
 
 
 def diffusion(denoiser=None, **changes):
@@ -127,16 +117,16 @@ def test_chunks_are_as_large_as_allowed(n, chunk, expected, monkeypatch):
 def test_guidance_is_the_samplers_with_each_runs_weight_and_policy(rule, spec):
     """A block is what it is if all runs have its policy and weight; without a weight it is unguided."""
     policy, lam, n = stack(spec), [0.7, 0.0, 1.3], 4
-    ours, shape = diffusion(network(spec), solver="heun", churn=2.0), (3 * n, 4, spec.width)
+    ours, shape = diffusion(a_denoiser(spec).requires_grad_(False), solver="heun", churn=2.0), (3 * n, 8, spec.width)
 
     def noise():
         return [(generator("cpu", "rounds", seed, 5, 0), n) for seed in SEEDS]
 
     x, _ = ours.draw(policy, rule, lam, n, SEEDS, 5)
-    unguided, _ = sampler.sample(network(spec), shape, STEPS, 2.0, noise())
+    unguided, _ = sampler.sample(ours.denoiser, shape, STEPS, 2.0, noise())
     for r, block in enumerate(x.split(n)):
         guide = Guide(rule, policy.select([r] * 3), ours.denoiser.normaliser, lam[r], STEPS, int(rule in WARMED))
-        expected, _ = sampler.sample(network(spec), shape, STEPS, 2.0, noise(), guide)
+        expected, _ = sampler.sample(ours.denoiser, shape, STEPS, 2.0, noise(), guide)
         torch.testing.assert_close(block, expected.split(n)[r], rtol=1e-4, atol=1e-4)
         assert torch.equal(block, unguided.split(n)[r]) == (lam[r] == 0)
         assert (block - unguided.split(n)[r]).abs().max() > 1e-2 or lam[r] == 0
@@ -161,7 +151,7 @@ def test_the_noise_of_a_run_is_its_own_in_any_company(solver, churn):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("solver", sampler.SOLVERS)
 def test_a_nan_policy_leaves_the_other_runs_untouched(rule, solver):
-    ours, given = diffusion(network(), solver=solver), ([0.5] * 3, 4, SEEDS, 0)
+    ours, given = diffusion(a_denoiser().requires_grad_(False), solver=solver), ([0.5] * 3, 4, SEEDS, 0)
     clean, batch = (ours.generate(policy, rule, *given) for policy in (stack(), broken(stack())))
     (x, _), (y, diverged) = (ours.draw(policy, rule, *given) for policy in (stack(), broken(stack())))
     assert y.isfinite().all() and diverged.tolist() == [False] * 4 + [True] * 4 + [False] * 4
