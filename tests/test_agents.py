@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import SMALL, SPEC, assert_same, draw, random_batch, scales
@@ -95,30 +94,6 @@ def test_values_that_no_return_has_are_marked(kind, bias, sign):
     assert all(p.isfinite().all() for p in loop.agent.parameters())
 
 
-@pytest.mark.slow
-@every_agent
-def test_a_state_copied_into_a_fresh_learner_goes_on_to_the_same_weights(kind):
-    first, second, kept = packed(COUNTS), packed((20, 30, 10), 9), {}
-    whole = learner(kind)
-    whole.diverged_at[1] = 5
-    live = whole.state()
-    for data, until in ((first, 90), (second, 130)):  # data change in the midst of a chunk
-        for step in whole.train(data, until):
-            if step in (70, 97):
-                kept[step] = {name: tensor.clone() for name, tensor in live.items()}
-    assert_same(live, whole.state())
-    for step, saved in kept.items():
-        fresh = learner(kind)
-        train(fresh, second, 5)  # to be forgotten
-        for name, tensor in fresh.state().items():
-            tensor.copy_(saved[name])
-        fresh.step = step
-        train(fresh, first, 90)
-        assert train(fresh, second, 130) == list(range(max(step, 90) + 1, 131))
-        assert fresh.diverged_at.tolist() == [-1, 5, -1]
-        assert_same(fresh.state(), whole.state())
-
-
 class Probe(nn.Module):
     """An agent that learns nothing and keeps the first column of every batch."""
 
@@ -171,19 +146,6 @@ def test_no_two_draws_share_a_stream(kind, monkeypatch):
         monkeypatch.setattr(module, "generator", lambda *args: started.append(args[1:]) or fast.generator(*args))
     train(learner(kind, (0, 1, 2)), packed((50, 50, 50)), 70)
     assert len(set(started)) == len(started) == 9 + 210 * (kind == "td3_bc")
-
-
-@every_agent
-def test_only_the_policys_learning_rate_falls(kind):
-    loop, data = learner(kind, steps=40), packed((50, 50, 50))
-    actor, critic = loop.optimiser.param_groups
-    rates = np.array([[actor["lr"], critic["lr"]] for _ in loop.train(data)])
-    np.testing.assert_allclose(rates[:, 0], 0.5e-3 * (1 + np.cos(np.pi * np.arange(40) / 40)))
-    assert (rates[:, 1] == 1e-3).all()
-    trained = {n: p for n, p in loop.agent.named_parameters() if not n.startswith("target") and p.requires_grad}
-    for group, of_policy in ((actor, True), (critic, False)):
-        expected = {id(p) for n, p in trained.items() if n.startswith("policy.") == of_policy}
-        assert {id(p) for p in group["params"]} == expected
 
 
 def test_behaviour_cloning_fits_the_datas_gaussian():

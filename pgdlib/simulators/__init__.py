@@ -40,9 +40,8 @@ def advance(
     A goal is that of an untouched simulation. A row is NaN where the state is outside the simulator's reach
     (`within_reach`) or it gives up.
     """
-    reach = simulator.within_reach(qpos, qvel) & np.isfinite(actions).all(-1)
     out = np.full((len(qpos), simulator.obs_dim), np.nan)
-    rows = np.flatnonzero(reach)
+    rows = np.flatnonzero(simulator.within_reach(qpos, qvel))
     batch = simulator.batch(min(chunk, len(rows)), threads) if len(rows) else None
     for first in range(0, len(rows), chunk):
         ids = rows[first : first + chunk]
