@@ -179,6 +179,10 @@ def rollout(
     the largest norm of a member's std, over all members and normalised outputs (MOPO, Sec. 4.3). A trajectory ends where
     `ended(next_obs)` [B] says so. Values beyond `DIVERGED` std are clamped: a model that explodes is counted, not fatal.
     """
+    if horizon < 1:
+        raise ValueError(f"horizon={horizon} is not allowed; it must be 1 or more")
+    if obs.ndim != 2 or obs.shape[1] != ensemble.obs_dim:
+        raise ValueError(f"obs of shape {tuple(obs.shape)} is not allowed; it must be (B, {ensemble.obs_dim})")
     channels = [*range(ensemble.obs_dim), -1]  # observation and reward
     centre, reach = ensemble.mean[channels], DIVERGED * ensemble.std[channels]
     alive, diverged = torch.ones_like(obs[:, 0]), torch.zeros_like(obs[:, 0], dtype=torch.bool)

@@ -1,11 +1,10 @@
 """The guidance rules against closed forms, finite differences, quadrature and brute-force search, alone and in the sampler."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from conftest import SMALL, SPEC, a_denoiser, a_policy, draw
+from conftest import SMALL, SPEC, a_policy, draw
 
 from pgdlib import edm, fast, sampler
 from pgdlib.data import ACTION_LIMIT, Normaliser
@@ -69,6 +68,7 @@ SHAPES = dict(
     student=lambda z: -1.5 * torch.log1p(z.square() / 2),
     mixture=lambda z: torch.logaddexp(-0.5 * (z - 3).square(), -0.5 * (z + 3).square()),
 )
+LOG_CONCAVE, OTHER_SHAPES = ("gaussian", "laplace"), ("student", "mixture")
 
 
 def shaped(policy, kind):
@@ -98,6 +98,16 @@ def differences(value, actions, k, h=1e-5):
     step = torch.zeros(actions.shape[-1], dtype=torch.float64)
     step[k] = h
     return ((value(actions + step) - value(actions - step)) / (2 * h)).detach()
+
+
+def grid_argmin(value, low, high, points=65, rounds=12):
+    """argmin of a convex function of one number, elementwise in low and high [N], by grids each within the last one's cells."""
+    for _ in range(rounds):
+        grid = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, points, dtype=low.dtype)
+        best = grid.gather(1, value(grid).argmin(1, keepdim=True))[:, 0]
+        width = (high - low) / (points - 1)
+        low, high = best - width, best + width
+    return best
 
 
 # Closed forms and gradients
@@ -308,6 +318,13 @@ def test_smoothed_starts_as_the_score_of_the_convolved_policy(spec, policy, x, s
     torch.testing.assert_close(derivative, sigma**2 * score, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Gaussian", "laplace"])
+def test_smoothed_fades_with_the_noise(policy, normaliser, x, kind):
+    policy, sigmas = shaped(policy, kind), (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+    largest = [float(smoothed(policy, normaliser, x, 2.0, sigma).abs().max()) for sigma in sigmas]
+    assert largest == sorted(largest, reverse=True) and largest[0] > 0.1 and largest[-1] < 1e-6, largest
+
+
 def test_smoothed_is_the_implicit_step_on_the_moreau_envelope(spec, policy, x):
     """argmin over a' and u of |a' - a|² / (2 λσ²) + |u - a'|² / (2 σ²) - log π(u), by grids in both."""
     normaliser, lam, sigma = fitted("raw", spec), 1.5, 0.8
@@ -342,11 +359,6 @@ def test_a_vanishing_pull_takes_saturated_actions_to_the_edge_at_most(spec, poli
 
 # Policies that are not Gaussian
 
-SEARCHES = [
-    *itertools.product(("gaussian", "laplace"), (0.01, 0.1, 0.5), (1.0, 5.0, 25.0)),
-    *itertools.product(("student", "mixture"), (0.1, 0.5), (1.0, 5.0)),
-]
-
 
 @pytest.fixture
 def full_precision(monkeypatch):
@@ -369,16 +381,42 @@ def test_a_gaussian_policy_that_does_not_say_so_is_guided_to_alike(policy, norma
             torch.testing.assert_close(*shifts, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape, std, reach", SEARCHES)
-def test_newton_solves_its_equation_and_goes_downhill(shape, std, reach):
-    """a - start = weight ∇ log π(a), the gradient by finite differences; at a point no worse than the start.
-
-    Where log π is concave there is one such point; else one is found from starts that are not too far away.
-    """
+def around(shape, std, reach, dtype=torch.float64):
+    """A policy of one mean for each of [8, 24] actions, and starts up to `reach` away from it."""
     generator = torch.Generator().manual_seed(0)
     mean, away = (2 * torch.rand(8, 24, generator=generator, dtype=torch.float64) - 1 for _ in range(2))
-    policy, start = Shaped(lambda obs: (mean, std), SHAPES[shape]), mean + reach * away
-    for weight in (0.0, 1e-4, 1e-2, 0.1, 1.0, 100.0, 1e4):
+    return Shaped(lambda obs: (mean.to(dtype), std), SHAPES[shape]), mean, (mean + reach * away).to(dtype)
+
+
+WEIGHTS = (0.0, 1e-4, 1e-2, 0.1, 1.0, 100.0, 1e4)
+
+
+@pytest.mark.parametrize("reach", [1.0, 5.0, 25.0])
+@pytest.mark.parametrize("std", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("shape", LOG_CONCAVE)
+def test_newton_finds_the_minimum(shape, std, reach):
+    """Against a search on a grid, to a thousandth of the policy's std."""
+    policy, mean, start = around(shape, std, reach)
+    for weight in WEIGHTS:
+        expected = start
+        if weight > 0:
+
+            def value(a, weight=weight):
+                return (a - start.view(-1, 1)) ** 2 / (2 * weight) - SHAPES[shape]((a - mean.view(-1, 1)) / std)
+
+            bounds = torch.minimum(start, mean).view(-1) - 1, torch.maximum(start, mean).view(-1) + 1
+            expected = grid_argmin(value, *bounds).view_as(start)
+        error = (newton(policy, None, start, weight) - expected).abs().max()
+        assert error < 1e-3 * std, (weight, float(error))
+
+
+@pytest.mark.parametrize("reach", [1.0, 5.0])
+@pytest.mark.parametrize("std", [0.1, 0.5])
+@pytest.mark.parametrize("shape", [*LOG_CONCAVE, *OTHER_SHAPES])
+def test_newton_solves_its_equation_and_goes_downhill(shape, std, reach):
+    """a - start = weight ∇ log π(a), the gradient by finite differences; at a point no worse than the start."""
+    policy, _, start = around(shape, std, reach)
+    for weight in WEIGHTS:
         a = newton(policy, None, start, weight)
         gradient = torch.stack([differences(lambda v: policy.log_prob(None, v), a, k, 1e-6) for k in range(24)], -1)
         # The residual as a distance, to first order, for where log π is as curved as 1 / std².
@@ -388,6 +426,16 @@ def test_newton_solves_its_equation_and_goes_downhill(shape, std, reach):
         assert (cost[0] <= cost[1] + 1e-9).all(), weight
 
 
+def test_newton_takes_a_weight_for_each_trajectory_and_float32():
+    policy, _, start = around("laplace", 0.1, 1.0)
+    weight = torch.tensor([0.0, 0.1, 1.0, 10.0, 0.0, 0.1, 1.0, 10.0], dtype=torch.float64)[:, None]
+    together = newton(policy, None, start, weight)
+    for i in range(8):
+        torch.testing.assert_close(together[i], newton(policy, None, start, float(weight[i]))[i], rtol=0, atol=1e-9)
+    policy, _, start = around("laplace", 0.1, 1.0, torch.float32)
+    torch.testing.assert_close(newton(policy, None, start, weight.float()).double(), together, rtol=0, atol=1e-5)
+
+
 # In the sampler
 
 
@@ -395,9 +443,67 @@ def drawn(denoise, guide=None, steps=8, churn=2.0, n=2, dtype=torch.float32):
     return sampler.sample(denoise, (n, 8, 12), steps, churn, torch.Generator().manual_seed(0), guide, dtype=dtype)
 
 
+def small_denoiser(transform):
+    torch.manual_seed(0)
+    denoiser = edm.Denoiser(7, 3, 8, features=8, blocks=2, transform=transform)
+    denoiser.normaliser.load_state_dict(fitted(transform).float().state_dict())
+    return denoiser
+
+
 def exact(x, sigma):
     """The exact denoiser of N(0, 1) data."""
     return x / (1 + sigma**2)
+
+
+@every_way
+@pytest.mark.parametrize("on", ["noised", "denoised"])
+@every_transform
+def test_lam_0_is_the_unguided_sampler_bit_for_bit(transform, rule, units, on):
+    normaliser, policy = fitted(transform).float(), a_policy(SMALL).float()
+
+    def guided(lam, warmup=0):
+        return drawn(exact, Guide(rule, policy, normaliser, lam, 4, warmup, units, on), steps=4)[0]
+
+    unguided, _ = drawn(exact, steps=4)
+    # No guidance, none for all, none but warm-up.
+    for lam, warmup in ((0.0, 0), (torch.zeros(2), 0), (0.5, 4)):
+        assert torch.equal(guided(lam, warmup), unguided)
+    late = guided(0.01, 2)  # the last two steps alone, for the normalised rules leave the last
+    assert not torch.equal(late, unguided)
+    assert not torch.equal(guided(0.01, 1), late)
+    mixed = guided(torch.tensor([0.0, 0.01]))
+    assert torch.equal(mixed[0], unguided[0]) and not torch.equal(mixed[1], unguided[1])
+
+
+@pytest.mark.parametrize("units", ["natural", "raw"])
+def test_each_guided_step_contracts_by_one_minus_lam(units, monkeypatch):
+    """Where a denoiser believes everything, and so nothing else moves, â - μ̂ shrinks by 1 - λ a step; raw by 1 - λ (d/s)²."""
+    monkeypatch.setattr(sampler, "DIVERGED", 1e20)  # x keeps the size of its first noise, or grows
+    policy, normaliser, steps, warmup = a_policy(SMALL), fitted("raw"), 12, 3
+    how = dict(denoise=lambda x, sigma: x, steps=steps, churn=0.0, dtype=torch.float64)
+    start, sharp = drawn(**how)[0], 1.0 if units == "natural" else std_hat(policy, normaliser) ** -2
+    for lam in (0.25, 1.0, 1.875):
+        x, _ = drawn(guide=Guide("explicit", policy, normaliser, lam, steps, warmup, units), **how)
+        way = way_to_the_mean(policy, normaliser, start)
+        expected = start[..., SMALL.actions] + (1 - (1 - lam * sharp) ** (steps - warmup)) * way
+        torch.testing.assert_close(x[..., SMALL.actions], expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(rest(x, SMALL), rest(start, SMALL))  # the states do not hear of it
+
+
+@every_way
+def test_each_lam_and_each_run_of_a_stack_is_in_the_sampler_as_if_alone(rule, units):
+    """Noise and all."""
+    stack, normaliser, lams = a_policy(SMALL, runs=3), fitted("arctanh"), [0.0625, 0.0625, 0.5, 0.0, 0.03, 0.0625]
+
+    def guided(policy, lam):
+        return drawn(exact, Guide(rule, policy, normaliser, lam, 8, 1, units), n=6, dtype=torch.float64)[0]
+
+    together, each = guided(stack, lams), {}
+    for i, lam in enumerate(lams):
+        for run in (i // 2, i // 2 - 1):
+            each[run] = guided(stack.select([run]), lam)[i]
+        torch.testing.assert_close(together[i], each[i // 2])
+        assert torch.allclose(together[i], each[i // 2 - 1], atol=1e-4) == (lam == 0)
 
 
 @every_transform
@@ -408,22 +514,41 @@ def test_lam_2_is_the_limit_of_explicit(transform):
         guide = Guide("explicit", policy, normaliser, lam, 64, 5)
         return drawn(exact, guide, steps=64, churn=0.0, dtype=torch.float64)
 
-    for lam, diverges in ((1.0, False), (1.9, False), (2.5, True), (5.0, True), (1e38, True)):
+    for lam, diverges in ((1.0, False), (1.9, False), (2.5, True), (5.0, True)):
         x, diverged = guided(lam)
         assert x.isfinite().all() and diverged.tolist() == [diverges] * 2, lam
     away = [way_to_the_mean(policy, normaliser, guided(lam)[0]).abs().mean() for lam in (0.0, 1.0)]
     assert away[1] < 0.05 * away[0]
 
 
-IMPLICIT = [k for k in KINDS if k[0] in ("proximal", "smoothed", "annealed")]
+@every_transform
+def test_explicit_with_a_network_diverges_beyond_its_limit_and_is_counted(transform):
+    denoiser, policy = small_denoiser(transform), a_policy(SMALL).float()
+    for lam, diverges in ((0.5, False), (2.5, True), (1e6, True), (1e38, True)):
+        x, diverged = drawn(denoiser, Guide("explicit", policy, denoiser.normaliser, lam, 32), steps=32)
+        assert x.isfinite().all() and diverged.tolist() == [diverges] * 2, lam
 
 
 @pytest.mark.slow
 @every_transform
-@pytest.mark.parametrize("rule, units, kind", [*IMPLICIT, ("smoothed", "raw", "student"), ("smoothed", "raw", "mixture")])
+@pytest.mark.parametrize(
+    "rule, units, kind",
+    [
+        ("proximal", "natural", "Gaussian"),
+        ("proximal", "raw", "Gaussian"),
+        ("smoothed", "raw", "Gaussian"),
+        ("proximal", "raw", "laplace"),
+        ("smoothed", "raw", "laplace"),
+        ("smoothed", "raw", "student"),
+        ("smoothed", "raw", "mixture"),
+        ("annealed", "natural", "Gaussian"),
+        ("annealed", "raw", "Gaussian"),
+        ("annealed", "raw", "laplace"),
+    ],
+)
 def test_implicit_rules_are_stable_for_every_lam(rule, units, kind, transform):
     """Beside a policy of common std one of a hundredth of it; for a Gaussian one to the largest floats."""
-    denoiser, policy = a_denoiser(transform=transform), a_policy(SMALL, runs=2).float().requires_grad_(False)
+    denoiser, policy = small_denoiser(transform), a_policy(SMALL, runs=2).float().requires_grad_(False)
     policy.log_std[1] -= math.log(100)
     lams = [0.0, 1e-3, 1.0, 100.0, 10_000.0, *[1e38] * (kind == "Gaussian")]
     guide = Guide(rule, shaped(policy, kind), denoiser.normaliser, 2 * lams, 12, units=units)
@@ -434,7 +559,7 @@ def test_implicit_rules_are_stable_for_every_lam(rule, units, kind, transform):
 @pytest.mark.usefixtures("full_precision")
 @every_transform
 def test_proximal_for_a_large_lam_draws_the_policys_mean_at_its_own_states(transform):
-    denoiser, policy = a_denoiser(transform=transform), a_policy(SMALL).float()
+    denoiser, policy = small_denoiser(transform), a_policy(SMALL).float()
     guided, plain = (drawn(denoiser, g)[0] for g in (Guide("proximal", policy, denoiser.normaliser, 1e5, 8), None))
     away = [way_to_the_mean(policy, denoiser.normaliser, x).abs().max() for x in (guided, plain)]
     assert away[0] < 1e-3 and away[1] > 1.0

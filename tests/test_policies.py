@@ -24,6 +24,11 @@ def policy():
     return a_policy(SMALL, hidden=(16, 8))
 
 
+@pytest.fixture
+def batch():
+    return pair(5, 4)
+
+
 def pair(*shape, spec=SMALL):
     """Observations and actions [*shape, ...]."""
     return draw(1, *shape, spec.obs_dim).double(), draw(2, *shape, spec.action_dim).double()
@@ -47,9 +52,21 @@ def test_a_policy_is_torchs_layers_and_normal(spec, kind):
     assert torch.equal(other.log_prob(obs, actions), policy.log_prob(obs, actions))
 
 
-@pytest.mark.parametrize("runs", [1, 3])
-def test_log_prob_is_differentiable_in_both(runs):
-    assert torch.autograd.gradcheck(a_policy(SMALL, runs).log_prob, [x.requires_grad_() for x in pair(3)])
+def test_the_entropy_is_the_mean_surprise_of_own_samples(policy):
+    obs = torch.zeros(200_000, 7).double()
+    surprise = -policy.log_prob(obs, policy.sample(obs, torch.Generator().manual_seed(0)))
+    assert abs(surprise.mean() - policy.entropy()) < 5 * surprise.std() / math.sqrt(len(obs))
+
+
+def test_gradients(policy, batch):
+    assert torch.autograd.gradcheck(policy.log_prob, [x[0].requires_grad_() for x in batch])
+
+
+def test_observations_beyond_the_clip_are_at_it(policy):
+    wild = torch.tensor([12.0, -500, 3, -3, 9.9, 1e9, -10]).double()
+    tame = torch.tensor([10.0, -10, 3, -3, 9.9, 10, -10]).double()
+    obs = (policy.obs_mean + policy.obs_std * x for x in (wild, tame))
+    torch.testing.assert_close(*(policy(o[None])[0] for o in obs))
 
 
 def test_the_log_std_stays_in_its_range():
@@ -62,11 +79,14 @@ def test_the_log_std_stays_in_its_range():
     torch.testing.assert_close(policy.entropy(), Normal(0.0, expected).entropy().sum(1))
 
 
-def test_act_is_the_mean_or_a_sample(policy):
-    policy, obs = policy.float(), torch.ones(100, 7)
+def test_samples_and_act(policy):
+    policy, obs = policy.float(), torch.ones(100_000, 7)
     samples = policy.sample(obs, torch.Generator().manual_seed(0))
+    mean, std = (x[0].detach() for x in policy(obs))
+    assert ((samples.mean(0) - mean).abs() < 5 * std / math.sqrt(len(obs))).all()
+    torch.testing.assert_close(samples.std(0), std, rtol=0.02, atol=0)
     drawn = [policy.act(obs.double().numpy(), torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
-    assert isinstance(drawn[0], np.ndarray) and drawn[0].shape == (100, 3)
+    assert isinstance(drawn[0], np.ndarray) and drawn[0].shape == (100_000, 3)
     assert (drawn[0] == drawn[1]).all() and (drawn[0] == samples.detach().numpy()).all() and (drawn[0] != drawn[2]).any()
     np.testing.assert_array_equal(policy.act(obs[:3].numpy()), policy(obs[:3])[0].detach().numpy())
 
@@ -127,6 +147,10 @@ def test_each_run_has_its_block_of_the_batch(shape):
         assert torch.equal(stack.std[run], own.std[0]) and torch.equal(stack.entropy()[run], own.entropy()[0])
     two = stack.select([2, 0])
     assert torch.equal(two.std, stack.std[[2, 0]]) and not any(p.requires_grad for p in two.parameters())
+
+
+def test_a_stacked_log_prob_is_differentiable_in_both():
+    assert torch.autograd.gradcheck(a_policy(SMALL, 3).log_prob, [x.requires_grad_() for x in pair(3)])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 7])

@@ -6,15 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SPEC, Ideal, a_denoiser, a_policy, draw
+from conftest import SMALL, SPEC, Ideal, a_policy, draw, toy
 
-from pgdlib import measures, sampler, synthetic
+from pgdlib import measures, sampler, synthetic, worldmodel
+from pgdlib.edm import Denoiser
 from pgdlib.fast import generator
-from pgdlib.guidance import RULES, Guide
+from pgdlib.guidance import RULES, WARMED, Guide
 
 SPECS = pytest.mark.parametrize("spec", [SPEC, SMALL], ids=["45 and 24", "7 and 3"])
 T, STEPS = 6, 5
-WARMED = ("explicit", "proximal", "annealed")
 SEEDS = [5, 0, 3]  # of three runs
 NAMES = ("kept", "ended", "diverged", "log_likelihood", "on_policy")
 
@@ -42,6 +42,15 @@ class Losing(Ideal):
         out = super().forward(x, sigma)
         lost = (out[:, -1, self.spec.reward] > self.beyond) & (sigma < 1.0)
         return torch.where(lost[:, None, None], torch.nan, out)
+
+
+def network(spec=SMALL):
+    """A small U-Net with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = Denoiser(spec.obs_dim, spec.action_dim, 4, 8, 1)
+    denoiser.normaliser.fit(toy([40], spec=spec).packed())
+    return denoiser.requires_grad_(False)
 
 
 def diffusion(denoiser=None, **changes):
@@ -103,6 +112,22 @@ def test_transitions_are_those_of_a_loop(n, share, spec):
 # Drawing
 
 
+@SPECS
+@pytest.mark.parametrize("n, chunk", [(1, 512), (33, 1), (70, 200)])
+def test_each_run_has_its_block(n, chunk, spec):
+    """The proximal rule with a huge weight ends on the mean of the policy: of each run's own, whatever the chunks."""
+    policy = a_policy(spec, 3).requires_grad_(False)
+    x, diverged = diffusion(Ideal(spec, T), chunk=chunk).draw(policy, "proximal", [1e8] * 3, n, SEEDS, 0)
+    assert x.shape == (3 * n, T, spec.width) and diverged.tolist() == [False] * 3 * n
+    normaliser = Ideal(spec).normaliser
+    for r, block in enumerate(x.split(n)):
+        for other in range(3):
+            mean = policy.select([other])(normaliser.obs(block))[0]
+            error = (normaliser.actions(block) - mean).abs().max()
+            assert error < 1e-4 if other == r else error > 0.1
+    assert len(torch.unique(x[:, 0, 0])) == 3 * n  # no noise comes twice
+
+
 @pytest.mark.parametrize("n, chunk, expected", [(33, 1, [32, 1]), (70, 192, [64, 6]), (70, 191, [32, 32, 6]), (99, 576, [99])])
 def test_chunks_are_as_large_as_allowed(n, chunk, expected, monkeypatch):
     """In whole blocks of 32 trajectories for each of three runs, of which one always fits."""
@@ -117,19 +142,40 @@ def test_chunks_are_as_large_as_allowed(n, chunk, expected, monkeypatch):
 def test_guidance_is_the_samplers_with_each_runs_weight_and_policy(rule, spec):
     """A block is what it is if all runs have its policy and weight; without a weight it is unguided."""
     policy, lam, n = stack(spec), [0.7, 0.0, 1.3], 4
-    ours, shape = diffusion(a_denoiser(spec).requires_grad_(False), solver="heun", churn=2.0), (3 * n, 8, spec.width)
+    ours, shape = diffusion(network(spec), solver="heun", churn=2.0), (3 * n, 4, spec.width)
 
     def noise():
         return [(generator("cpu", "rounds", seed, 5, 0), n) for seed in SEEDS]
 
     x, _ = ours.draw(policy, rule, lam, n, SEEDS, 5)
-    unguided, _ = sampler.sample(ours.denoiser, shape, STEPS, 2.0, noise())
+    unguided, _ = sampler.sample(network(spec), shape, STEPS, 2.0, noise())
     for r, block in enumerate(x.split(n)):
-        guide = Guide(rule, policy.select([r] * 3), ours.denoiser.normaliser, lam[r], STEPS, int(rule in WARMED))
-        expected, _ = sampler.sample(ours.denoiser, shape, STEPS, 2.0, noise(), guide)
+        guide = Guide(rule, policy.select([r] * 3), ours.denoiser.normaliser, lam[r], STEPS, 1 if rule in WARMED else 0)
+        expected, _ = sampler.sample(network(spec), shape, STEPS, 2.0, noise(), guide)
         torch.testing.assert_close(block, expected.split(n)[r], rtol=1e-4, atol=1e-4)
         assert torch.equal(block, unguided.split(n)[r]) == (lam[r] == 0)
         assert (block - unguided.split(n)[r]).abs().max() > 1e-2 or lam[r] == 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_only_the_papers_rules_and_their_kin_are_warmed(rule):
+    none = diffusion().draw(stack(), rule, [0.0] * 3, 3, SEEDS, 0)[0]
+    guided = diffusion(warmup=STEPS).draw(stack(), rule, [0.5] * 3, 3, SEEDS, 0)[0]
+    assert torch.equal(guided, none) == (rule in ("explicit", "proximal", "annealed"))
+
+
+def test_noise_depends_on_seed_number_and_stream_and_on_no_global_state():
+    def drawn(*named):
+        return diffusion().draw(stack(), "explicit", [0.0] * 3, 40, *named)[0]
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    a = drawn(SEEDS, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(a, drawn(SEEDS, 0)) and torch.equal(a, drawn(SEEDS, 0, "rounds"))
+    every = [a, drawn([6, 1, 4], 0), drawn(SEEDS, 1), drawn(SEEDS, 500), drawn(SEEDS, 0, "calibration")]
+    assert len(torch.cat(every)[:, 0, 0].unique()) == 5 * 3 * 40  # nowhere the same trajectory
 
 
 STACKS = [[2], [2, 0], [1, 2, 0], [2, 1, 1, 0, 2]]  # of which of the three runs
@@ -151,7 +197,7 @@ def test_the_noise_of_a_run_is_its_own_in_any_company(solver, churn):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("solver", sampler.SOLVERS)
 def test_a_nan_policy_leaves_the_other_runs_untouched(rule, solver):
-    ours, given = diffusion(a_denoiser().requires_grad_(False), solver=solver), ([0.5] * 3, 4, SEEDS, 0)
+    ours, given = diffusion(network(), solver=solver), ([0.5] * 3, 4, SEEDS, 0)
     clean, batch = (ours.generate(policy, rule, *given) for policy in (stack(), broken(stack())))
     (x, _), (y, diverged) = (ours.draw(policy, rule, *given) for policy in (stack(), broken(stack())))
     assert y.isfinite().all() and diverged.tolist() == [False] * 4 + [True] * 4 + [False] * 4
@@ -266,9 +312,13 @@ def lived(i):
     return None if i % 4 == 3 and length >= 3 else length
 
 
+def rollouts(policy, n=20, seeds=SEEDS, number=0, model=None):
+    return synthetic.from_world_model(model or Telling(), policy, starts(), n, LENGTH, seeds, number, outcome)
+
+
 def test_rollouts_in_the_world_model():
     policy, n = stack(), 400
-    batch = synthetic.from_world_model(Telling(), policy, starts(), n, LENGTH, SEEDS, 0, outcome)
+    batch = rollouts(policy, n)
     assert len(batch.data) == 3 and batch.lam.isnan().all()
     assert all(getattr(batch, name).shape == (3,) and getattr(batch, name).dtype == torch.float32 for name in (*NAMES, "lam"))
     for r, made in enumerate(batch.data):
@@ -292,3 +342,33 @@ def test_rollouts_in_the_world_model():
         entropy = torch.distributions.Normal(mean[0], std[0]).entropy().mean().item()
         assert batch.on_policy[r].item() == pytest.approx(-entropy)
         assert batch.log_likelihood[r].item() == pytest.approx(-entropy, abs=4 / math.sqrt(6 * n))
+
+
+def test_rollouts_depend_on_seed_and_round_alone():
+    """Bit for bit in any company: every run is rolled out for itself. Its likelihood, of a stack, to float precision."""
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    whole = rollouts(stack())
+    assert torch.equal(torch.get_rng_state(), state)
+    for runs in STACKS:
+        batch = rollouts(stack().select(runs), seeds=[SEEDS[r] for r in runs])
+        for i, r in enumerate(runs):
+            assert torch.equal(batch.data[i], whole.data[r])
+            assert all(getattr(batch, name)[i] == getattr(whole, name)[r] for name in NAMES if name != "log_likelihood")
+            assert batch.log_likelihood[i].item() == pytest.approx(whole.log_likelihood[r].item(), rel=1e-4)
+    others = [rollouts(stack(), seeds=[1, 2, 4]), rollouts(stack(), number=1), rollouts(stack(), number=2)]
+    for x, y in itertools.combinations((whole, *others), 2):
+        assert not any(torch.equal(a, b) for a, b in zip(x.data, y.data))
+
+
+def test_a_nan_policy_leaves_other_rollouts_untouched():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ensemble = worldmodel.Ensemble(7, 3, 3, 2, (16,)).requires_grad_(False)
+    ensemble.fit_normalisation(toy([40], spec=SMALL))
+    clean, batch = (rollouts(policy, model=ensemble) for policy in (stack(), broken(stack())))
+    for r in (0, 2):
+        assert torch.equal(clean.data[r], batch.data[r]) and len(batch.data[r]) > 10
+        assert all(getattr(clean, name)[r] == getattr(batch, name)[r] for name in NAMES)
+    assert batch.data[1].shape == (0, SMALL.transition_width)
+    assert (batch.diverged[1], batch.kept[1], batch.ended[1]) == (1, 0, 0)

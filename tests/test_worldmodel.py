@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SPEC, assert_goes_on, assert_same, draw, plain_network, toy
+from conftest import SMALL, SPEC, assert_same, draw, plain_network, toy
 from torch import nn
 from torch.distributions import Normal
 
 from pgdlib import measures, worldmodel
+from pgdlib.policies import GaussianPolicy
 from pgdlib.worldmodel import Ensemble, Recipe, Training, rollout
 
 every_spec = pytest.mark.parametrize("spec", [SPEC, SMALL], ids=["pen", "small"])
@@ -84,6 +85,15 @@ def test_statistics_are_the_datas():
     np.testing.assert_allclose(np.delete(outputs.numpy(), 4, 1), (changes - changes.mean(0)) / changes.std(0), atol=1e-5)
     next_obs, _, std = ensemble.predict(data.obs, data.actions)
     assert (next_obs[..., 4] - 3).abs().max() < 1e-4 and std[..., 4].max() < 1e-5  # and is predicted never to change
+
+
+def test_nll_and_its_gradients():
+    mean, log_var, target = (draw(i, 5, 8, dtype=torch.float64).requires_grad_(i < 2) for i in range(3))
+    ours = torch.autograd.grad(worldmodel.nll(mean, log_var, target).sum(), (mean, log_var))
+    expected = -Normal(mean, (0.5 * log_var).exp()).log_prob(target)
+    torch.testing.assert_close(worldmodel.nll(mean, log_var, target), expected)
+    for a, b in zip(ours, torch.autograd.grad(expected.sum(), (mean, log_var))):
+        torch.testing.assert_close(a, b)
 
 
 @every_spec
@@ -161,6 +171,14 @@ def test_a_linear_system_is_learnt(learnt):
     assert losses.shape == (1000,) and losses[-100:].mean() < losses[:100].mean()
 
 
+def test_rollouts_of_the_learnt_system_have_its_noise(learnt):
+    ensemble, _, val, mean = learnt
+    out = rollout(ensemble, Replay(val.actions[:, None]), val.obs, 1, noise())
+    residual = torch.cat([out.next_obs[:, 0, :6], out.rewards], -1) - mean
+    assert (residual.std(0) / NOISE - 1).abs().max() < 0.1
+    assert not out.diverged.any() and (out.alive == 1).all()
+
+
 def test_elites_have_the_least_validation_error():
     data, val = toy([30, 30], spec=SMALL), toy([20, 20], 1, SMALL)
     ensemble = small(members=6, elites=3)
@@ -180,7 +198,17 @@ def test_elites_have_the_least_validation_error():
 def test_a_state_copied_into_a_fresh_training_goes_on_to_the_same_weights(spec):
     data, val = toy([30, 30], spec=spec), toy([20], 1, spec)
     whole, fresh = (training(small(spec, seed=s), data, val, 30) for s in (0, 5))
-    assert_goes_on(whole, fresh, 17)
+    live = whole.state()
+    for step in whole:
+        if step == 17:
+            saved = {name: tensor.clone() for name, tensor in live.items()}
+    assert_same(live, whole.state())
+    for name, tensor in fresh.state().items():
+        tensor.copy_(saved[name])
+    fresh.step = 17
+    torch.manual_seed(99)
+    assert list(fresh) == list(range(18, 31)) and not torch.equal(saved["losses"], whole.losses)
+    assert_same(fresh.state(), whole.state())
     other = training(small(spec), data, val, 30, seed=1)
     list(other)
     assert not torch.equal(other.losses, whole.losses) and other.card != whole.card == fresh.card
@@ -314,6 +342,16 @@ def test_noise_and_uncertainty_are_those_predicted():
     torch.testing.assert_close(out.uncertainty, torch.full((4000, 2), std[1].norm().item()))  # normalised; of no elite
 
 
+def test_the_uncertainty_is_a_maximum_at_every_state():
+    ensemble, data = fitted(toy([30, 30])), toy([30, 30], seed=3)
+    ensemble.weights[-1] *= 20  # so that members differ in where they are sure
+    out = rollout(ensemble, Replay(data.actions[:, None]), data.obs, 1, noise())
+    inputs = (torch.cat([data.obs, data.actions], -1) - ensemble.mean[:69]) / ensemble.std[:69]
+    norms = (0.5 * ensemble(inputs)[1]).exp().square().sum(-1).sqrt()
+    torch.testing.assert_close(out.uncertainty[:, 0], norms.max(0).values)
+    assert len(norms.argmax(0).unique()) > 1
+
+
 def test_an_explosion_is_finite_and_counted():
     ensemble = noiseless()
     ensemble.weights[0][:, range(7), range(7)] = 30.0  # Δ = 30 s
@@ -349,10 +387,30 @@ def test_what_comes_after_the_end_is_not_counted():
     assert out.diverged.tolist() == [False, True]
 
 
-def test_what_is_impossible_is_refused():
-    for members, elites in ((3, 4), (3, 0), (0, 1)):
-        with pytest.raises(ValueError, match=f"elites={elites} is not allowed.*members={members}"):
-            small(members=members, elites=elites)
+def test_actions_are_on_policy(learnt):
+    ensemble, _, val, _ = learnt
+    policy = GaussianPolicy(7, 3, hidden=(8,), generators=[noise()]).requires_grad_(False)
+    policy.log_std.uniform_(-2, 0, generator=noise())
+    out, again, other = (rollout(ensemble, policy, val.obs[:1600], 10, noise(s)) for s in (3, 3, 4))
+    # The mean over 16,000 steps and 3 dimensions of log π has standard error sqrt(0.5 / 48000).
+    found = measures.log_likelihood(policy, out.obs, out.actions).mean().item()
+    assert found == pytest.approx(measures.on_policy_log_likelihood(policy).item(), abs=4.5 * math.sqrt(0.5 / 48_000))
+    assert_same(vars(out), vars(again))
+    assert not torch.equal(out.actions, other.actions) and not torch.equal(out.next_obs, other.next_obs)
+    assert [tuple(x.shape[:2]) for x in list(vars(out).values())[:-1]] == [(1600, 10)] * 6
+
+
+@pytest.mark.parametrize("members, elites", [(3, 4), (3, 0), (0, 1)])
+def test_impossible_ensembles_are_refused(members, elites):
+    with pytest.raises(ValueError, match=f"elites={elites} is not allowed.*members={members}"):
+        small(members=members, elites=elites)
+
+
+def test_impossible_input_is_refused():
     data = toy([9], spec=SMALL)
     with pytest.raises(ValueError, match=r"weight_decay=\(0.1,\) is not allowed.*3 numbers"):
         training(small(), data, data, 1, weight_decay=(0.1,))
+    with pytest.raises(ValueError, match="horizon=0 is not allowed"):
+        rollout(small(), STILL, standing(2), 0, noise())
+    with pytest.raises(ValueError, match=r"obs of shape \(2, 6\) is not allowed"):
+        rollout(small(), STILL, standing(2)[:, 1:], 1, noise())
