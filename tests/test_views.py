@@ -1,17 +1,14 @@
 """What the widgets show holds the numbers it is made of: each point, each mean, each step, and the words around them."""
 
-import copy
 import io
 import math
 import re
 import threading
-import types
 from dataclasses import replace
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import TITLE, line, texts
@@ -39,6 +36,13 @@ def nothing_left_open(style):
     assert plt.get_fignums() == before
 
 
+def read_only(arrays):
+    """The arrays, which no view can change from now on."""
+    for array in arrays:
+        array.flags.writeable = False
+    return arrays
+
+
 def point(lam=0.0, n=30, seed=0, **measures):
     """A likelihood and an error that rise with λ; `measures` replaces some, whole or by {trajectory: value}."""
     rng = np.random.default_rng([seed, round(1000 * lam)])
@@ -49,6 +53,7 @@ def point(lam=0.0, n=30, seed=0, **measures):
             own[name][list(values)] = list(values.values())
         else:
             own[name] = np.full(n, values, dtype=float)
+    read_only(own.values())
     unjudged = int(np.isnan(own["normalised"]).sum())
     return study.Point(torch.zeros(n, 2, 71), own, {"diverged": 0, "unjudged": unjudged})
 
@@ -62,26 +67,19 @@ def collapsed(lam=2.0, n=30):
 
 
 def a_view(lam=0.5, points=None, here=None, estimator="normalised", picked=None, **changes):
+    """A view of the sweep `points` at λ; of fresh trajectories, where they are given as `here`."""
     points = {lam: point(lam) for lam in LAMS} if points is None else points
     own = dict(label="stand-in pen-toy", rule="explicit", on_policy=-0.6, floor=FLOOR)
     sweep = Sweep(points=points, frame=study.summary(points), **own | changes)
     return View(sweep, (lam, 0 if here is None else 1), points[lam] if here is None else here, estimator, picked)
 
 
-def a_view_of_fresh(lam, n=12, **changes):
-    """A view of n trajectories that are not of the sweep."""
-    return a_view(lam, here=point(lam, n, seed=1), **changes)
-
-
-def rendered(fig):
-    """The figure; what cannot be drawn fails here."""
+def made(show, *arguments):
+    """The figure that a function makes; what cannot be drawn fails here."""
+    fig = show(*arguments)
     assert isinstance(fig, Figure)
     FigureCanvasAgg(fig).draw()
     return fig
-
-
-def made(show, *arguments, **named):
-    return rendered(show(*arguments, **named))
 
 
 def of(values, estimator="normalised"):
@@ -92,27 +90,26 @@ def of(values, estimator="normalised"):
 # The cloud
 
 
-@pytest.mark.parametrize("estimator, lam", [("normalised", 0.1), ("appendix_b", 2.0)])
-def test_a_cloud_shows_every_trajectory_of_both_weights(estimator, lam):
-    view = a_view(lam, estimator=estimator)
+@pytest.mark.parametrize("estimator, lam, picked", [("normalised", 0.1, 0), ("appendix_b", 2.0, 29)])
+def test_a_cloud_shows_every_trajectory_of_both_weights_and_the_picked_one(estimator, lam, picked):
+    view = a_view(lam, estimator=estimator, picked=picked)
     ax = cloud(view).axes[0]
     for name, values in (("λ = 0", view.sweep.points[0.0]), (f"λ = {lam:g}", view.here)):
         np.testing.assert_array_equal(line(ax, name), of(values, estimator))
-        assert len(line(ax, name)) == 30
+    np.testing.assert_array_equal(line(ax, f"no. {picked}"), of(view.here, estimator)[[picked]])
     assert (line(ax, "floor: real data")[:, 1] == FLOOR[estimator]).all()
     assert (line(ax, "on-policy")[:, 0] == -0.6).all() and ax.get_yscale() == "log"
-    assert {"λ = 0", f"λ = {lam:g}", "floor: real data", "on-policy"} == {t.get_text() for t in ax.get_legend().get_texts()}
+    names = {"λ = 0", f"λ = {lam:g}", f"no. {picked}", "floor: real data", "on-policy"}
+    assert names == {t.get_text() for t in ax.get_legend().get_texts()}
 
 
 @pytest.mark.parametrize("estimator", views.ESTIMATORS.values())
 def test_limits_do_not_move_with_the_weight(estimator):
     sweep = {**{lam: point(lam) for lam in LAMS}, 3.0: collapsed(3.0)}
     seen = [a_view(lam, sweep, estimator=estimator, picked=7) for lam in (0.0, 1.0, 3.0)]
-    seen += [a_view_of_fresh(0.3, points=sweep, estimator=estimator), replace(seen[0], stop=(9.0, 1), here=collapsed(9.0))]
+    seen += [a_view(lam, sweep, here, estimator) for lam, here in ((0.3, point(0.3, 12, seed=1)), (9.0, collapsed(9.0)))]
     axes = [cloud(view).axes[0] for view in seen]
-    (xs, ys) = ({getattr(ax, f"get_{k}lim")() for ax in axes} for k in "xy")
-    assert len(xs) == len(ys) == 1
-    ((low, high),), ((bottom, top),) = xs, ys
+    ((low, high),), ((bottom, top),) = ({getattr(ax, f"get_{k}lim")() for ax in axes} for k in "xy")
     sane = [v for lam, v in sweep.items() if lam < 3]
     x, y = np.concatenate([of(v, estimator) for v in sane]).T
     assert ((x > low) & (x < high)).mean() > 0.98 and ((y > bottom) & (y < top)).mean() > 0.98
@@ -129,25 +126,19 @@ def test_floor_and_on_policy_are_in_view_wherever_they_are(floor, on_policy):
     assert (points > (low, bottom)).all() and (points < (high, top)).all()
 
 
-def words(fig):
-    return [t for t in texts(fig) if "beyond" in t]
-
-
 def test_what_lies_beyond_the_axes_is_counted():
-    assert words(cloud(a_view())) == []
-    view = a_view(2.0, {0.0: point(), 2.0: collapsed()})
-    assert words(cloud(view)) == ["30 of 30 lie beyond the axes (30 diverged)"]
+    one = {"log_likelihood": {3: -900.0}}
     lost = point(1.0, log_likelihood={3: -900.0, 4: -900.0}, normalised={4: math.nan, 9: math.nan, 10: 1e9, 11: 1e-9})
     lost.counts["diverged"] = 2
-    view = a_view(1.0, {lam: point(lam) for lam in LAMS}, here=lost)
-    assert words(cloud(view)) == ["5 of 30 lie beyond the axes (2 diverged)"]
-    assert words(cloud(replace(view, here=point(1.0, log_likelihood={3: -900.0})))) == [
-        "1 of 30 lie beyond the axes (0 diverged)"
-    ]
-    few = point(1.0, n=100, seed=0, log_likelihood={3: -900.0})
-    fine = {lam: point(lam, n=100) for lam in LAMS}
-    assert words(cloud(a_view(1.0, fine, here=few))) == []  # 1%
-    assert words(cloud(a_view(0.0))) == []
+    for view, words in (
+        (a_view(), []),
+        (a_view(0.0), []),
+        (a_view(2.0, {0.0: point(), 2.0: collapsed()}), ["30 of 30 lie beyond the axes (30 diverged)"]),
+        (a_view(1.0, here=lost), ["5 of 30 lie beyond the axes (2 diverged)"]),
+        (a_view(1.0, here=point(1.0, **one)), ["1 of 30 lie beyond the axes (0 diverged)"]),
+        (a_view(1.0, {lam: point(lam, 100) for lam in LAMS}, point(1.0, 100, **one)), []),  # 1%
+    ):
+        assert [t for t in texts(cloud(view)) if "beyond" in t] == words
 
 
 def densities(fig):
@@ -158,10 +149,14 @@ def densities(fig):
         for ax, i in ((top, 0), (side, 1)):
             vertices = ax.collections[0].get_paths()[0].vertices if ax.collections else None
             at = None if vertices is None else vertices[vertices[:, 1 - i].argmax()]
-            tallest = None if at is None else ax.transAxes.inverted().transform(ax.transData.transform(at))[1 - i]
-            each.append(None if at is None else (at[i], tallest))
+            each.append(None if at is None else (at[i], view_shares(ax, at)[1 - i]))
         found.append(each)
     return found
+
+
+def view_shares(ax, places):
+    """Where places [..., 2] are in the axes, 0 to 1."""
+    return ax.transAxes.inverted().transform(ax.transData.transform(places))
 
 
 def test_both_clouds_have_densities_of_one_height():
@@ -184,13 +179,21 @@ def test_both_clouds_have_densities_of_one_height():
     assert colours == [tuple(np.round(to_rgb(c), 3)) for c in (DATA, DATA, MODEL, MODEL)]
 
 
+def test_values_without_spread_have_no_density():
+    for change, without in (
+        (dict(log_likelihood=-1.0), [True, False]),
+        (dict(normalised=0.1), [False, True]),
+        ({"n": 2}, [True] * 2),
+    ):
+        _, here = densities(cloud(a_view(points={0.0: point(), 0.5: point(0.5, **change)})))
+        assert [v is None for v in here] == without
+
+
 POOR = {
     "nothing but NaN": dict.fromkeys(MEASURES, math.nan),
     "no error": {"normalised": math.nan, "appendix_b": math.nan},
     "no likelihood": {"log_likelihood": math.nan},
     "all the same": {"log_likelihood": -1.0, "normalised": 0.1, "appendix_b": 0.1},
-    "one likelihood": {"log_likelihood": -1.0},
-    "one error": {"normalised": 0.1, "appendix_b": 0.1},
     "infinite": {"log_likelihood": -math.inf, "normalised": math.inf},
 }
 
@@ -202,100 +205,65 @@ def test_poor_measures_can_be_shown(name):
     good, poor, lost = point(0.0, 3), point(0.5, 3, **POOR[name]), dict.fromkeys(FLOOR, math.nan)
     for points, floor in (({0.0: good, 0.5: poor}, FLOOR), ({0.0: poor, 0.5: poor}, lost)):
         view = a_view(points=points, floor=floor, picked=0, limit=0.4, calibrated=0.1)
-        fig = panel(view)
+        fig = made(panel, view)
         assert [len(line(fig.axes[0], f"λ = {lam:g}")) for lam in points] == [3, 3]
         for ax in (fig.axes[0], *fig.axes[5:]):
             (low, high), (bottom, top) = ax.get_xlim(), ax.get_ylim()
             assert -math.inf < low < high < math.inf and -math.inf < bottom < top < math.inf
             assert bottom > 0 or ax.get_yscale() == "linear"
         assert numbers(view).shape == (6, 2)
-    rendered(fig)
-
-
-def test_values_without_spread_have_no_density():
-    for changes in (dict(log_likelihood=-1.0), dict(normalised=0.1)):
-        _, here = densities(cloud(a_view(points={0.0: point(), 0.5: point(0.5, **changes)})))
-        assert [v is None for v in here] == ["log_likelihood" in changes, "normalised" in changes]
-    assert densities(cloud(a_view(points={0.0: point(), 0.5: point(0.5, n=2)})))[1] == [None, None]
-
-
-def test_the_picked_trajectory_is_marked_where_it_is():
-    for picked in (0, 29):
-        view = a_view(picked=picked)
-        ring = line(cloud(view).axes[0], f"no. {picked}")
-        assert ring.tolist() == [[view.here.measures["log_likelihood"][picked], view.here.measures["normalised"][picked]]]
 
 
 # The curve
 
 
-def marks(fig):
-    """The diamonds of the two axes: [[λ, mean]] of each."""
-    return [[list(*ln.get_xydata()) for ln in ax.get_lines() if ln.get_marker() == "D"] for ax in fig.axes]
-
-
 def verticals(ax):
     """λ -> colour of vertical lines."""
-    return {
-        ln.get_xdata()[0]: to_rgb(ln.get_color())
-        for ln in ax.get_lines()
-        if len(set(ln.get_xdata())) == 1 < len(ln.get_xdata())
-    }
+    lines = [ln for ln in ax.get_lines() if len(set(ln.get_xdata())) == 1 < len(ln.get_xdata())]
+    return {ln.get_xdata()[0]: to_rgb(ln.get_color()) for ln in lines}
 
 
-def view_shares(ax, places):
-    """Where places [n, 2] are in the axes, 0 to 1."""
-    return ax.transAxes.inverted().transform(ax.transData.transform(places))
+def diamonds(ax):
+    """[[λ, mean]] of its marks."""
+    return [list(*ln.get_xydata()) for ln in ax.get_lines() if ln.get_marker() == "D"]
 
 
-@pytest.mark.parametrize("estimator, lam", [("normalised", 0.0), ("normalised", 0.5), ("appendix_b", 2.0)])
-def test_a_curve_has_the_means_and_a_mark_at_the_weight(lam, estimator):
-    view = a_view(lam, estimator=estimator)
+@pytest.mark.parametrize(
+    "estimator, lam, fresh",
+    [
+        ("normalised", 0.0, 0),
+        ("normalised", 0.5, 0),
+        ("appendix_b", 2.0, 0),
+        *(("normalised", lam, 12) for lam in (1.7, 5.0, 40.0)),
+    ],
+)
+def test_a_curve_has_the_means_and_a_mark_at_the_weight(lam, estimator, fresh):
+    """Fresh trajectories are marked between the weights of the sweep, or beyond them, where the axis reaches on."""
+    view = a_view(lam, here=point(lam, fresh, seed=1) if fresh else None, estimator=estimator)
     fig = made(curve, view)
-    for ax, name, found in zip(fig.axes, (estimator, "log_likelihood"), marks(fig), strict=True):
+    for ax, name in zip(fig.axes, (estimator, "log_likelihood"), strict=True):
         (means,) = (ln.get_xydata() for ln in ax.get_lines() if len(ln.get_xdata()) == len(LAMS))
         np.testing.assert_allclose(means, [[lam, p.measures[name].mean()] for lam, p in view.sweep.points.items()])
-        assert found == [[lam, pytest.approx(view.here.measures[name].mean())]]
-        shares = view_shares(ax, found)
-        assert (shares >= -1e-9).all() and (shares <= 1 + 1e-9).all()
+        assert diamonds(ax) == [[lam, pytest.approx(view.here.measures[name].mean())]]
+        ((x, y),) = view_shares(ax, diamonds(ax))
+        assert -1e-9 <= x <= 1 + 1e-9 and (fresh or -1e-9 <= y <= 1 + 1e-9) and not (fresh and x > 0.999)
         reference = {"log_likelihood": -0.6}.get(name, FLOOR.get(name))
         assert [reference, reference] in [list(ln.get_ydata()) for ln in ax.get_lines()]
     assert verticals(fig.axes[0]) == {lam: to_rgb(GUIDED)}
     assert f"means; the diamonds stand at λ = {lam:g}" in texts(fig)
     assert "dynamics error" in fig.axes[0].get_ylabel() and "log-likelihood" in fig.axes[1].get_ylabel()
+    labels = [t.get_window_extent() for t in fig.axes[0].get_xticklabels()]
+    assert not fresh or all(a.x1 <= b.x0 for a, b in zip(labels, labels[1:]))
 
 
 @pytest.mark.parametrize(
-    "calibrated, limit, shown",
-    [
-        (None, None, []),
-        (0.3, 1.9, [0.3, 1.9]),
-        (0.3, 9.0, [0.3]),
-        (0.0, None, []),
-        (2.5, 2.0, [2.0]),
-        (0.001, 2.05, [0.001, 2.05]),
-    ],
+    "calibrated, limit, shown", [(None, 1.9, [1.9]), (0.3, 9.0, [0.3]), (0.0, 2.05, [2.05]), (2.5, None, [])]
 )
 def test_calibrated_weight_and_limit_are_shown_within_the_sweep(calibrated, limit, shown):
     fig = curve(a_view(calibrated=calibrated, limit=limit))
-    black = [lam for lam, colour in verticals(fig.axes[0]).items() if colour == to_rgb("black")]
-    assert sorted(black) == shown
+    assert [lam for lam, colour in verticals(fig.axes[0]).items() if colour == to_rgb("black")] == shown
     expected = {"calibrated": calibrated in shown, "predicted limit": limit in shown}
     assert {name: any(name in t for t in texts(fig)) for name in expected} == expected
-
-
-@pytest.mark.parametrize("lam", [1.7, 5.0, 40.0])
-def test_fresh_trajectories_are_marked_beside_the_sweep(lam):
-    """Between its weights, or beyond them, where the axis reaches on."""
-    view = a_view_of_fresh(lam)
-    fig = made(curve, view)
-    for ax, name, found in zip(fig.axes, ("normalised", "log_likelihood"), marks(fig), strict=True):
-        assert found == [[lam, pytest.approx(view.here.measures[name].mean())]]
-        assert (means := [ln for ln in ax.get_lines() if len(ln.get_xdata()) == len(LAMS)]) and lam not in means[0].get_xdata()
-    assert view_shares(fig.axes[0], [[lam, 1]])[0, 0] < 0.999 and np.diff(fig.axes[0].get_xlim()) > 0
-    np.testing.assert_array_equal(line(cloud(view).axes[0], f"λ = {lam:g}"), of(view.here))
-    labels = [t.get_window_extent() for t in fig.axes[0].get_xticklabels()]
-    assert all(a.x1 <= b.x0 for a, b in zip(labels, labels[1:]))
 
 
 def test_a_mark_far_out_is_not_drawn_over_the_labels():
@@ -360,9 +328,7 @@ def test_a_panel_holds_cloud_curve_and_numbers_of_both_weights(lam):
 
 def pixels(fig, places, dpi):
     """Where places [n, 2] of a cloud are in its picture: px from the top left."""
-    ax = fig.axes[0]
-    share = ax.transAxes.inverted().transform(ax.transData.transform(places))
-    box = ax.get_position()  # in shares of the figure
+    share, box = view_shares(fig.axes[0], places), fig.axes[0].get_position()  # in shares of the figure
     width, height = fig.get_size_inches() * dpi
     return np.stack([(box.x0 + share[:, 0] * box.width) * width, (1 - box.y0 - share[:, 1] * box.height) * height], -1)
 
@@ -372,35 +338,9 @@ def test_a_click_finds_the_trajectory_it_is_on(dpi, estimator):
     lost = point(0.5, normalised={3: math.nan, 8: math.nan}, log_likelihood={5: -4000.0, 6: math.nan}, appendix_b={3: 0.0})
     view = a_view(here=lost, estimator=estimator)
     places = pixels(made(cloud, view), of(lost, estimator), dpi)
-    for i in (0, 1, 12, 29):
-        x, y = places[i]
-        assert nearest(view, x, y, dpi) == nearest(view, x + 0.1, y - 0.1, dpi) == i
-        assert type(nearest(view, x, y, dpi)) is int
-    assert nearest(view, 2, 2, dpi) is None
-
-
-def test_a_picture_has_its_points_where_a_click_finds_them():
-    """One trajectory alone, seen in the picture itself."""
-    view = a_view(points={0.0: point(), 0.5: point(0.5, n=1)}, picked=0)
-    fig = cloud(view)
-    file = io.BytesIO()
-    fig.savefig(file, format="png", dpi=fig.dpi)
-    file.seek(0)
-    picture = plt.imread(file)[..., :3]
-    x, y = pixels(fig, of(view.here), fig.dpi)[0]
-    around = picture[round(y) - 9 : round(y) + 10, round(x) - 9 : round(x) + 10]
-    black = np.argwhere(around.max(-1) < 0.3)
-    assert len(black) > 20 and np.abs(black.mean(0) - 9).max() < 1.5  # the ring around it
-    assert nearest(view, x, y, fig.dpi) == 0
-
-
-@pytest.mark.parametrize("here", [collapsed(), point(0.5, **POOR["nothing but NaN"]), point(0.5, n=1, log_likelihood=-4000.0)])
-def test_a_click_where_nothing_is_in_view_finds_nothing(here):
-    view = a_view(points={0.0: point(), 0.5: here})
-    fig = made(cloud, view)
-    (left, bottom), (right, top) = fig.axes[0].bbox.get_points()
-    grid = [(x, fig.bbox.height - y) for x in np.linspace(left, right, 4) for y in np.linspace(bottom, top, 4)]
-    assert {nearest(view, x, y, fig.dpi) for x, y in grid} == {None}
+    for i in (0, 29):
+        found = nearest(view, *places[i] + (0.1, -0.1), dpi)
+        assert found == i and type(found) is int
 
 
 def test_a_click_far_from_all_finds_nothing():
@@ -409,9 +349,18 @@ def test_a_click_far_from_all_finds_nothing():
     fig = cloud(view)
     ((x, y),) = pixels(fig, of(view.here), fig.dpi)
     reach = 0.05 * fig.bbox.width
-    for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.6, 0.8)):
+    for dx, dy in ((1, 0), (0, -1), (0.6, 0.8)):
         assert nearest(view, x + 0.98 * reach * dx, y + 0.98 * reach * dy, fig.dpi) == 0
         assert nearest(view, x + 1.02 * reach * dx, y + 1.02 * reach * dy, fig.dpi) is None
+
+
+@pytest.mark.parametrize("here", [point(0.5, **POOR["nothing but NaN"]), point(0.5, n=1, log_likelihood=-4000.0)])
+def test_a_click_where_nothing_is_in_view_finds_nothing(here):
+    view = a_view(points={0.0: point(), 0.5: here})
+    fig = made(cloud, view)
+    (left, bottom), (right, top) = fig.axes[0].bbox.get_points()
+    grid = [(x, fig.bbox.height - y) for x in np.linspace(left, right, 4) for y in (bottom, top)]
+    assert {nearest(view, x, y, fig.dpi) for x, y in grid} == {None}
 
 
 # From noise to motion
@@ -423,18 +372,16 @@ def a_track(seed=0, K=5, T=7, scale=1.0):
     sigma = scale * np.geomspace(80, 0.01, K)
     noised = rng.normal(size=(K, T, 71)) * np.sqrt(1 + sigma[:, None, None] ** 2)
     actions, means = rng.uniform(-1, 1, (2, K, T, 24))
-    return types.SimpleNamespace(sigma=sigma, noised=noised, actions=actions, means=means)
+    return study.Denoising(*read_only([sigma, noised, actions, means]))
 
 
 TRACKS = {"unguided": a_track(0), "λ = 0.3": a_track(1, scale=1.1), "λ = 2": a_track(2, scale=1.2)}
 
 
-@pytest.mark.parametrize(
-    "count, steps, action", [(1, [0], 0), (2, [3], 9), (3, [4], 23), (1, [0, 2], 4), (3, np.array([0, 4]), 0)]
-)
-def test_denoising_shows_steps_of_each_trajectory(count, steps, action):
+@pytest.mark.parametrize("count, steps", [(1, [0]), (3, [4]), (2, np.array([0, 2, 4]))])
+def test_denoising_shows_steps_of_each_trajectory(count, steps):
     tracks = dict(list(TRACKS.items())[:count])
-    fig = made(denoising, tracks, steps, TITLE, action=action)
+    fig = made(denoising, tracks, steps, TITLE)
     assert len(fig.axes) == 2 * count * len(steps) + 1 and TITLE in texts(fig)
     if len(steps) == 1:
         pairs = np.reshape(fig.axes[:-1], (2, count)).T
@@ -445,36 +392,37 @@ def test_denoising_shows_steps_of_each_trajectory(count, steps, action):
         (image,), (solid, dotted) = above.get_images(), below.get_lines()
         expected = (track.noised[step, :, :36] / math.sqrt(1 + track.sigma[step] ** 2)).T
         np.testing.assert_allclose(image.get_array(), expected, rtol=1e-12)
-        np.testing.assert_array_equal(solid.get_ydata(), track.actions[step][:, action])
-        np.testing.assert_array_equal(dotted.get_ydata(), track.means[step][:, action])
+        np.testing.assert_array_equal(solid.get_ydata(), track.actions[step][:, 0])
+        np.testing.assert_array_equal(dotted.get_ydata(), track.means[step][:, 0])
         assert solid.get_linestyle() == "-" and dotted.get_linestyle() == ":"
         (left, right, *_), (low, high) = image.get_extent(), below.get_xlim()
         assert low <= left and right <= high and abs(low + 0.5) < 0.5  # columns stand above their steps
         assert above.get_title() == f"{name}, σ = {track.sigma[step]:.3g}"
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["denoised action", "the policy's mean there"]
-    assert pairs[0][1].get_ylabel() == f"action {action}" and fig.axes[-1].get_ylabel() == "state (std)"
+    assert pairs[0][1].get_ylabel() == "action 0" and fig.axes[-1].get_ylabel() == "state (std)"
     assert pairs[-1][1].get_xlabel() == "step of the trajectory"
     names = {t.get_text(): y for t, y in zip(pairs[0][0].get_yticklabels(), pairs[0][0].get_yticks())}
     groups = ["hand joints", "pen position", "pen linear velocity", "pen angular velocity", "pen axis"]
     assert names == dict(zip(groups, (0, 24, 27, 30, 33)))
 
 
-@pytest.mark.parametrize("text", ["nothing to see", "two\nlines", "No simulator can draw here: " + "a long reason " * 8])
+@pytest.mark.parametrize("text", ["two\nlines", "No simulator can draw here: " + "a long reason " * 8])
 def test_a_message_shows_its_text(text):
     fig = made(message, text)
-    assert texts(fig) == [text]
     (shown,) = fig.findobj(matplotlib.text.Text)
     box = shown.get_window_extent()
+    assert shown.get_text() == text
     assert box.x0 >= 0 and box.x1 <= fig.bbox.width and box.y0 >= 0 and box.y1 <= fig.bbox.height
 
 
 # All of them
 
 
-def picture(fig):
-    file = io.BytesIO()
-    fig.savefig(file, format="png", dpi=60)
-    return file.getvalue()
+def test_views_of_the_same_are_equal():
+    view = a_view()
+    assert view == replace(view) and hash(view) == hash(replace(view))
+    others = [replace(view, **change) for change in (dict(stop=(0.5, 1)), dict(estimator="appendix_b"), dict(picked=1))]
+    assert len({view, *others, a_view()}) == 5  # the last is of another sweep
 
 
 DRAWN = {
@@ -485,42 +433,19 @@ DRAWN = {
 }
 
 
-def same(a, b):
-    """Whether two points, tracks or views are the same, bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, pd.DataFrame):
-        return a.equals(b)
-    if hasattr(a, "__dict__") and not isinstance(a, torch.Tensor):
-        return same(vars(a), vars(b))
-    return a.tobytes() == b.tobytes() if isinstance(a, np.ndarray) else bool(np.all(np.asarray(a == b)))
-
-
-def test_inputs_are_not_changed():
-    view = a_view(points={0.0: point(), 0.5: point(0.5, normalised={3: math.nan}), 2.0: collapsed()}, picked=3, limit=1.0)
-    before = copy.deepcopy((view, TRACKS))
-    for show in (cloud, curve, panel, numbers, lambda view: nearest(view, 200, 200, 72)):
-        show(view)
-    denoising(TRACKS, [1, 2], TITLE)
-    assert same(view, before[0]) and same(TRACKS, before[1])
-
-
-def test_views_of_the_same_are_equal():
-    view = a_view()
-    assert view == replace(view) and hash(view) == hash(replace(view))
-    others = [replace(view, **change) for change in (dict(stop=(0.5, 1)), dict(estimator="appendix_b"), dict(picked=1))]
-    assert len({view, *others, a_view()}) == 5  # the last is of another sweep
+def picture(name):
+    file = io.BytesIO()
+    DRAWN[name]().savefig(file, format="png", dpi=60)
+    return name, file.getvalue()
 
 
 @pytest.mark.slow
 def test_two_threads_draw_what_one_does():
-    alone = {name: picture(show()) for name, show in DRAWN.items()}
-    found, at_once = [], threading.Barrier(2)
+    alone, found, at_once = dict(map(picture, DRAWN)), [], threading.Barrier(2)
 
     def draw(names):
         at_once.wait()
-        for name in names:
-            found.append((name, picture(DRAWN[name]())))
+        found.extend(map(picture, names))
 
     threads = [threading.Thread(target=draw, args=(names,)) for names in ([*DRAWN], [*DRAWN][::-1])]
     for thread in threads:

@@ -192,11 +192,11 @@ def nearest(view, x, y, dpi):
     return int(away.argmin()) if away.min() < 0.05 * fig.bbox.width else None
 
 
-def denoising(tracks, steps, title, action=0):
+def denoising(tracks, steps, title):
     """Trajectories on their way from noise to motion, name -> `study.Denoising`, at some `steps`.
 
     One step of each is a column, several are a row. Above, the state channels of the noised trajectory, scaled to unit
-    variance; below, one action of the denoised estimate, and the policy's mean in its states.
+    variance; below, the first action of the denoised estimate, and the policy's mean in its states.
     """
     across, rows = (len(tracks), 1) if len(steps) == 1 else (len(steps), len(tracks))
     fig = Figure(figsize=(11, 5.2 if rows == 1 else 4.2 * rows), layout="constrained")
@@ -208,13 +208,13 @@ def denoising(tracks, steps, title, action=0):
             image = above.imshow(states, **style.STATES)
             above.set_title(f"{name}, σ = {track.sigma[step]:.3g}", fontsize="medium" if rows == 1 else "x-small")
             above.set_yticks([s.start for s in STATES.values()], STATES, fontsize="x-small", va="top")
-            below.plot(track.actions[step][:, action], color=colour, marker=".", label="denoised action")
-            below.plot(track.means[step][:, action], color="black", linestyle=":", label="the policy's mean there")
+            below.plot(track.actions[step][:, 0], color=colour, marker=".", label="denoised action")
+            below.plot(track.means[step][:, 0], color="black", linestyle=":", label="the policy's mean there")
             below.set(ylim=(-1.6, 1.6))
     for ax in axes[-1]:
         ax.set_xlabel("step of the trajectory", fontsize="medium" if rows == 1 else "small")
     for ax in axes[1::2, 0]:
-        ax.set_ylabel(f"action {action}")
+        ax.set_ylabel("action 0")
     fig.colorbar(image, ax=axes[::2].ravel().tolist(), label="state (std)", shrink=0.9)
     fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     fig.suptitle(title, fontsize="medium")

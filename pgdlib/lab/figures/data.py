@@ -9,9 +9,9 @@ from pgdlib.lab.figures.style import COLOURS, DATA, MODEL, STATES, figure, finis
 from pgdlib.simulators import pen, pen_states
 
 
-def returns(groups, references, title, xlabel="return on D4RL's scale"):
+def returns(groups, references, title):
     """Histograms of returns: groups, name -> [n]; references, name -> value, upright lines. What is not finite is left out."""
-    fig, [[ax]] = figure(title, 8.5, 3.2, xlabel=xlabel, ylabel="fraction of episodes")
+    fig, [[ax]] = figure(title, 8.5, 3.2, xlabel="return on D4RL's scale", ylabel="fraction of episodes")
     shown = np.concatenate([*groups.values(), [0.0, *references.values()]])
     shown = shown[np.isfinite(shown)]
     bins = np.linspace(shown.min(), shown.max(), 40)
