@@ -137,7 +137,6 @@ def test_every_claim_has_a_row(runs):
 def test_a_claim_that_was_not_measured_is_shown(runs):
     rows = recorded(*(some(name) for name in claims.CLAIMS if name != "C4"))
     assert [row["verdict"] for row in claims.table(rows)] == [*[PARTLY] * 3, "not measured yet", *[PARTLY] * 5]
-    assert f"| C4 | {claims.CLAIMS['C4']} |  |  | not measured yet |" in claims.markdown(rows)
 
 
 def test_several_rows_of_one_claim_are_kept_in_their_place(runs):
@@ -165,18 +164,6 @@ def test_the_effect_in_words(runs, effect, low, high, words):
     assert claims.table(recorded(claim))[2]["effect"] == words
 
 
-def test_the_table_as_markdown(runs):
-    """A table of Markdown: a head, a line below it, and a row for each of the table's, all with as many cells."""
-    rows = recorded(some("C2 a|b"), Claim("C3", "λ | share", 0.5, math.nan, math.nan, NOT, "r"))
-    introduction, blank, *lines = claims.markdown(rows).removesuffix("\n").split("\n")
-    assert "toy" in introduction and "ci" in introduction and blank == ""
-    cells = [[c.strip() for c in ln.split("|")] for ln in lines]
-    assert all(len(c) == 7 and c[0] == c[-1] == "" for c in cells) and set(cells[1][1:-1]) == {"---"}
-    table = claims.table(rows)
-    assert cells[0][1:-1] == list(table[0])
-    assert [c[1:-1] for c in cells[2:]] == [[v.replace("|", "/") for v in row.values()] for row in table]
-
-
 def test_a_table_takes_what_another_dataset_adds_and_says_so(runs):
     claims.record([some("C1"), some("C2 a")], "toy", "toy", "ci")
     claims.record([some("C1", verdict=NOT), some("C2 b"), some("C4 a"), some("C4 b", verdict=NOT)], "other", "other", "ci")
@@ -184,7 +171,6 @@ def test_a_table_takes_what_another_dataset_adds_and_says_so(runs):
     assert list(rows) == ["C1", "C2 a", "C4 a", "C4 b"]  # C1 and C2 have a verdict on the dataset that was asked for
     measures = {row[""]: row["measure"] for row in claims.table(rows)}
     assert measures["C1"] == "measure" and measures["C4"] == "measure, on other" and measures["C9"] == ""
-    assert claims.markdown(rows).startswith("On toy, scale `ci`")
     others = claims.of_scale("ci", "other")
     assert list(others) == ["C1", "C2 b", "C4 a", "C4 b"] and others["C1"]["verdict"] == NOT
     assert claims.of_scale("quick", "toy") == {}

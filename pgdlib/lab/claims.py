@@ -228,15 +228,6 @@ def table(rows):
     ]
 
 
-def markdown(rows):
-    """`table` as Markdown, under a line that names data and scale."""
-    first, columns = next(iter(rows.values())), ("", "claim", "measure", "effect", "verdict")
-    lines = [f"On {first['dataset']}, scale `{first['scale']}`; effects with 95% intervals:", ""]
-    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(row[c].replace("|", "/") for c in columns) + " |" for row in table(rows)]
-    return "\n".join(lines) + "\n"
-
-
 def effect(claim):
     """The effect of a `Claim`, or of its row, with its interval, as text; nothing if there is none."""
     row = claim if isinstance(claim, dict) else asdict(claim)

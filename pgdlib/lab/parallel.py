@@ -62,12 +62,12 @@ def _share(denoiser, x, mask, sigma, noise):
     return value
 
 
-def parse(arguments, about=__doc__, given=GIVEN, **own):
-    """The settings of a command line that takes `given`, name -> default, checked; `own` as in `settings.check`."""
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in given.items():
+def parse(arguments):
+    """The settings of a command line that takes those of `GIVEN`, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    for name, default in GIVEN.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, type=yaml.safe_load, metavar="")
-    return settings.check(vars(parser.parse_args(arguments)), **own)
+    return settings.check(vars(parser.parse_args(arguments)))
 
 
 def main(arguments=None):

@@ -129,9 +129,8 @@ def check(namespace, **own):
     """The notebook's parameters as attributes, with the settings of the scale where they are None; call it with `globals()`.
 
     They are what the notebook's cell of parameters assigns of the tables above and of `own`, name -> type, such as
-    `number(0)`. Raises ValueError
-    that names the parameter, its value and what is allowed; also for a name that papermill injected but that the cell has
-    not: papermill itself only warns, and runs on with the defaults.
+    `number(0)`. Raises ValueError that names the parameter, its value and what is allowed; also for a name that papermill
+    injected but that the cell has not: papermill itself only warns, and runs on with the defaults.
     """
     known = own | {name: row[0] for name, row in (PARAMETERS | SETTINGS).items()}
     injected, cells = [], []  # of IPython's history; papermill's cell begins with a comment
