@@ -209,8 +209,8 @@ def cluster(monkeypatch):
 def test_a_ray_cluster_may_lose_a_machine(toy, tmp_path, undisturbed, cluster, told):
     both, node = cluster
     runs = tmp_path / "ray"
-    sweep = start(toy, runs, "--backend", "ray", "--address", both.address)
-    wait_for(lambda: attempts(runs) > is_done(runs) >= 1, 180)
+    sweep = start(toy, runs, "--backend", "ray", "--address", both.address, "-p", "x", "20")  # so long that two overlap
+    wait_for(lambda: attempts(runs) >= is_done(runs) + 2 > 2, 180)  # one on each node
     both.remove_node(node, allow_graceful=False)
     assert sweep.wait(300) == 0, said(runs)
     assert "again   seed=" in said(runs) and "lost: " in said(runs)
