@@ -158,13 +158,17 @@ def _simulated(simulator, start, qpos, qvel, act, steps):
     the simulator cannot start, and observations and qpos from where it gives up.
     """
     reach = simulator.within_reach(qpos, qvel)
-    batch = simulator.batch(len(start), None)
-    batch.set_state(*(np.where(reach[:, None], x, 0.0) for x in (qpos, qvel)))
+    batch = simulator.batch(int(reach.sum()), None) if reach.any() else None
+    if batch:
+        batch.set_state(qpos[reach], qvel[reach])
     seen, acted, joints = [start], [], [qpos]
     for _ in range(steps):
         acted.append(np.asarray(act(seen[-1]), dtype=np.float64))
-        after = batch.step(acted[-1])
-        joints.append(np.where(np.isnan(after).any(1, keepdims=True), np.nan, batch.state()[0]))
+        after, where = np.full(start.shape, np.nan), np.full(qpos.shape, np.nan)
+        if batch:
+            after[reach] = batch.step(acted[-1][reach])
+            where[reach] = batch.state()[0]
+        joints.append(np.where(np.isnan(after).any(1, keepdims=True), np.nan, where))
         seen.append(simulator.with_goal(after, start))
     made = [np.stack(x, 1) for x in (seen, acted, joints)]
     for x in made:

@@ -164,10 +164,11 @@ def coverage(reference: Tensor, generated: Tensor, scale: Tensor, neighbours: in
     """
     reference, generated, scale = _checked(reference, generated, scale)
     ours, theirs = (_spread(v, steps_each) / scale for v in (reference, generated))
-    others = (len(ours) - 1) * ours.shape[1]
+    n, own = ours.shape[:2]
+    others = (n - 1) * own
     if not 1 <= neighbours <= others:
         raise ValueError(f"neighbours={neighbours} must be 1 to {others}, the states of other reference trajectories")
-    trajectory, own = np.repeat(np.arange(len(ours)), ours.shape[1]), ours.shape[1]
+    trajectory = np.repeat(np.arange(n), own)
     ours, theirs = (v.flatten(0, 1).numpy() for v in (ours, theirs))
     distance, ids = spatial.KDTree(ours).query(ours, neighbours + own)  # of these, `own` at most are of the same trajectory
     distance[trajectory[ids] == trajectory[:, None]] = np.inf

@@ -152,7 +152,20 @@ def test_open_loop_needs_steps_to_play(quiet, steps):
         open_loop_error(*quiet, ONES, steps)
 
 
+def test_open_loop_of_no_trajectory_is_empty(quiet):
+    assert open_loop_error(*(x[:0] for x in quiet), ONES, 5).normalised.shape == (0, 5)
+
+
 # Replays: the same as joint positions
+
+
+def test_replay_of_a_true_trajectory_stays_near_it(guided):
+    """Hand joints and pen position, to a tenth of how far they move; measured 1/20 or less."""
+    obs, actions = pairs(guided, 8, 12, first=20)
+    for i in range(8):
+        played, true = play(obs[i], actions[i], ONES), guided.qpos[i, 21:32, :27]
+        np.testing.assert_allclose(played.imagined[:, :27], true, rtol=0, atol=1e-6)
+        assert np.abs(played.simulated[:, :27] - true).mean() < np.abs(true - true[0]).mean() / 10
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
