@@ -155,20 +155,42 @@ def test_targets_are_drawn_as_gym_draws_them():
     assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
 
 
-def test_returns_are_those_of_gyms_episodes(mixed):
-    """Native ones have 200 steps; D4RL's end by the fall, which counts, or after 100."""
+def test_d4rl_environment_ends_on_the_fall_and_counts_it(mixed):
     env, native = make_env("d4rl"), make_env("native")
     ends = set()
-    for i, (target, actions) in enumerate(zip(mixed.targets, mixed.actions)):
-        obs, reward, *_, terminated, truncated = play(env, target, actions)
+    for i, target in enumerate(mixed.targets):
+        obs, reward, _, _, _, terminated, truncated = play(env, target, mixed.actions[i])
         fallen = obs[1:, 26] < 0.075
-        assert terminated == fallen[-1] and not fallen[:-1].any() and (terminated or len(reward) == 100)
-        _, whole, *_, never, always = play(native, target, actions)
-        assert len(whole) == 200 and not never and always
-        assert mixed.d4rl_lengths[i] == len(reward) and mixed.d4rl_returns[i] == pytest.approx(reward.sum(), abs=1e-9)
-        assert mixed.native_returns[i] == pytest.approx(whole.sum(), abs=1e-9)
         ends.add((terminated, truncated))
+        if terminated:
+            assert fallen[-1] and not fallen[:-1].any() and len(reward) <= 100
+            distance, similarity = np.linalg.norm(obs[-1, 39:42]), obs[-1, 33:36] @ obs[-1, 36:39]
+            assert distance > 0.075  # so no bonus
+            assert reward[-1] == pytest.approx(similarity - distance - 5, abs=1e-9)
+        else:
+            assert truncated and not fallen.any() and len(reward) == 100
+        assert len(play(native, target, mixed.actions[i])[1]) == 200  # with or without a fall
     assert ends == {(True, False), (False, True)}
+
+
+def test_native_environment_is_only_truncated(mixed):
+    *_, terminated, truncated = play(make_env("native"), mixed.targets[0], np.concatenate([mixed.actions[0]] * 2))
+    assert mixed.fallen[0].any() and not terminated and truncated
+
+
+def test_bad_scale_is_named():
+    with pytest.raises(ValueError, match=r"scale must be one of d4rl, native; got 'huge'"):
+        make_env("huge")
+
+
+def test_returns_follow_from_native_episodes(mixed):
+    env, native = make_env("d4rl"), make_env("native")
+    d4rl = [play(env, target, actions)[1] for target, actions in zip(mixed.targets, mixed.actions)]
+    np.testing.assert_array_equal(mixed.d4rl_lengths, [len(r) for r in d4rl])
+    np.testing.assert_allclose(mixed.d4rl_returns, [r.sum() for r in d4rl], atol=1e-9)
+    np.testing.assert_allclose(
+        mixed.native_returns, [play(native, t, a)[1].sum() for t, a in zip(mixed.targets, mixed.actions)], atol=1e-9
+    )
 
 
 def test_normalised_score_at_the_reference_points():
@@ -199,6 +221,17 @@ def test_advance_is_one_gym_step_from_each_state(env, mixed):
         np.testing.assert_allclose(after[i][own], env.step(action)[0][own], rtol=0, atol=1e-9)
     np.testing.assert_array_equal(advance(qpos, qvel, actions.reshape(-1, 24), chunk=7), after)
     assert advance(qpos[:0], qvel[:0], actions.reshape(-1, 24)[:0]).shape == (0, 45)
+
+
+def test_advance_marks_what_cannot_be_simulated(mixed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    qpos, qvel, actions = mixed.qpos[:, 40].copy(), mixed.qvel[:, 40].copy(), mixed.actions[:, 40].copy()
+    clean = advance(qpos, qvel, actions)
+    qpos[0, 3], qpos[2, 25], qvel[3, 29], actions[5, 0] = np.nan, 50.0, np.inf, np.nan
+    after, bad = advance(qpos, qvel, actions), [0, 2, 3, 5]
+    assert np.isnan(after[bad]).all()
+    np.testing.assert_array_equal(np.delete(after, bad, 0), np.delete(clean, bad, 0))
+    assert np.isnan(advance(qpos * np.nan, qvel, actions)).all()
 
 
 def test_real_states_are_within_reach(real):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, SPEC, assert_same, draw, random_batch, scales
@@ -25,8 +26,8 @@ def packed(counts, seed=0, spec=SMALL):
     return [random_batch(1, n, seed + i, spec)[0].float() for i, n in enumerate(counts)]
 
 
-def learner(kind, seeds=SEEDS, steps=200, spec=SMALL):
-    agent = KINDS[kind](spec, seeds, *scales(spec), hidden=(16, 12))
+def learner(kind, seeds=SEEDS, steps=200, spec=SMALL, dtype=torch.float32):
+    agent = KINDS[kind](spec, seeds, *scales(spec), hidden=(16, 12)).to(dtype)
     return Learner(agent, seeds, steps, batch_size=16, learning_rate=1e-3)
 
 
@@ -63,6 +64,28 @@ def test_runs_start_as_their_seeds_say(kind, spec):
         assert not any(p.requires_grad for p in agent.target_q.parameters())
 
 
+@pytest.mark.slow
+@every_agent
+@pytest.mark.parametrize(
+    "dtype, tolerance, spec", [(torch.float64, 1e-9, SPEC), (torch.float32, 2e-3, SMALL)], ids=["float64", "default"]
+)
+def test_stacked_runs_train_as_separate_ones(kind, dtype, tolerance, spec):
+    runs = [run.to(dtype) for run in packed(COUNTS, spec=spec)]
+    stacked = learner(kind, spec=spec, dtype=dtype)
+    before = run_of(stacked.agent, 0)
+    train(stacked, runs, 100)
+    assert max((p - before[name]).abs().max() for name, p in run_of(stacked.agent, 0).items()) > 0.02
+    for i, seed in enumerate(SEEDS):
+        alone = learner(kind, [seed], spec=spec, dtype=dtype)
+        train(alone, runs[i : i + 1], 100)
+        theirs = run_of(stacked.agent, i)
+        for name, p in run_of(alone.agent, 0, 1).items():
+            # Adam's first steps are the gradient's sign, so that in low precision a few weights go their own way.
+            error = (p - theirs[name]).square().mean().sqrt()
+            assert error < tolerance, (name, error)
+    assert (stacked.diverged_at == -1).all()
+
+
 @every_agent
 def test_a_diverging_run_is_marked_and_leaves_the_others_untouched(kind):
     runs = packed(COUNTS)
@@ -92,6 +115,30 @@ def test_values_that_no_return_has_are_marked(kind, bias, sign):
     train(loop, packed((50, 50, 50)), 2)
     assert loop.diverged_at.tolist() == [-1, -1, 1]
     assert all(p.isfinite().all() for p in loop.agent.parameters())
+
+
+@pytest.mark.slow
+@every_agent
+def test_a_state_copied_into_a_fresh_learner_goes_on_to_the_same_weights(kind):
+    first, second, kept = packed(COUNTS), packed((20, 30, 10), 9), {}
+    whole = learner(kind)
+    whole.diverged_at[1] = 5
+    live = whole.state()
+    for data, until in ((first, 90), (second, 130)):  # data change in the midst of a chunk
+        for step in whole.train(data, until):
+            if step in (70, 97):
+                kept[step] = {name: tensor.clone() for name, tensor in live.items()}
+    assert_same(live, whole.state())
+    for step, saved in kept.items():
+        fresh = learner(kind)
+        train(fresh, second, 5)  # to be forgotten
+        for name, tensor in fresh.state().items():
+            tensor.copy_(saved[name])
+        fresh.step = step
+        train(fresh, first, 90)
+        assert train(fresh, second, 130) == list(range(max(step, 90) + 1, 131))
+        assert fresh.diverged_at.tolist() == [-1, 5, -1]
+        assert_same(fresh.state(), whole.state())
 
 
 class Probe(nn.Module):
@@ -146,6 +193,19 @@ def test_no_two_draws_share_a_stream(kind, monkeypatch):
         monkeypatch.setattr(module, "generator", lambda *args: started.append(args[1:]) or fast.generator(*args))
     train(learner(kind, (0, 1, 2)), packed((50, 50, 50)), 70)
     assert len(set(started)) == len(started) == 9 + 210 * (kind == "td3_bc")
+
+
+@every_agent
+def test_only_the_policys_learning_rate_falls(kind):
+    loop, data = learner(kind, steps=40), packed((50, 50, 50))
+    actor, critic = loop.optimiser.param_groups
+    rates = np.array([[actor["lr"], critic["lr"]] for _ in loop.train(data)])
+    np.testing.assert_allclose(rates[:, 0], 0.5e-3 * (1 + np.cos(np.pi * np.arange(40) / 40)))
+    assert (rates[:, 1] == 1e-3).all()
+    trained = {n: p for n, p in loop.agent.named_parameters() if not n.startswith("target") and p.requires_grad}
+    for group, of_policy in ((actor, True), (critic, False)):
+        expected = {id(p) for n, p in trained.items() if n.startswith("policy.") == of_policy}
+        assert {id(p) for p in group["params"]} == expected
 
 
 def test_behaviour_cloning_fits_the_datas_gaussian():

@@ -58,6 +58,13 @@ def test_values_that_are_not_finite_are_refused(key):
             toy([3, 4], **{key: tensor})
 
 
+def test_tensors_and_back():
+    mine = toy([3, 4], info={"qpos": torch.rand(7, 30)})
+    back = data.Trajectories.from_tensors(mine.tensors(), "toy")
+    assert back.name == "toy" and back.info.keys() == {"qpos"}
+    assert all(torch.equal(v, back.tensors()[k]) for k, v in mine.tensors().items())
+
+
 def test_episodes_starts_and_returns_against_a_loop():
     mine = toy([5, 1, 120, 100, 7], info={"qpos": torch.rand(233, 30)})
     assert mine.starts.tolist() == [start for start, _ in spans(mine)]

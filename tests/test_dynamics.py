@@ -170,6 +170,15 @@ def test_too_fast_for_the_simulator(quiet):
     assert np.isfinite(dynamics_error(obs, actions, ONES, "appendix_b").plain).all()  # it does not look at velocities
 
 
+@pytest.mark.parametrize("estimator", ["reconstructed", "appendix_b"])
+def test_chunks_and_threads_change_nothing(real, estimator, monkeypatch):
+    obs, actions = pairs(real, 3, 11)
+    whole = predict(obs, actions, estimator, threads=1)
+    np.testing.assert_array_equal(predict(obs, actions, estimator, threads=3), whole)
+    monkeypatch.setattr(dynamics, "advance", functools.partial(dynamics.advance, chunk=7))
+    np.testing.assert_array_equal(predict(obs, actions, estimator), whole)
+
+
 def test_injected_noise_has_its_size_and_leaves_an_observation(real):
     obs, variance, size = real.obs, real.obs.var((0, 1)), 0.05
     kept = obs.copy()

@@ -255,5 +255,8 @@ def test_initial_weights_are_those_of_linear_layers():
         both = torch.cat([weight, bias], 1)[:2].detach().reshape(-1)
         assert both.abs().max() <= 1 / math.sqrt(i)
         assert stats.kstest(both * math.sqrt(i), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+        torch.manual_seed(0)
+        linear = nn.Linear(i, o)
+        assert stats.ks_2samp(weight[:2].detach().reshape(-1), linear.weight.detach().reshape(-1)).pvalue > 1e-3
     for i, seed in enumerate((0, 1, 0)):
         assert all(torch.equal(p[i], q[0]) for p, q in zip(mlp.parameters(), stacked(widths, [seed]).parameters()))

@@ -91,6 +91,15 @@ def test_alive_on_flags_by_hand():
 # Bootstrapped statistics
 
 
+def test_the_interval_leaves_out_what_is_not_finite():
+    clean = [1.0, 2.0, 4.0]
+    assert measures.interval([1.0, math.nan, 2.0, math.inf, 4.0, -math.inf]) == measures.interval(clean)
+    assert measures.interval([7]) == (7, 7, 7)
+    for nothing in ([], [math.nan]):
+        assert all(math.isnan(v) for v in measures.interval(nothing))
+    assert all(type(v) is float for v in measures.interval(torch.tensor([1.0, 2.0])))
+
+
 def mean(x):
     return x.mean(-1)
 
@@ -149,6 +158,14 @@ def by_loops(x, y):
 
     same = [np.mean([apart(a, b) for a, b in itertools.permutations(s, 2)]) for s in (x, y)]
     return 2 * np.mean([apart(a, b) for a in x for b in y]) - sum(same)
+
+
+def test_of_single_numbers_it_is_scipys():
+    """But for a number's distance from itself: scipy's mean over all n² pairs is (n - 1) / n of that over the others."""
+    x, y = draw64(0, 30), 0.7 * draw64(1, 50) + 0.5
+    expected = stats.energy_distance(x, y) ** 2
+    expected -= sum(float((s[:, None] - s).abs().mean()) / (len(s) - 1) for s in (x, y))
+    assert energy_distance(x[:, None, None], y[:, None, None], [1.0], seeded(), 1)[0] == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize("far", [0.0, 1e7])
@@ -237,6 +254,15 @@ def test_coverage_against_loops(neighbours, far):
     expected = covered_by_loops(x.numpy(), y.numpy(), neighbours)
     found = coverage(x * scale + far, y * scale + far, scale, neighbours)
     assert 0.1 < expected < 0.9 and type(found) is float and found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("neighbours", [1, 5])
+def test_a_sample_of_the_same_distribution_is_covered_but_for_chance(neighbours):
+    """That the nearest of 299 other and 300 new states of one distribution are not all others: exact."""
+    chance = 1 - np.prod([(299 - i) / (599 - i) for i in range(neighbours)])
+    found = [coverage(draw64(s, 300, 1, 3), draw64(s + 50, 300, 1, 3), np.ones(3), neighbours) for s in range(12)]
+    assert chance == pytest.approx(1 - 2**-neighbours, abs=0.01)
+    assert np.mean(found) == pytest.approx(chance, abs=4 * np.std(found, ddof=1) / np.sqrt(12)) and np.std(found) < 0.04
 
 
 def test_a_superset_covers_everything_and_what_is_missed_is_not_covered():

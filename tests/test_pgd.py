@@ -180,6 +180,20 @@ REAL = toy([40], spec=SMALL).transitions()
 WINDOWS = 6
 
 
+def test_a_diverged_run_is_marked_and_leaves_the_others_untouched():
+    class Poisoned(Noted):
+        def __call__(self, row, policy, number):
+            made, batch = super().__call__(row, policy, number)
+            if row.name == "b" and number == 1:
+                made[1][:, SMALL.reward] = math.nan
+            return made, batch
+
+    rounds = run(learner("iql"), Poisoned())
+    assert rounds.learner.diverged_at.tolist() == [-1, -1, -1, 6, -1, -1]
+    assert_others_are_untouched(rounds, run(learner("iql"), Noted()), [0, 1, 2, 4, 5])
+    assert looked_at(rounds.learner.agent.policy)[3].isnan().all()
+
+
 @pytest.fixture(scope="module")
 def ensemble():
     with torch.random.fork_rng(devices=[]):
@@ -308,6 +322,17 @@ def test_the_world_model_follows_the_cloned_policies_first(ensemble):
     assert all(torch.equal(a, b) for a, b in zip(made, expected.data, strict=True)) and batch.lam.isnan().all()
     for row in ROWS:
         ours(row, stack(), 0)  # no other needs them
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("row", [ROWS[1], WORLD], ids=lambda r: r.source)
+def test_the_share_of_real_transitions(row, fraction, ensemble):
+    made, batch = sources(ensemble, fraction)(row, stack(), 1)
+    for mine, generated in zip(made, batch.data, strict=True):
+        is_real = (mine[:, None] == REAL).all(-1).any(1)
+        assert is_real.float().mean().item() == pytest.approx(fraction, abs=0.5 / len(mine) + 1e-6)
+        assert torch.equal(mine[~is_real], generated if fraction < 1 else generated[:0])
+    assert fraction != 0.4 or not torch.equal(made[0][-5:], made[1][-5:])  # not the same ones for all runs
 
 
 def test_a_run_without_data_is_marked_as_diverged_and_leaves_the_others_untouched(ensemble):

@@ -61,6 +61,14 @@ def test_order_of_convergence_is_two(solver, steps):
     assert orders == pytest.approx([2, 2], abs=0.2) and errors[-1] < 1e-3
 
 
+def test_noise_levels_end_points():
+    sigmas = sampler.noise_levels(400)
+    assert sigmas[0] == pytest.approx(80) and sigmas[399] == pytest.approx(0.002) and sigmas[400] == 0
+    assert (sigmas.diff() < 0).all()
+    with pytest.raises(ValueError, match="steps=1 is not allowed"):
+        sampler.noise_levels(1)
+
+
 def test_multistep_is_the_published_update():
     """DPM-Solver++(2M) in the half-log-SNR l = -log σ: x' = σ'/σ x - (exp(-h) - 1) D, D with its last change over 2r."""
     levels = sampler.noise_levels(9).tolist()
@@ -80,9 +88,7 @@ def test_multistep_is_the_published_update():
     torch.testing.assert_close(found, expected)
 
 
-def test_what_cannot_be_is_named():
-    with pytest.raises(ValueError, match="steps=1 is not allowed"):
-        sampler.noise_levels(1)
+def test_solvers_that_cannot_be_are_named():
     with pytest.raises(ValueError, match=r"solver='euler' is not allowed.*'heun', 'multistep'"):
         drawn((1, 1, 1), 8, solver="euler")
     with pytest.raises(ValueError, match=r"churn=5.0 is not allowed with solver='multistep'"):
@@ -90,6 +96,17 @@ def test_what_cannot_be_is_named():
 
 
 # Guides
+
+
+@pytest.mark.parametrize("solver, churn", PAIRS)
+def test_the_network_is_asked_at_the_noise_levels(solver, churn):
+    asked = []
+    drawn((1, 1, 1), 12, churn, denoise=lambda x, sigma: asked.append(sigma) or gaussian_denoiser(x, sigma), solver=solver)
+    levels = sampler.noise_levels(12)[:-1].tolist()
+    raised = [s * (1 + min(churn / 12, math.sqrt(2) - 1)) if 0.05 <= s <= 50 else s for s in levels]
+    if solver == "heun":  # at both ends of each step but the last
+        raised = [s for pair in zip(raised, [*levels[1:], None]) for s in pair][:-1]
+    assert asked == pytest.approx(raised) and len(asked) == sampler.evaluations(solver, 12)
 
 
 class Shift:

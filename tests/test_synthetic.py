@@ -6,10 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SPEC, Ideal, a_policy, draw, toy
+from conftest import SMALL, SPEC, Ideal, a_denoiser, a_policy, draw, toy
 
 from pgdlib import measures, sampler, synthetic, worldmodel
-from pgdlib.edm import Denoiser
 from pgdlib.fast import generator
 from pgdlib.guidance import RULES, WARMED, Guide
 
@@ -45,12 +44,7 @@ class Losing(Ideal):
 
 
 def network(spec=SMALL):
-    """A small U-Net with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        denoiser = Denoiser(spec.obs_dim, spec.action_dim, 4, 8, 1)
-    denoiser.normaliser.fit(toy([40], spec=spec).packed())
-    return denoiser.requires_grad_(False)
+    return a_denoiser(spec, 4, 1).requires_grad_(False)
 
 
 def diffusion(denoiser=None, **changes):

@@ -354,6 +354,21 @@ def test_a_click_far_from_all_finds_nothing():
         assert nearest(view, x + 1.02 * reach * dx, y + 1.02 * reach * dy, fig.dpi) is None
 
 
+def test_a_picture_has_its_points_where_a_click_finds_them():
+    """One trajectory alone, seen in the picture itself."""
+    view = a_view(points={0.0: point(), 0.5: point(0.5, n=1)}, picked=0)
+    fig = cloud(view)
+    file = io.BytesIO()
+    fig.savefig(file, format="png", dpi=fig.dpi)
+    file.seek(0)
+    picture = plt.imread(file)[..., :3]
+    x, y = pixels(fig, of(view.here), fig.dpi)[0]
+    around = picture[round(y) - 9 : round(y) + 10, round(x) - 9 : round(x) + 10]
+    black = np.argwhere(around.max(-1) < 0.3)
+    assert len(black) > 20 and np.abs(black.mean(0) - 9).max() < 1.5  # the ring around it
+    assert nearest(view, x, y, fig.dpi) == 0
+
+
 @pytest.mark.parametrize("here", [point(0.5, **POOR["nothing but NaN"]), point(0.5, n=1, log_likelihood=-4000.0)])
 def test_a_click_where_nothing_is_in_view_finds_nothing(here):
     view = a_view(points={0.0: point(), 0.5: here})

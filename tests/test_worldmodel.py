@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SPEC, assert_same, draw, plain_network, toy
+from conftest import SMALL, SPEC, assert_goes_on, assert_same, draw, plain_network, toy
 from torch import nn
 from torch.distributions import Normal
 
@@ -198,17 +198,7 @@ def test_elites_have_the_least_validation_error():
 def test_a_state_copied_into_a_fresh_training_goes_on_to_the_same_weights(spec):
     data, val = toy([30, 30], spec=spec), toy([20], 1, spec)
     whole, fresh = (training(small(spec, seed=s), data, val, 30) for s in (0, 5))
-    live = whole.state()
-    for step in whole:
-        if step == 17:
-            saved = {name: tensor.clone() for name, tensor in live.items()}
-    assert_same(live, whole.state())
-    for name, tensor in fresh.state().items():
-        tensor.copy_(saved[name])
-    fresh.step = 17
-    torch.manual_seed(99)
-    assert list(fresh) == list(range(18, 31)) and not torch.equal(saved["losses"], whole.losses)
-    assert_same(fresh.state(), whole.state())
+    assert_goes_on(whole, fresh, 17)
     other = training(small(spec), data, val, 30, seed=1)
     list(other)
     assert not torch.equal(other.losses, whole.losses) and other.card != whole.card == fresh.card
