@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pgdlib import edm, fast
+from pgdlib import fast
 from pgdlib.simulators import pen, pen_states
 
 
@@ -88,7 +88,7 @@ def train(w, windows, how):
         generator = fast.generator(windows.steps.device, "training", how.seed, step)
         ids = torch.randint(len(windows), (how.batch_size,), generator=generator, device=windows.steps.device)
         x, mask = windows[ids]
-        sigma = (edm.P_MEAN + edm.P_STD * torch.randn(len(x), generator=generator, device=x.device)).exp()
+        sigma = (how.p_mean + how.p_std * torch.randn(len(x), generator=generator, device=x.device)).exp()
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         warmup = max(1, how.steps // 10)
         fall = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, how.steps - warmup)))

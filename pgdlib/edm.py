@@ -5,17 +5,15 @@ Trajectories x are [B, T, width] in normalised space; σ is the noise level.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pgdlib.data import Normaliser, Spec, Windows
-from pgdlib.fast import adam, adam_state, generator, has_bfloat16
+from pgdlib.fast import Convolution, adam, generator, has_bfloat16, optimiser_state
 from pgdlib.unet import UNet
-
-P_MEAN, P_STD = -1.2, 1.2  # training noise, ln σ ~ N(P_MEAN, P_STD²): Karras et al., Table 1
 
 
 class Denoiser(nn.Module):
@@ -72,13 +70,22 @@ def validation_loss(denoiser: nn.Module, windows: Windows, sigmas: Tensor, count
 
 @dataclass
 class Recipe:
-    """How to train a denoiser; Adam, cosine schedule after a warm-up over a tenth of the steps, EMA of the weights."""
+    """How to train a denoiser: cosine schedule after a warm-up over a tenth of the steps, EMA of the weights.
+
+    ln σ ~ N(p_mean, p_std²), by default as in Karras et al., Table 1; trajectories, whose steps tell of each other, are still
+    to be seen at noise where one step alone is not, and want more of it.
+    `optimiser` "adam" is the paper's; "muon" is `Muon` for the convolutions between the network's first and last layers, and
+    Adam for all else.
+    """
 
     steps: int
     batch_size: int
     learning_rate: float
     seed: int = 0
     ema: float = 0.999
+    optimiser: str = "adam"
+    p_mean: float = -1.2
+    p_std: float = 1.2
 
 
 class Training:
@@ -92,7 +99,7 @@ class Training:
     def __init__(self, denoiser: Denoiser, windows: Windows, recipe: Recipe):
         self.denoiser, self.windows, self.recipe = denoiser, windows, recipe
         self.ema = copy.deepcopy(denoiser).requires_grad_(False)
-        self.optimiser = adam(denoiser.net.parameters(), recipe.learning_rate)
+        self.optimisers = _optimisers(denoiser.net, recipe)
         self.step, self.steps, self.losses = 0, recipe.steps, torch.zeros(recipe.steps)
         self.card = dict(recipe=vars(recipe), config=denoiser.config)
 
@@ -104,14 +111,15 @@ class Training:
     def advance(self) -> None:
         """One step."""
         recipe, device = self.recipe, self.windows.steps.device
-        for group in self.optimiser.param_groups:
+        for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
             group["lr"] = recipe.learning_rate * _schedule(self.step, self.steps)
         draw = generator(device, "training", recipe.seed, self.step)
         x, mask = self.windows[torch.randint(len(self.windows), (recipe.batch_size,), generator=draw, device=device)]
-        sigma = (P_MEAN + P_STD * torch.randn(len(x), generator=draw, device=device)).exp()
-        self.optimiser.zero_grad()
+        sigma = (recipe.p_mean + recipe.p_std * torch.randn(len(x), generator=draw, device=device)).exp()
+        self.denoiser.net.zero_grad()
         self.losses[self.step] = self.gradients(x, mask, sigma, draw)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.net.parameters()), list(self.denoiser.net.parameters()), 1 - decay)
@@ -127,7 +135,20 @@ class Training:
         """All that the next step depends on beside `step` and the data, live: name -> tensor, to save or to copy into."""
         models = (("model", self.denoiser), ("ema", self.ema))
         tensors = {f"{name}.{k}": v for name, model in models for k, v in model.state_dict().items()}
-        return {**tensors, **adam_state(self.optimiser), "losses": self.losses}
+        for optimiser in self.optimisers:
+            tensors |= optimiser_state(optimiser)
+        return {**tensors, "losses": self.losses}
+
+
+def _optimisers(net, recipe):
+    if recipe.optimiser == "adam":
+        return [adam(net.parameters(), recipe.learning_rate)]
+    if recipe.optimiser != "muon":
+        raise ValueError(f"optimiser={recipe.optimiser!r} is not allowed; it must be 'adam' or 'muon'")
+    between = [m for m in net.modules() if isinstance(m, Convolution) and m not in (net.enter, net.leave)]
+    names = {f"{name}.weight" for name, m in net.named_modules() if m in between}
+    rest = [p for name, p in net.named_parameters() if name not in names]
+    return [Muon([m.weight for m in between], recipe.learning_rate), adam(rest, recipe.learning_rate)]
 
 
 def _schedule(step, steps):
@@ -135,3 +156,39 @@ def _schedule(step, steps):
     if step < warmup:
         return 0.1 + 0.9 * step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for weights [out, ...], as matrices: steps along the momentum, all its singular values near 1.
+
+    They are as long as Adam's usually are (Liu et al. 2025, Eq. 4), so that one learning rate does for both. Torch's own
+    always multiplies in bfloat16, which is slow where there is no hardware for it.
+    """
+
+    MOMENTUM = 0.95
+    POLYNOMIAL = 3.4445, -4.7750, 2.0315  # of x, x³ and x⁵: five times applied, it takes all of (0.01, 1] near 1
+
+    def __init__(self, parameters: Iterable, learning_rate: float):
+        super().__init__(parameters, dict(lr=learning_rate))
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p] = dict(momentum=torch.zeros_like(p))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step, with the rate of each group's `lr`."""
+        for rate, p in ((group["lr"], p) for group in self.param_groups for p in group["params"]):
+            momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - self.MOMENTUM)
+            way = self.orthogonal(p.grad.lerp(momentum, self.MOMENTUM).flatten(1))  # Nesterov's
+            p.add_(way.view_as(p), alpha=-0.2 * math.sqrt(max(way.shape)) * rate)
+
+    @classmethod
+    def orthogonal(cls, matrix: Tensor) -> Tensor:
+        """`matrix` [m, n] with singular values of about 1, 0.7 to 1.2, by five Newton-Schulz iterations."""
+        low, wide = has_bfloat16(matrix.device) and matrix.dtype == torch.float32, len(matrix) <= matrix.shape[1]
+        x = matrix.to(torch.bfloat16 if low else matrix.dtype)
+        x = (x if wide else x.mT) / x.norm().clamp_min(1e-7)
+        a, b, c = cls.POLYNOMIAL
+        for _ in range(5):
+            square = x @ x.mT
+            x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        return (x if wide else x.mT).to(matrix.dtype)

@@ -58,9 +58,10 @@ def adam(parameters: Iterable, learning_rate: float) -> torch.optim.Adam:
     return optimiser
 
 
-def adam_state(optimiser: torch.optim.Adam) -> dict[str, Tensor]:
-    """The state of Adam, live: name -> tensor."""
-    return {f"adam.{i}.{k}": v for i, state in enumerate(optimiser.state.values()) for k, v in state.items()}
+def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of `adam` or another optimiser, live: name -> tensor."""
+    name = type(optimiser).__name__.lower()
+    return {f"{name}.{i}.{k}": v for i, state in enumerate(optimiser.state.values()) for k, v in state.items()}
 
 
 def tanh(z: Tensor) -> Tensor:

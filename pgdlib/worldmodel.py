@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pgdlib.data import Trajectories
-from pgdlib.fast import adam, adam_state, generator, has_bfloat16
+from pgdlib.fast import adam, generator, has_bfloat16, optimiser_state
 
 DIVERGED = 100.0  # an observation or reward this many std of the data away from its mean marks a rollout as diverged
 
@@ -153,7 +153,7 @@ class Training:
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on beside `step` and the data, live: name -> tensor, to save or to copy into."""
-        return {**self.ensemble.state_dict(), **adam_state(self.optimiser), "losses": self.losses}
+        return {**self.ensemble.state_dict(), **optimiser_state(self.optimiser), "losses": self.losses}
 
 
 @dataclass

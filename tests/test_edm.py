@@ -113,8 +113,9 @@ def test_training_is_the_plain_loop(ema):
 
 
 @pytest.mark.parametrize("spec", [SPEC, SMALL], ids=["pen", "small"])
-def test_a_state_copied_into_a_fresh_training_goes_on_to_the_same_weights(spec):
-    recipe = edm.Recipe(steps=30, batch_size=4, learning_rate=1e-3)
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+def test_a_state_copied_into_a_fresh_training_goes_on_to_the_same_weights(spec, optimiser):
+    recipe = edm.Recipe(steps=30, batch_size=4, learning_rate=1e-3, optimiser=optimiser)
     whole, fresh = (edm.Training(a_denoiser(spec), windows_of(spec), recipe) for _ in range(2))
     for parameter in fresh.denoiser.parameters():
         parameter.data.add_(1.0)  # another start, which the state must undo
@@ -122,3 +123,40 @@ def test_a_state_copied_into_a_fresh_training_goes_on_to_the_same_weights(spec):
     assert not any(p.requires_grad for p in whole.ema.parameters())
     assert whole.card == dict(recipe=vars(recipe), config=whole.denoiser.config)
     assert edm.Denoiser(**whole.card["config"]).state_dict().keys() == whole.ema.state_dict().keys()
+
+
+def test_muon_has_the_convolutions_between_first_and_last_layer_and_adam_the_rest():
+    training = edm.Training(a_denoiser(), windows_of(), edm.Recipe(2, 4, 1e-3, optimiser="muon"))
+    names = {id(p): name for name, p in training.denoiser.net.named_parameters()}
+    muons, adams = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in training.optimisers)
+    blocks = [f"{block}.{layer}" for block in ("down.0", "down.1", "up.0") for layer in ("conv_1", "conv_2")]
+    assert muons == {f"{layer}.weight" for layer in (*blocks, "down.1.skip", "up.0.skip", "narrow.0")}
+    assert not muons & adams and muons | adams == set(names.values())
+    with pytest.raises(ValueError, match="optimiser='sgd' is not allowed; it must be 'adam' or 'muon'"):
+        edm.Training(a_denoiser(), windows_of(), edm.Recipe(2, 4, 1e-3, optimiser="sgd"))
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 5), (15, 6)], ids=["wide", "tall"])
+def test_muon_is_torchs(shape, monkeypatch):
+    """Of matrices, with torch's rate for steps like Adam's; its momentum is a sum, ours a mean: all one to Muon."""
+    monkeypatch.setattr(edm, "has_bfloat16", lambda device: True)  # as torch's own always computes
+    mine, theirs = (draw(0, *shape).requires_grad_() for _ in range(2))
+    theirs = theirs.detach().flatten(1).requires_grad_()
+    ours, torchs = edm.Muon([mine], 0.01), torch.optim.Muon([theirs], 0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for i in range(4):
+        mine.grad = draw(i + 1, *shape)
+        theirs.grad = mine.grad.flatten(1)
+        ours.step()
+        torchs.step()
+        torch.testing.assert_close(mine.flatten(1), theirs, rtol=0, atol=2e-4 * (i + 1))  # of steps of 0.008: bfloat16
+    assert (mine - draw(0, *shape)).abs().mean() > 2e-3
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+def test_muons_direction_has_the_singular_vectors_of_the_momentum_and_values_near_one(shape):
+    matrix = draw(0, *shape, dtype=torch.float64)
+    found = edm.Muon.orthogonal(matrix)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    values = u.T @ found @ v.T
+    torch.testing.assert_close(values, torch.diag(values.diagonal()), rtol=0, atol=1e-9)
+    assert values.diagonal().min() > 0.6 and values.diagonal().max() < 1.3

@@ -97,18 +97,20 @@ def test_adam_is_torchs_and_its_state_can_be_copied_into_another(dtype):
 
     mine, theirs, other = (draw(0, 40, dtype=dtype).requires_grad_() for _ in range(3))
     adam = fast.adam([mine], 0.01)
-    fresh = {k: v.clone() for k, v in fast.adam_state(adam).items()}
+    fresh = {k: v.clone() for k, v in fast.optimiser_state(adam).items()}
     assert fresh and not any(v.any() for v in fresh.values())
     steps(adam, mine, 0, 3)
     steps(torch.optim.Adam([theirs], 0.01), theirs, 0, 3)
     torch.testing.assert_close(mine, theirs)
     again = fast.adam([other], 0.01)
-    for tensor, value in zip((other.data, *fast.adam_state(again).values()), (mine.data, *fast.adam_state(adam).values())):
+    for tensor, value in zip(
+        (other.data, *fast.optimiser_state(again).values()), (mine.data, *fast.optimiser_state(adam).values())
+    ):
         tensor.copy_(value)
     steps(adam, mine, 3, 6)
     steps(again, other, 3, 6)
     assert torch.equal(mine, other) and not torch.equal(mine, theirs)
-    assert_same(fast.adam_state(again), fast.adam_state(adam))
+    assert_same(fast.optimiser_state(again), fast.optimiser_state(adam))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-15)], ids=["float32", "float64"])

@@ -88,6 +88,7 @@ def test_models_see_the_training_side(runs, loops):
 
 def test_every_input_makes_another_denoiser(runs, loops):
     changes = dict(horizon=12, features=16, blocks=1, train_steps=5, batch_size=5, learning_rate=2e-3, seed=1)
+    changes |= dict(optimiser="adam", p_mean=0.0, p_std=1.0)
     changes["transform"] = "arctanh"
     makes("load_denoiser")()
     for key, value in changes.items():

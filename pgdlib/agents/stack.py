@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pgdlib.data import Spec
-from pgdlib.fast import StackedMLP, adam, adam_state, generator
+from pgdlib.fast import StackedMLP, adam, generator, optimiser_state
 from pgdlib.policies import GaussianPolicy
 
 DIVERGED = 1e6  # a mean value of states beyond it is no return
@@ -103,4 +103,4 @@ class Learner:
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on beside `step` and the data, live: name -> tensor, to save or to copy into."""
         tensors = {f"agent.{k}": v for k, v in self.agent.state_dict().items()}
-        return {**tensors, **adam_state(self.optimiser), "diverged_at": self.diverged_at}
+        return {**tensors, **optimiser_state(self.optimiser), "diverged_at": self.diverged_at}

@@ -133,7 +133,7 @@ class Training:
         names = [name for name, _ in (*policy.named_parameters(), *policy.named_buffers())]  # each tensor once
         kept = policy.state_dict()
         tensors = {f"policy.{name}": kept[name] for name in names}
-        return {**tensors, **fast.adam_state(policy.optimizer), "rewards": self._rewards, "curve": self._curve}
+        return {**tensors, **fast.optimiser_state(policy.optimizer), "rewards": self._rewards, "curve": self._curve}
 
     def __iter__(self):
         self._begin()

@@ -175,7 +175,8 @@ def _at_most(passes, steps, batch_size, data):
 def load_denoiser(dataset, p, device, progress=tqdm, say=print, training=edm.Training):
     """(EMA denoiser, losses [steps]) trained on the training side of `dataset` with the settings `p`; made if missing.
 
-    `p` has horizon, features, blocks, train_steps, batch_size, learning_rate, epochs, passes, transform and seed.
+    `p` has horizon, features, blocks, transform, seed, and of the training train_steps, epochs, passes, batch_size,
+    learning_rate, p_mean, p_std and optimiser.
     `progress` makes the bar, as tqdm does, `say` prints what a long training takes (`budget.announce_training`), `training` is
     its loop. Raises ValueError where no episode fills half a window, and where the device has too little memory.
     """
@@ -184,7 +185,9 @@ def load_denoiser(dataset, p, device, progress=tqdm, say=print, training=edm.Tra
         allowed = f"it must be at most {2 * longest}, twice the longest episode"
         raise ValueError(f"horizon={p.horizon} is not allowed for {dataset.label}; {allowed}")
     steps = p.train_steps or round(p.epochs * len(train_data.rewards) / (p.horizon * p.batch_size))
-    recipe = edm.Recipe(_at_most(p.passes, steps, p.batch_size, train_data), p.batch_size, p.learning_rate, p.seed)
+    steps = _at_most(p.passes, steps, p.batch_size, train_data)
+    how = dict(optimiser=p.optimiser, p_mean=p.p_mean, p_std=p.p_std)
+    recipe = edm.Recipe(steps, p.batch_size, p.learning_rate, p.seed, **how)
     config = dict(obs_dim=train_data.spec.obs_dim, action_dim=train_data.spec.action_dim, horizon=p.horizon)
     config |= dict(features=p.features, blocks=p.blocks, transform=p.transform)
 

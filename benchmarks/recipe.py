@@ -1,0 +1,56 @@
+"""How good a denoiser a recipe makes: its loss on held-out windows, and the simulator's opinion of its samples.
+
+python -m benchmarks.recipe [name=value ...]     e.g. blocks=2 optimiser=adam train_steps=16000 data_steps=500000
+
+Any setting of quick's can be given; what is made is kept in runs/. The noise is none that a notebook draws. Of each sampler
+it prints the one-step error over the variance, the same of predicting that nothing moves (the samples' motion), and their
+ratio with its 95% interval, for all samples and for those that are no copies: half of *cloned* are copies of 25 demonstrations.
+"""
+
+import argparse
+import time
+
+import torch
+
+from pgdlib import data, edm, fast, measures, sampler
+from pgdlib.lab import load, settings, study
+
+SEED = 1_000_003  # of windows and noise
+LEVELS = (0.1, 0.3, 1.0, 5.0)
+SAMPLERS = (("heun", 32, 13.2), ("multistep", 24, 0.0))
+COPY = 0.25  # root mean square of the distance to the nearest window of the training data, in their std, below which one is
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="name=value")
+    given = dict(text.split("=", 1) for text in parser.parse_args().settings)
+    p = settings.defaults("quick", seed=0, transform="raw", dataset="cloned", guide="shipped", units="natural", device="cpu")
+    for name, value in given.items():
+        kind = type(getattr(p, name))
+        setattr(p, name, kind(value) if kind in (int, float, str) else int(value))
+    dataset, started = load.load_data(p.dataset, "local", p.data_steps), time.monotonic()
+    denoiser, losses = load.load_denoiser(dataset, p, torch.device("cpu"))
+    print(f"{given}: {sum(w.numel() for w in denoiser.net.parameters()):,} weights, {time.monotonic() - started:.0f} s")
+    lab = study.Study(dataset, denoiser, load.load_guide()[0], p)
+    train, held_out = (data.Windows(side, denoiser.normaliser, p.horizon) for side in (lab.train, lab.val))
+    found = [edm.validation_loss(denoiser, side, torch.tensor(LEVELS), 512, SEED) for side in (train, held_out)]
+    print(f"loss, last tenth of the training {losses[-len(losses) // 10 :].mean():.3f}; at σ = {LEVELS}:")
+    print(*(f"  {name}: {side.numpy().round(4)}" for name, side in zip(("training", "held out"), found)), sep="\n")
+    some = train[torch.arange(0, len(train), max(1, len(train) // 20_000))][0][..., lab.spec.obs].flatten(1)
+    for solver, steps, churn in SAMPLERS:
+        noise, shape = fast.stream("cpu", "fresh", SEED), (p.samples, p.horizon, lab.spec.width)
+        x, _ = sampler.draw(denoiser, shape, steps, churn, noise, None, solver, p.samples)
+        near = torch.cdist(x[..., lab.spec.obs].flatten(1), some).amin(1) / some.shape[1] ** 0.5
+        values, _ = lab.judge(x)
+        print(f"{solver} {steps}, churn {churn:g}: {float((near < COPY).float().mean()):.0%} copies")
+        for name, chosen in (("all", near > -1), ("no copies", near >= COPY)):
+            error, motion = (values[k][chosen.numpy()] for k in ("normalised", "motion"))
+            middle, low, high = measures.bootstrap(measures.ratio_of_means, error, motion, paired=True)
+            words = f"{name}: error {measures.interval(error)[0]:.5f}, motion {measures.interval(motion)[0]:.5f}, "
+            print(f"  {words}ratio {middle:.3f} [{low:.3f}, {high:.3f}]", flush=True)
+    print(f"data: error {lab.floor['normalised']:.1e}, motion {lab.floor['motion']:.5f}")
+
+
+if __name__ == "__main__":
+    main()
