@@ -32,7 +32,7 @@ def pretend(monkeypatch):
 
 @pytest.mark.parametrize("config", [MINE, QUICK, PAPER], ids=["tiny", "quick", "paper"])
 def test_operations_are_those_of_the_formulas(config):
-    sizes = 1, config["horizon"], config["features"]
+    sizes = 1, config["horizon"], config["features"], config["blocks"]
     assert budget.operations(config) == counts.denoiser(*sizes)
     assert budget.operations(config, True) == counts.training(*sizes)
 
