@@ -28,7 +28,7 @@ else:
     list(ours)
     parallel._say()
     torch.save([ours.losses, *ours.ema.state_dict().values()], sys.argv[1])
-dist.destroy_process_group()
+parallel._leave()
 """
 
 
