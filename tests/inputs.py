@@ -37,6 +37,7 @@ CHOICES = dict(
     calibrated_rule=RULES,
     solver=("heun", "multistep"),
     draw_solver=("heun", "multistep"),
+    optimiser=("adam", "muon"),
 )
 FILES = ("guide", "denoiser", "sweep", "verdicts", "benchmark")
 REAL = dict(churn=(0, None), draw_churn=(0, None), real_fraction=(0, 1), agent_rate=(1e-8, 1), polyak=(1e-6, 1))
