@@ -72,10 +72,8 @@ def validation_loss(denoiser: nn.Module, windows: Windows, sigmas: Tensor, count
 class Recipe:
     """How to train a denoiser: cosine schedule after a warm-up over a tenth of the steps, EMA of the weights.
 
-    ln σ ~ N(p_mean, p_std²), by default as in Karras et al., Table 1; trajectories, whose steps tell of each other, are still
-    to be seen at noise where one step alone is not, and want more of it.
-    `optimiser` "adam" is the paper's; "muon" is `Muon` for the convolutions between the network's first and last layers, and
-    Adam for all else.
+    ln σ ~ N(p_mean, p_std²), by default as in Karras et al., Table 1. `optimiser` "adam" is the paper's; "muon" is `Muon` for
+    the convolutions between the network's first and last layers, and Adam for all else.
     """
 
     steps: int
@@ -111,14 +109,14 @@ class Training:
     def advance(self) -> None:
         """One step."""
         recipe, device = self.recipe, self.windows.steps.device
-        for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
-            group["lr"] = recipe.learning_rate * _schedule(self.step, self.steps)
         draw = generator(device, "training", recipe.seed, self.step)
         x, mask = self.windows[torch.randint(len(self.windows), (recipe.batch_size,), generator=draw, device=device)]
         sigma = (recipe.p_mean + recipe.p_std * torch.randn(len(x), generator=draw, device=device)).exp()
         self.denoiser.net.zero_grad()
         self.losses[self.step] = self.gradients(x, mask, sigma, draw)
         for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.learning_rate * _schedule(self.step, self.steps)
             optimiser.step()
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -145,10 +143,10 @@ def _optimisers(net, recipe):
         return [adam(net.parameters(), recipe.learning_rate)]
     if recipe.optimiser != "muon":
         raise ValueError(f"optimiser={recipe.optimiser!r} is not allowed; it must be 'adam' or 'muon'")
-    between = [m for m in net.modules() if isinstance(m, Convolution) and m not in (net.enter, net.leave)]
-    names = {f"{name}.weight" for name, m in net.named_modules() if m in between}
-    rest = [p for name, p in net.named_parameters() if name not in names]
-    return [Muon([m.weight for m in between], recipe.learning_rate), adam(rest, recipe.learning_rate)]
+    ends = net.enter, net.leave
+    between = {m.weight: None for m in net.modules() if isinstance(m, Convolution) and m not in ends}  # in order
+    rest = [p for p in net.parameters() if p not in between]
+    return [Muon(between, recipe.learning_rate), adam(rest, recipe.learning_rate)]
 
 
 def _schedule(step, steps):
@@ -170,16 +168,18 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters: Iterable, learning_rate: float):
         super().__init__(parameters, dict(lr=learning_rate))
-        for p in (p for group in self.param_groups for p in group["params"]):
-            self.state[p] = dict(momentum=torch.zeros_like(p))
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = dict(momentum=torch.zeros_like(p))
 
     @torch.no_grad()
     def step(self) -> None:
         """One step, with the rate of each group's `lr`."""
-        for rate, p in ((group["lr"], p) for group in self.param_groups for p in group["params"]):
-            momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - self.MOMENTUM)
-            way = self.orthogonal(p.grad.lerp(momentum, self.MOMENTUM).flatten(1))  # Nesterov's
-            p.add_(way.view_as(p), alpha=-0.2 * math.sqrt(max(way.shape)) * rate)
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - self.MOMENTUM)
+                way = self.orthogonal(p.grad.lerp(momentum, self.MOMENTUM).flatten(1))  # Nesterov's
+                p.add_(way.view_as(p), alpha=-0.2 * math.sqrt(max(way.shape)) * group["lr"])
 
     @classmethod
     def orthogonal(cls, matrix: Tensor) -> Tensor:

@@ -103,9 +103,8 @@ def test_adam_is_torchs_and_its_state_can_be_copied_into_another(dtype):
     steps(torch.optim.Adam([theirs], 0.01), theirs, 0, 3)
     torch.testing.assert_close(mine, theirs)
     again = fast.adam([other], 0.01)
-    for tensor, value in zip(
-        (other.data, *fast.optimiser_state(again).values()), (mine.data, *fast.optimiser_state(adam).values())
-    ):
+    there, here = (fast.optimiser_state(optimiser).values() for optimiser in (again, adam))
+    for tensor, value in zip((other.data, *there), (mine.data, *here)):
         tensor.copy_(value)
     steps(adam, mine, 3, 6)
     steps(again, other, 3, 6)
