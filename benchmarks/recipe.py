@@ -1,20 +1,21 @@
 """How good a denoiser a recipe makes: its loss on held-out windows, and the simulator's opinion of its samples.
 
-python -m benchmarks.recipe [name=value ...]     e.g. blocks=2 optimiser=adam train_steps=16000 data_steps=500000
+python -m benchmarks.recipe [--blocks 2 --optimiser adam --train-steps 16000 --data-steps 500000 ...]
 
-Any setting of quick's can be given; what is made is kept in runs/. The noise is none that a notebook draws. Of each sampler
+What is not given is quick's; what is made is kept in runs/. The noise is none that a notebook draws. Of each sampler
 it prints the one-step error over the variance, the same of predicting that nothing moves (the samples' motion), and their
 ratio with its 95% interval, for all samples and for those that are no copies: half of *cloned* are copies of 25 demonstrations.
 """
 
-import argparse
 import time
 
 import torch
 
 from pgdlib import data, edm, fast, measures, sampler
-from pgdlib.lab import load, settings, study
+from pgdlib.lab import load, parallel, study
 
+GIVEN = {**parallel.GIVEN, "source": "local"}
+GIVEN |= dict.fromkeys(("learning_rate", "p_mean", "p_std", "passes", "samples"))  # the scale's own
 SEED = 1_000_003  # of windows and noise
 LEVELS = (0.1, 0.3, 1.0, 5.0)
 SAMPLERS = (("heun", 32, 13.2), ("multistep", 24, 0.0))
@@ -22,29 +23,24 @@ COPY = 0.25  # root mean square of the distance to the nearest window of the tra
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="name=value")
-    given = dict(text.split("=", 1) for text in parser.parse_args().settings)
-    p = settings.defaults("quick", seed=0, transform="raw", dataset="cloned", guide="shipped", units="natural", device="cpu")
-    for name, value in given.items():
-        kind = type(getattr(p, name))
-        setattr(p, name, kind(value) if kind in (int, float, str) else int(value))
-    dataset, started = load.load_data(p.dataset, "local", p.data_steps), time.monotonic()
-    denoiser, losses = load.load_denoiser(dataset, p, torch.device("cpu"))
-    print(f"{given}: {sum(w.numel() for w in denoiser.net.parameters()):,} weights, {time.monotonic() - started:.0f} s")
-    lab = study.Study(dataset, denoiser, load.load_guide()[0], p)
-    train, held_out = (data.Windows(side, denoiser.normaliser, p.horizon) for side in (lab.train, lab.val))
+    p = parallel.parse(None, GIVEN, __doc__)
+    device = load.device_of(p.device)
+    dataset, started = load.load_data(p.dataset, p.source, p.data_steps), time.monotonic()
+    denoiser, losses = load.load_denoiser(dataset, p, device)
+    print(f"{sum(w.numel() for w in denoiser.net.parameters()):,} weights, {time.monotonic() - started:.0f} s")
+    lab = study.Study(dataset, denoiser, load.load_guide()[0].to(device), p, device)
+    train, held_out = (data.Windows(side, denoiser.normaliser, p.horizon, device) for side in (lab.train, lab.val))
     found = [edm.validation_loss(denoiser, side, torch.tensor(LEVELS), 512, SEED) for side in (train, held_out)]
     print(f"loss, last tenth of the training {losses[-len(losses) // 10 :].mean():.3f}; at σ = {LEVELS}:")
-    print(*(f"  {name}: {side.numpy().round(4)}" for name, side in zip(("training", "held out"), found)), sep="\n")
-    some = train[torch.arange(0, len(train), max(1, len(train) // 20_000))][0][..., lab.spec.obs].flatten(1)
+    print(*(f"  {name}: {side.cpu().numpy().round(4)}" for name, side in zip(("training", "held out"), found)), sep="\n")
+    some = train[torch.arange(0, len(train), max(1, len(train) // 20_000), device=device)][0][..., lab.spec.obs].flatten(1)
     for solver, steps, churn in SAMPLERS:
-        noise, shape = fast.stream("cpu", "fresh", SEED), (p.samples, p.horizon, lab.spec.width)
-        x, _ = sampler.draw(denoiser, shape, steps, churn, noise, None, solver, p.samples)
-        near = torch.cdist(x[..., lab.spec.obs].flatten(1), some).amin(1) / some.shape[1] ** 0.5
+        noise, shape = fast.stream(device, "fresh", SEED), (p.samples, p.horizon, lab.spec.width)
+        x, _ = sampler.draw(denoiser, shape, steps, churn, noise, solver=solver, most=p.samples)
+        near = torch.cdist(x[..., lab.spec.obs].flatten(1), some).amin(1).cpu() / some.shape[1] ** 0.5
         values, _ = lab.judge(x)
         print(f"{solver} {steps}, churn {churn:g}: {float((near < COPY).float().mean()):.0%} copies")
-        for name, chosen in (("all", near > -1), ("no copies", near >= COPY)):
+        for name, chosen in (("all", near >= 0), ("no copies", near >= COPY)):
             error, motion = (values[k][chosen.numpy()] for k in ("normalised", "motion"))
             middle, low, high = measures.bootstrap(measures.ratio_of_means, error, motion, paired=True)
             words = f"{name}: error {measures.interval(error)[0]:.5f}, motion {measures.interval(motion)[0]:.5f}, "

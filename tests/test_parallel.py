@@ -69,7 +69,7 @@ def test_the_command_trains_what_a_notebook_finds(runs, monkeypatch, tmp_path):
     """With two processes, which make data and model once; then one process finds all, and so does `load_denoiser`."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    flags = ["--dataset", "human", "--scale", "ci", "--source", "local", "--train-steps", "6", "--seed", "3"]
+    flags = ["--dataset=human", "--scale=ci", "--source=local", "--train-steps=6", "--seed=3", "--optimiser=adam"]
     ran = torchrun(2, "-m", "pgdlib.lab.parallel", *flags)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("6 training steps") == 1 and not [f for f in kept(runs) if f.startswith("checkpoints")]

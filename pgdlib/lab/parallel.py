@@ -19,7 +19,8 @@ from pgdlib import edm
 from pgdlib.lab import load, settings
 
 GIVEN = dict(dataset="cloned", scale="quick", source="auto", seed=0, device="auto", transform="raw")
-GIVEN |= dict.fromkeys(("data_steps", "horizon", "features", "blocks", "train_steps", "batch_size"))  # the scale's own
+SIZES = ("data_steps", "horizon", "features", "blocks", "train_steps", "batch_size", "optimiser")
+GIVEN |= dict.fromkeys(SIZES)  # the scale's own
 
 
 class Shared(edm.Training):
@@ -62,10 +63,10 @@ def _share(denoiser, x, mask, sigma, noise):
     return value
 
 
-def parse(arguments):
-    """The settings of a command line that takes those of `GIVEN`, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in GIVEN.items():
+def parse(arguments, given=GIVEN, text=__doc__):
+    """The settings of a command line that takes those of `given`, name -> default, checked; `text` is its help."""
+    parser = argparse.ArgumentParser(description=text, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    for name, default in given.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, type=yaml.safe_load, metavar="")
     return settings.check(vars(parser.parse_args(arguments)))
 
