@@ -84,7 +84,7 @@ SETTINGS = {  # name: (what is allowed beside None, its values at ci, quick and 
     "p_mean":         (number(-10, 10), -0.6, -0.6, -1.2, "mean of ln σ, the noise in training"),
     "p_std":          (number(0.01, 10), 1.4, 1.4, 1.2, "std of ln σ, the noise in training"),
     "optimiser":      (one_of("adam", "muon"), "muon", "muon", "adam", "adam or muon: of the diffusion model"),
-    # the world model that the paper argues against; at quick half the denoiser's training time
+    # the world model that the paper argues against; at quick in less time than the denoiser
     "model_steps":    (whole(1), 60, 12_000, 200_000, "training steps of the world model"),
     "model_passes":   (whole(1), 80, 80, None, "over all transitions, at most"),
     "long":           (whole(8), 16, 64, 128, "steps of the trajectories beside the world model's"),
