@@ -95,9 +95,10 @@ def calibrate(draw: Callable, target: float, tolerance: float = 0.02, first: int
 
 
 def _slope(known, lam):
-    """By how much the log-likelihood rises around λ if log λ rises by 1, of (λ, log-likelihood) rising in λ; NaN if unknown."""
-    below = [point for point in known if point[0] <= lam / 1.2][-1:]
-    above = [point for point in known if point[0] >= lam * 1.2][:1]
-    if not (below and above):
-        return math.nan
-    return (above[0][1] - below[0][1]) / math.log(above[0][0] / below[0][0])
+    """By how much the log-likelihood rises at λ if log λ rises by 1, of (λ, log-likelihood) rising in λ; NaN if unknown.
+
+    Of the point next to λ and the next one at least a twentieth away, on either side: further off it may be flat.
+    """
+    near = sorted(known, key=lambda point: abs(math.log(point[0] / lam)))
+    other = next((point for point in near[1:] if abs(math.log(point[0] / lam)) > 0.05), None)
+    return (other[1] - near[0][1]) / math.log(other[0] / near[0][0]) if other else math.nan

@@ -35,6 +35,18 @@ def test_finds_the_lam_of_a_known_likelihood(at, spread):
     assert found.drawn == sum(n for _, n, _, _ in found.trace) and found.target == -0.4
 
 
+@pytest.mark.parametrize("at", [0.0951, 0.0999, 0.101, 0.106])  # of 0.1, a point of the bisection, just below and above
+def test_a_curve_that_is_flat_elsewhere(at):
+    """So that only the slope close by leads to the target, and only from one side of it."""
+
+    def draw(lam, n, number):
+        mean = 0.2 - 3.2 / (1 + (lam / at) ** 3 * 4.5)
+        return mean + 0.3 * np.random.default_rng(number).normal(size=n)
+
+    found = calibrate(draw, -0.38, 0.05)
+    assert abs(found.log_likelihood + 0.38) <= 0.05 * 0.38 and found.lam == pytest.approx(at, rel=0.05)
+
+
 def test_the_number_of_samples_follows_from_the_spread():
     """The standard error must be half the tolerance: n = (2 spread / tolerance)², four times as many for twice the spread."""
     for spread in (0.1, 0.2, 0.4):
