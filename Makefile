@@ -3,6 +3,7 @@ PYTHON ?= python3
 SCALE ?= quick
 WORKERS ?= 2
 NOTEBOOKS ?=
+MODELS ?=
 
 BIN := .venv/bin
 # torch is demanded at its exact version in the same pip call as everything else: a looser demand could fetch another
@@ -12,7 +13,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # The kernel is the one of .venv, even where the user has a kernel of the same name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help paper test coverage test-browser test-faults lint lab bench figures notebooks clean
+.PHONY: help paper test coverage test-browser test-faults lint lab bench models figures notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -64,6 +65,9 @@ lab: .venv/.installed  ## open the notebooks in JupyterLab
 
 bench: .venv/.installed  ## speed against plain baselines and the machine's limits, into runs/bench/
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+models: .venv/.installed  ## train the models that ship in the package again (hours; goes on where it was stopped)
+	$(BIN)/python -m tools.models $(MODELS)
 
 figures: .venv/.installed  ## copy a run's figures, their data and the verdicts into figures/
 	$(BIN)/python -m tools.promote --figures

@@ -1,6 +1,6 @@
 """How good a denoiser a recipe makes: its loss on held-out windows, and the simulator's opinion of its samples.
 
-python -m benchmarks.recipe [--blocks 2 --optimiser adam --train-steps 16000 --data-steps 500000 ...]
+python -m benchmarks.recipe [--denoiser shipped | --blocks 2 --optimiser adam --train-steps 16000 --data-steps 500000 ...]
 
 What is not given is quick's; what is made is kept in runs/. The noise is none that a notebook draws. Of each sampler
 it prints the one-step error over the variance, the same of predicting that nothing moves (the samples' motion), and their
@@ -12,7 +12,7 @@ import time
 import torch
 
 from pgdlib import data, edm, fast, measures, sampler
-from pgdlib.lab import load, parallel, study
+from pgdlib.lab import load, models, parallel, study
 
 GIVEN = {**parallel.GIVEN, "source": "local"}
 GIVEN |= dict.fromkeys(("learning_rate", "p_mean", "p_std", "passes", "samples"))  # the scale's own
@@ -26,7 +26,7 @@ def main():
     p = parallel.parse(None, GIVEN, __doc__)
     device = load.device_of(p.device)
     dataset, started = load.load_data(p.dataset, p.source, p.data_steps), time.monotonic()
-    denoiser, losses = load.load_denoiser(dataset, p, device)
+    denoiser, losses, _ = models.load_denoiser(dataset, p, device)
     print(f"{sum(w.numel() for w in denoiser.net.parameters()):,} weights, {time.monotonic() - started:.0f} s")
     lab = study.Study(dataset, denoiser, load.load_guide()[0].to(device), p, device)
     train, held_out = (data.Windows(side, denoiser.normaliser, p.horizon, device) for side in (lab.train, lab.val))

@@ -22,7 +22,7 @@ from conftest import Ideal, kept, toy
 
 from pgdlib import pgd, worldmodel
 from pgdlib.agents.iql import IQL
-from pgdlib.lab import artifacts, load, resumable, standins, study, table1
+from pgdlib.lab import artifacts, load, models, resumable, standins, study, table1
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen
 
@@ -57,12 +57,12 @@ def dataset():
 
 
 def denoiser():
-    model, losses = load.load_denoiser(dataset(), SETTINGS, CPU)
+    model, losses, _ = models.load_denoiser(dataset(), SETTINGS, CPU)
     return artifacts.digest({**model.state_dict(), "losses": losses})
 
 
 def world_model():
-    model, losses, _ = load.load_world_model(dataset(), SETTINGS, CPU)
+    model, losses, _ = models.load_world_model(dataset(), SETTINGS, CPU)
     return artifacts.digest({**model.state_dict(), "losses": losses})
 
 

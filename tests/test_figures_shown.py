@@ -77,9 +77,15 @@ def test_the_guides_learning_curve_is_in_millions_with_95_percent():
 
 
 def test_training_is_smoothed_over_a_hundredth():
-    left, right = draw(data.training, np.r_[np.ones(500), np.full(500, 3.0)], [1, 10], [0.2, 1], [0.4, 1]).axes
-    x, y = left.get_lines()[0].get_xydata().T
-    assert x[0] == 10 and x[-1] == 1000 and y[[0, -1]].tolist() == pytest.approx([1, 3])
+    losses = {"short": np.full(10, 2.0), "long": np.r_[np.ones(500), np.full(500, 3.0)]}
+    left, right = draw(data.training, losses, [1, 10], [0.2, 1], [0.4, 1]).axes
+    x, y = line(left, "long").T
+    assert (
+        line(left, "short")[:, 1].tolist() == [2] * 10
+        and x[0] == 10
+        and x[-1] == 1000
+        and y[[0, -1]].tolist() == pytest.approx([1, 3])
+    )
     assert line(right, "validation windows")[:, 1].tolist() == [0.4, 1] and "log" == right.get_yscale() == left.get_yscale()
 
 

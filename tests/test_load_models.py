@@ -1,17 +1,21 @@
 """The models of the notebooks: trained once, found again, trained anew for other inputs, and never used when damaged."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import cut, kept, toy
+from tqdm import tqdm
 
-from pgdlib import edm, worldmodel
-from pgdlib.lab import artifacts, budget, load, resumable, table1
+from pgdlib import data, edm, worldmodel
+from pgdlib.lab import artifacts, budget, load, models, resumable, standins
 from pgdlib.lab import settings as scales
+from tools import models as tool
 
 CPU = torch.device("cpu")
+quiet = functools.partial(tqdm, disable=True)
 
 
 def dataset(key="toy-1", seed=0):
@@ -37,7 +41,7 @@ both = pytest.mark.parametrize("name", ["load_denoiser", "load_world_model"])
 
 def makes(name, given=None, p=None):
     """A function of nothing that makes or finds the model."""
-    return functools.partial(getattr(load, name), given or dataset(), p or settings(), CPU)
+    return functools.partial(getattr(models, name), given or dataset(), p or settings(), CPU)
 
 
 @pytest.fixture
@@ -52,7 +56,7 @@ def loops(monkeypatch):
 
         monkeypatch.setattr(module, "Training", noted)
         if module is edm:  # which is a default there
-            monkeypatch.setattr(load.load_denoiser, "__defaults__", (*load.load_denoiser.__defaults__[:-1], noted))
+            monkeypatch.setattr(models.load_denoiser, "__defaults__", (*models.load_denoiser.__defaults__[:-1], noted))
     return begun
 
 
@@ -60,11 +64,11 @@ def loops(monkeypatch):
 def test_a_model_is_trained_once(name, runs, loops):
     """And the global random state does not enter."""
     torch.manual_seed(1)
-    first, losses, *seconds = makes(name)()
+    first, losses, card = makes(name)()
     torch.manual_seed(2)
-    again, losses_again, *seconds_again = makes(name)()
+    again, losses_again, card_again = makes(name)()
     assert len(loops) == 1 and torch.equal(losses, losses_again) and losses.shape == (4,) and losses.isfinite().all()
-    assert seconds == seconds_again and all(0 < t < 60 for t in seconds)
+    assert card == card_again and 0 < card["seconds"] < 60 and card["recipe"]["steps"] == 4
     assert_same(first, again)
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     (file,) = kept(runs)  # no checkpoint is left
@@ -92,7 +96,7 @@ def test_every_input_makes_another_denoiser(runs, loops):
     changes["transform"] = "arctanh"
     makes("load_denoiser")()
     for key, value in changes.items():
-        denoiser, _ = makes("load_denoiser", p=settings(**{key: value}))()
+        denoiser, *_ = makes("load_denoiser", p=settings(**{key: value}))()
         assert denoiser.config.get(key, value) == value
     makes("load_denoiser", dataset("toy-2", seed=1))()
     assert len(loops) == len(kept(runs)) == len(changes) + 2
@@ -110,7 +114,7 @@ def test_every_input_makes_another_world_model(runs, loops):
 
 def test_epochs_give_the_steps_where_none_are_set(runs):
     train, _ = load.train_val(dataset())
-    _, losses = makes("load_denoiser", p=settings(train_steps=None, epochs=2))()
+    _, losses, _ = makes("load_denoiser", p=settings(train_steps=None, epochs=2))()
     assert len(losses) == round(2 * len(train.rewards) / (8 * 4))
 
 
@@ -195,7 +199,7 @@ def test_another_loop_may_train(runs, loops):
 def test_a_world_model_lies_on_the_device_that_was_asked_for(runs):
     """`meta` stands for any other device: a tensor there has no values, only its place."""
     makes("load_world_model")()
-    elsewhere, losses, _ = load.load_world_model(dataset(), settings(), torch.device("meta"))
+    elsewhere, losses, _ = models.load_world_model(dataset(), settings(), torch.device("meta"))
     assert {t.device.type for t in elsewhere.state_dict().values()} == {"meta"} and losses.device == CPU
 
 
@@ -205,7 +209,7 @@ def test_a_world_model_lies_on_the_device_that_was_asked_for(runs):
 @pytest.fixture
 def file(runs):
     """A denoiser that was trained on `dataset()`, and its file."""
-    denoiser, _ = load.load_denoiser(dataset(), settings(), CPU)
+    denoiser, *_ = models.load_denoiser(dataset(), settings(), CPU)
     return denoiser, runs / kept(runs)[0]
 
 
@@ -217,27 +221,30 @@ def rewritten(path, tensors=lambda t: t, card=lambda c: c):
     return other
 
 
+def read_from(path, data=None, device=CPU):
+    return models.load_denoiser(data or dataset(), settings(denoiser=str(path)), device)[0]
+
+
 def refused(path, match, data=None):
     with pytest.raises(ValueError, match="(?s)^denoiser=.*" + match) as error:
-        table1.read_denoiser(path, data or dataset(), CPU)
+        read_from(path, data)
     assert str(path) in str(error.value)
 
 
 def test_a_denoiser_is_read_from_its_file(file, loops):
     expected, path = file
-    for given in (path, str(path)):
-        read = table1.read_denoiser(given, dataset(), CPU)
-        assert_same(read, expected)
-        assert read.config == expected.config and not read.training and not any(p.requires_grad for p in read.parameters())
+    read = read_from(path)
+    assert_same(read, expected)
+    assert read.config == expected.config and not read.training and not any(p.requires_grad for p in read.parameters())
     x = torch.randn(2, 8, 71, generator=torch.Generator().manual_seed(0))
     assert torch.equal(read(x, 1.0), expected(x, 1.0)) and loops == []
-    elsewhere = table1.read_denoiser(path, dataset(), torch.device("meta"))
+    elsewhere = read_from(path, device=torch.device("meta"))
     assert {t.device.type for t in elsewhere.state_dict().values()} == {"meta"}
 
 
 def test_a_denoiser_of_the_other_transform_is_read(runs):
-    expected, _ = load.load_denoiser(dataset(), settings(transform="arctanh"), CPU)
-    read = table1.read_denoiser(runs / kept(runs)[0], dataset(), CPU)
+    expected, *_ = models.load_denoiser(dataset(), settings(transform="arctanh"), CPU)
+    read = read_from(runs / kept(runs)[0])
     assert_same(read, expected)
     assert read.normaliser.transform == "arctanh"
 
@@ -266,9 +273,7 @@ def test_a_world_model_is_no_denoiser(runs):
 
 def test_a_denoiser_of_other_data_is_refused(file):
     _, path = file
-    refused(path, "toy-1.*toy-2", dataset("toy-2"))  # by its name
     refused(path, "normaliser", dataset(seed=1))  # by what it saw
-    refused(rewritten(path, card=lambda c: {k: v for k, v in c.items() if k != "data_key"}), "toy-1")
     for name, i in (("mean", 3), ("std", 50)):
 
         def moved(tensors, name=name, i=i):
@@ -277,3 +282,118 @@ def test_a_denoiser_of_other_data_is_refused(file):
 
         refused(rewritten(path, moved), "normaliser")
     refused(rewritten(path, card=lambda c: {**c, "config": {**c["config"], "transform": "arctanh"}}), "normaliser")
+
+
+# Models in the package
+
+
+@pytest.fixture
+def shipped(runs, monkeypatch):
+    """Models of `stand_in()` as the package's, trained by others' settings: kind -> what was shipped."""
+    monkeypatch.setattr(models, "ASSETS", runs / "assets")
+    found = {
+        name: makes(name, stand_in(), settings(features=16, model_steps=6))() for name in ("load_denoiser", "load_world_model")
+    }
+    for kind, (network, losses, card) in zip(("denoiser", "worldmodel"), found.values()):
+        path = runs / "assets" / f"{kind}_toy.safetensors"
+        artifacts.save(path, {**network.state_dict(), "losses": losses}, {**card, "made": stand_in().made})
+    return found
+
+
+def stand_in(seed=0, **made):
+    return dataclasses.replace(dataset(seed=seed), made=dict(name="toy", steps=320, policy="1a") | made)
+
+
+def from_package(name, given, **changes):
+    """What is loaded where the scale's own settings are asked for, but for `changes`; and what was said."""
+    said, own = [], scales.of_scale("ci") | dict(horizon=8, model_steps=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scales, "of_scale", lambda scale: own)
+        p = SimpleNamespace(**own | dict(denoiser="shipped", seed=0, scale="ci", transform="raw", train_steps=4) | changes)
+        own["train_steps"] = 4
+        return getattr(models, name)(given, p, CPU, say=said.append), said
+
+
+@both
+def test_a_shipped_model_is_used_and_nothing_is_trained(name, shipped, loops):
+    (network, losses, card), said = from_package(name, stand_in(), seed=5)
+    expected = shipped[name]
+    assert_same(network, expected[0])
+    assert torch.equal(losses, expected[1]) and card == {**expected[2], "made": stand_in().made}
+    assert said == [] == loops and not any(p.requires_grad for p in network.parameters())
+
+
+@both
+def test_where_none_ships_one_is_trained_and_the_reason_said(name, shipped, loops):
+    """Other data, or other settings than the scale's own, which ask for a model of one's own."""
+    changed = dict(features=8, learning_rate=2e-3, optimiser="adam", horizon=12) if name == "load_denoiser" else {}
+    changed |= dict(transform="arctanh") if changed else dict(model_steps=5, model_passes=1)
+    for setting, value in changed.items():
+        _, said = from_package(name, stand_in(), **{setting: value})
+        assert len(said) == 1 and f"ships with {setting}={value!r}: training one" in said[0]
+    for made in (dict(steps=321), dict(policy="2b")):
+        (reason,), (value,) = made, made.values()
+        assert f"data {reason}={value!r}" in from_package(name, stand_in(**made))[1][0]
+    for other in (dataset(), stand_in(name="other")):
+        assert "ships for toy: training one" in from_package(name, other)[1][0]
+    assert len(loops) == len(changed) + 1  # the others are all of the same data and settings
+
+
+@both
+def test_train_uses_no_shipped_model(name, shipped, loops):
+    found, said = from_package(name, stand_in(), denoiser="train")
+    assert said == [] and len(loops) == 1 and "made" not in found[2]
+
+
+@both
+def test_a_shipped_model_of_data_rounded_otherwise_is_used_and_the_difference_said(name, shipped, loops):
+    (network, *_), (said,) = from_package(name, stand_in(seed=1))
+    assert_same(network, shipped[name][0])
+    means = [load.train_val(stand_in(seed))[0].obs.mean(0) for seed in (0, 1)]
+    std = load.train_val(stand_in())[0].obs.std(0)
+    apart = ((means[1] - means[0]) / std).abs().max().item()
+    assert f"by up to {apart:.1g} std" in said and loops == []
+
+
+SHIPPED = sorted(path.stem for path in models.ASSETS.glob("[dw]*_*.safetensors"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_ships_is_what_make_models_would_train(name):
+    """And at quick nothing but the data decides whether it is used. 16 MB is what a repository can bear."""
+    path = models.ASSETS / f"{name}.safetensors"
+    tensors, card = artifacts.load(path)
+    p, recipe = tool.settings_of(name), card["recipe"]
+    assert sorted(tool.RECIPES) == SHIPPED and path.stat().st_size <= 16e6
+    assert {"versions", "machine", "seconds", "data", "data_key"} <= card.keys() and recipe["seed"] == 0
+    assert (
+        card["made"]["steps"] == standins.steps_of(name.split("_")[1], p.data_steps)
+        and len(tensors["losses"]) == recipe["steps"]
+    )
+    if name.startswith("denoiser"):
+        assert p.horizon == scales.of_scale("quick")["horizon"] == card["config"]["horizon"]
+        assert [recipe[k] for k in ("steps", "batch_size", "optimiser")] == [p.train_steps, p.batch_size, p.optimiser]
+        assert [card["config"][k] for k in ("features", "blocks")] == [p.features, p.blocks]
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("denoiser")])
+def test_a_shipped_denoiser_has_learnt_its_data(name, runs):
+    """On windows of *human*, half of what *cloned* holds; in half precision as in its own."""
+    ds = load.load_data("human", "local", 5_000, quiet, lambda text: None)
+    denoiser, *_ = models._restored(edm.Denoiser, *artifacts.load(models.ASSETS / f"{name}.safetensors"))
+    windows = data.Windows(ds.data, denoiser.normaliser, denoiser.horizon)
+    low, middle = edm.validation_loss(denoiser, windows, torch.tensor([0.1, 1.0]), 64, 0).tolist()
+    assert low < 0.6 and middle < 0.3
+
+
+def test_shipping_halves_large_weights_alone(tmp_path, monkeypatch, runs):
+    monkeypatch.setattr(models, "ASSETS", tmp_path)
+    monkeypatch.setattr(tool, "RECIPES", {"denoiser_human": dict(train_steps=2, features=64, blocks=1, batch_size=2)})
+    assert tool.main(["denoiser_human"]) == 0
+    tensors, card = artifacts.load(tmp_path / "denoiser_human.safetensors")
+    trained, _, own = models.load_denoiser(load.load_data("human", "local", 1), tool.settings_of("denoiser_human"), CPU)
+    for key, weight in trained.state_dict().items():
+        assert torch.equal(tensors[key].float(), weight.half().float() if weight.numel() > 10_000 else weight)
+    assert card == {**own, "made": card["made"], "machine": tool.machine()} and "threads" in card["machine"]
+    with pytest.raises(SystemExit):
+        tool.main(["denoiser_dog"])

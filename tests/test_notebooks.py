@@ -226,7 +226,7 @@ def test_02_trains_and_draws_as_asked(run):
     assert 7 in [artifacts.load(file)[1]["recipe"]["steps"] for file in run.files("denoisers/human-standin-*")]
     assert "7 training steps" in run.text and "6 trajectories" in run.text
     assert len(run.table("02_training_standin-human")) == 10
-    lines = {"generated", "still (generated)", "still (real data)", "floor (real data)"}
+    lines = {"generated", "still (generated)", "short training", "still (real data)", "floor (real data)"}
     assert set(run.table("02_dynamics_standin-human")) == {"group", *lines}
     samplers = run.table("02_samplers_standin-human")
     assert samplers["evaluations"].tolist() == [15, 15, 8, 4] and samplers["error.mean"].notna().any()

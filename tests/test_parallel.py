@@ -10,7 +10,7 @@ import torch
 from conftest import kept, toy
 
 from pgdlib import data, edm
-from pgdlib.lab import load, parallel
+from pgdlib.lab import load, models, parallel
 
 HERE = Path(__file__).parent
 WORKER = """
@@ -77,7 +77,7 @@ def test_the_command_trains_what_a_notebook_finds(runs, monkeypatch, tmp_path):
     parallel.main(flags)
     monkeypatch.setattr(edm, "Training", None)
     p = parallel.parse(flags)
-    denoiser, losses = load.load_denoiser(load.load_data("human", "local", p.data_steps), p, torch.device("cpu"))
+    denoiser, losses, _ = models.load_denoiser(load.load_data("human", "local", p.data_steps), p, torch.device("cpu"))
     assert kept(runs) == files and len(losses) == 6 and denoiser.config["features"] == 16
 
 

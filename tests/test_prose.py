@@ -27,7 +27,7 @@ ALLOWED = [  # no run can change these
     r"power of 80%|two-sided 5%",
     r"[λσ] = \d\.\d(?!\d)",  # a parameter; what is calibrated has three digits
     r"more than 5%",  # the rule by which 02 chooses a sampler
-    r"within 2% of that value, for the paper's to 5%",  # how exactly 04 calibrates
+    r"within 5% of that value",  # how exactly 04 calibrates
     r"more than 0\.41 a step",  # √2 − 1
     r"so 1\.5 stands for the paper's 2",
 ]

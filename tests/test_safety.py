@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -23,7 +24,7 @@ from browser import answering, stop
 from conftest import kept, replay, white
 from inputs import PATHS, ROOT, no_writes, tried
 
-from pgdlib.lab import artifacts, load, minari_files, table1
+from pgdlib.lab import artifacts, load, minari_files, models
 from pgdlib.simulators import pen as adroit
 
 UNPICKLE = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}  # modules
@@ -110,7 +111,7 @@ def bombs(tmp_path):
     return trace, [p.read_bytes() for p in (raw, saved, inside)]
 
 
-READERS = {"guide": load.load_guide, "denoiser": lambda path: table1.read_denoiser(path, None, "cpu")}
+READERS = {"guide": load.load_guide, "denoiser": lambda path: models.load_denoiser(None, SimpleNamespace(denoiser=path), "cpu")}
 
 
 def test_a_pickle_in_place_of_a_guide_or_a_denoiser_is_not_executed(bombs, tmp_path):

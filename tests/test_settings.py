@@ -112,9 +112,9 @@ def test_a_session_may_hold_anything_else():
     """Run again by hand, late in an interactive session: other globals and other cells are no parameters."""
     namespace = notebook(lam=2.0)
     namespace["In"] += ["lamb = 3", "horizon = 3", "%matplotlib inline", "?settings", "def f(:", "a, b = 1, 2", "x.y = 1"]
-    namespace.update(lamb=3, horizon="far", denoiser=torch, p=settings.check(namespace), Out={}, _i="lamb = 3")
+    namespace.update(lamb=3, horizon="far", agent=torch, p=settings.check(namespace), Out={}, _i="lamb = 3")
     p = settings.check(namespace)
-    assert p.lam == 2.0 and p.horizon == 32 and not hasattr(p, "denoiser")
+    assert p.lam == 2.0 and p.horizon == 32 and not hasattr(p, "agent")
     namespace["lam"] = 3.0  # changed by hand, after the injected cell
     assert settings.check(namespace).lam == 3.0
     assert vars(settings.check({"lam": 3.0, "x": 1})) == {"lam": 3.0}  # a plain script

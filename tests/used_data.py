@@ -13,7 +13,7 @@ from faulty_data import ARRAYS, made, usable
 from tqdm import tqdm
 
 from pgdlib import data, edm, worldmodel
-from pgdlib.lab import artifacts, load, settings, study
+from pgdlib.lab import artifacts, load, models, settings, study
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen
 
@@ -71,7 +71,7 @@ def used(raw, horizon, transform):
     p = settings.defaults("ci", **own, samples=4, seed=0, units="natural")
     quiet = partial(tqdm, disable=True)
     try:
-        denoiser, losses = load.load_denoiser(dataset, p, torch.device("cpu"), quiet, refuse_to_say)
+        denoiser, losses, _ = models.load_denoiser(dataset, p, torch.device("cpu"), quiet, refuse_to_say)
     except ValueError as e:
         assert horizon > 2 * max(train.lengths.tolist()) and f"horizon={horizon} is not allowed for toy" in str(e), e
         return "refused"

@@ -1,6 +1,7 @@
 """The blocks of README.md that no hand writes: each stands between its two marks.
 
-One, the parameters, is made from `pgdlib.lab.settings`; the others from files of figures/, so by a run.
+The parameters are made from `pgdlib.lab.settings`, the models from their cards in the package; the others from files of
+figures/, so by a run.
 
 `make figures` brings these files from the run: figures/<kind>.json holds, by dataset, what the notebooks have left in
 runs/results/quick/<kind>_<dataset>.json:
@@ -17,8 +18,9 @@ from decimal import Decimal
 import pandas as pd
 from scipy import stats
 
+from pgdlib.lab import artifacts, settings
 from pgdlib.lab import claims as verdicts
-from pgdlib.lab import settings
+from pgdlib.lab.models import ASSETS
 
 KINDS = ("claims", "floors", "findings")
 BLOCK = re.compile(r"(<!-- (\w+): made by `make figures` -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
@@ -121,6 +123,22 @@ def parameters(figures):
     return table(lines)
 
 
+def models(figures):
+    """The cards of the models that ship; of no file of figures/."""
+    lines = [["model", "weights", "training", "hours", "on", "loss, last tenth", "MB"]]
+    for path in sorted(ASSETS.glob("*_*.safetensors")):
+        tensors, card = artifacts.load(path)
+        if "losses" not in tensors:
+            continue  # a policy
+        losses, recipe = tensors.pop("losses"), card["recipe"]
+        weights = sum(t.numel() for name, t in tensors.items() if not name.startswith("normaliser"))
+        training = f"{recipe['steps']:,} batches of {recipe['batch_size']}, {card['made']['steps']:,} steps of data"
+        last, size = losses[-(len(losses) // 10) :].mean(), path.stat().st_size / 1e6
+        hours, loss = f"{card['seconds'] / 3600:.2f}", f"{last:.3g}".replace("-", "−")
+        lines.append([f"`{path.stem}`", f"{weights:,}", training, hours, card["machine"], loss, f"{size:.1f}"])
+    return table(lines)
+
+
 def _allowed(kind):
     return kind.__metadata__[-1].replace(f"{2**32 - 1}", "2³² − 1")
 
@@ -130,4 +148,4 @@ def _results(figures, kind):
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-BLOCKS = {block.__name__: block for block in (claims, guidance, benchmark, findings, parameters)}
+BLOCKS = {block.__name__: block for block in (claims, guidance, benchmark, findings, parameters, models)}

@@ -16,9 +16,9 @@ import torch.distributed as dist
 import yaml
 
 from pgdlib import edm
-from pgdlib.lab import load, settings
+from pgdlib.lab import load, models, settings
 
-GIVEN = dict(dataset="cloned", scale="quick", source="auto", seed=0, device="auto", transform="raw")
+GIVEN = dict(dataset="cloned", scale="quick", source="auto", seed=0, device="auto", transform="raw", denoiser="train")
 SIZES = ("data_steps", "horizon", "features", "blocks", "train_steps", "batch_size", "optimiser")
 GIVEN |= dict.fromkeys(SIZES)  # the scale's own
 
@@ -83,7 +83,7 @@ def main(arguments=None):
             serve(device)
             return _leave()
     dataset = load.load_data(p.dataset, p.source, p.data_steps)
-    _, losses = load.load_denoiser(dataset, p, device, training=Shared if world > 1 else edm.Training)
+    _, losses, _ = models.load_denoiser(dataset, p, device, training=Shared if world > 1 else edm.Training)
     print(f"{len(losses):,} training steps, loss of the last tenth: {losses[-max(1, len(losses) // 10) :].mean():.4g}")
     if world > 1:
         _say()

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from pgdlib.lab import artifacts
 
@@ -35,6 +36,36 @@ def run(loop, path=None, report=lambda step: None, save_every=90.0, say=print):
         if path is not None and time.monotonic() - saved > save_every:
             save(path, loop.state(), {**loop.card, "step": step})
             saved = time.monotonic()
+
+
+def trained(folder, name, begin, finished, text, progress=tqdm, words=None):
+    """(path, tensors, card) of what training makes: found in runs/, or trained, from its checkpoint if it was stopped.
+
+    `begin(checkpoint)` makes the loop, `finished(loop)` the tensors and the card of what it came to. The bar is called
+    `text`, and `words(loop)` stand behind it. The card's seconds are those of all steps, by the rate since the last start.
+    """
+    path = artifacts.root() / folder / f"{name}.safetensors"
+    checkpoint = artifacts.root() / "checkpoints" / f"{folder}-{name}.safetensors"
+
+    def make():
+        loop, started, first = begin(checkpoint), time.monotonic(), None
+        with progress(total=loop.steps, desc=text, mininterval=5) as bar:
+
+            def report(step):
+                nonlocal first
+                first = step - 1 if first is None else first
+                bar.update(step - bar.n)
+                if words:
+                    bar.set_postfix_str(words(loop), refresh=False)
+
+            run(loop, checkpoint, report)
+        tensors, card = finished(loop)
+        rate = (time.monotonic() - started) / max(1, loop.step - (first or 0))
+        return tensors, {**card, "seconds": rate * loop.steps}
+
+    found = artifacts.artifact(path, make)
+    artifacts.discard(checkpoint)  # not before what came of it is kept
+    return path, *found
 
 
 def restore(path, state, card, say=print):

@@ -63,7 +63,6 @@ PARAMETERS = {  # name: (what is allowed, what it is)
     "agent": (one_of("iql", "td3_bc"), "iql or td3_bc"),
     "seeds": (whole(1, 1000), "agents of each row"),
     "real_fraction": (number(0, 1), "share of real data in synthetic batches"),
-    "denoiser": (TEXT, "auto, or a file of a diffusion model"),
     "sweep": (TEXT, "Parquet file of a sweep of 08, shipped, or newest at this scale"),
     "verdicts": (TEXT, "the same of 04"),
     "benchmark": (TEXT, "the same of 05"),
@@ -71,12 +70,14 @@ PARAMETERS = {  # name: (what is allowed, what it is)
 # `ci` proves that the path runs, `quick` is for a laptop's CPU, `paper` holds the paper's Tables 2 to 4.
 SETTINGS = {  # name: (what is allowed beside None, its values at ci, quick and paper, what it is)
     # human always has 25 episodes of 200 steps; more than 10,000 steps are beyond any episode, and would not fit into memory
-    "data_steps":     (whole(2_000), 4_000, 100_000, 500_000, "steps of the stand-ins cloned and expert"),
+    "data_steps":     (whole(2_000), 4_000, 500_000, 500_000, "steps of the stand-ins cloned and expert"),
     "horizon":        (whole(4, 10_000), 16, 32, 128, "steps of a trajectory"),
-    # the U-Net and its training (Table 3); on human's 5,000 steps more passes overfit
+    # the U-Net and its training (Table 3), where it is trained; on human's 5,000 steps more passes overfit
+    "denoiser":       (TEXT, "train", "shipped", "train", "shipped, train (at this scale), or a file of a diffusion model"),
     "blocks":         (whole(1), 2, 3, 2, "levels of the U-Net"),
     "features":       (whole(8), 16, 96, 1024, "channels of the U-Net's first level"),
     "train_steps":    (whole(1), 60, 5_000, None, "training steps of the diffusion model"),
+    "short_steps":    (whole(1), 20, 600, 10_000, "training steps of 02's model from scratch"),
     "epochs":         (whole(1), None, None, 512, "of the data's steps, where train_steps is None"),
     "passes":         (whole(1), 16, 8, None, "over all windows, at most"),
     "batch_size":     (whole(1), 16, 32, 16, "windows of a training step"),

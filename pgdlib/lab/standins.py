@@ -91,9 +91,14 @@ def cloned(policy, steps, seed, parts, report=lambda done: None):
     yield from _rollouts(clone, -(-steps // 2 // pen.D4RL_HORIZON), (seed, 2), parts, report)
 
 
+def steps_of(dataset, steps):
+    """The steps of the stand-in where `steps` are asked for: *human* has always as many."""
+    return HUMAN_EPISODES * pen.NATIVE_HORIZON if dataset == "human" else steps
+
+
 def folder(dataset, steps, policy, card, progress, say):
     """The folder of the Minari dataset `dataset` by the guide `policy` with its `card`, collected if missing or damaged."""
-    steps = 5_000 if dataset == "human" else steps
+    steps = steps_of(dataset, steps)
     key = artifacts.key(steps=steps, policy=card, code=artifacts.code_version("lab.standins"))
     whole = artifacts.root() / "minari" / f"{dataset}-{key}"
     place = whole / "standin" / "pen" / f"{dataset}-v0"

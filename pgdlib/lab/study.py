@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from pgdlib import calibrate, data, dynamics, fast, guidance, measures, sampler
-from pgdlib.lab import artifacts, budget, load
+from pgdlib.lab import artifacts, budget, load, models
 from pgdlib.lab.parts import Parts
 from pgdlib.simulators import pen
 
@@ -55,7 +55,7 @@ class Study:
         device = load.device_of(p.device)
         policy, _ = load.load_guide(p.guide)
         dataset = load.load_data(p.dataset, p.source, p.data_steps, progress, say)
-        denoiser, _ = load.load_denoiser(dataset, p, device, progress, say)
+        denoiser, *_ = models.load_denoiser(dataset, p, device, progress, say)
         return cls(dataset, denoiser, policy.to(device), p, device)
 
     @cached_property

@@ -9,34 +9,14 @@ import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from pgdlib import data, pgd, sampler
+from pgdlib import pgd, sampler
 from pgdlib.agents.stack import Learner
-from pgdlib.lab import artifacts, budget, load, resumable
+from pgdlib.lab import artifacts, budget, resumable
 from pgdlib.lab.parts import Parts
 from pgdlib.simulators import pen
 
 SETTINGS = ("hidden", "polyak", "resample_every", "windows", "real_fraction")  # beside agent_*, draw_*, ...
 LONG = 20.0  # seconds of drawing after which a row's data are kept until the training is over
-
-
-def read_denoiser(path, dataset, device):
-    """The denoiser in the file `path`, as `load_denoiser` keeps them, if it was trained on `dataset`.
-
-    Raises ValueError that names the parameter `denoiser` for a file that is missing, damaged, or of other data.
-    """
-    try:
-        tensors, card = artifacts.load(path)
-        denoiser = load.restored(tensors, card)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:  # a foreign file breaks these in many ways
-        raise ValueError(f"denoiser={str(path)!r} cannot be used: {type(e).__name__}: {e}") from e
-    train, _ = load.train_val(dataset)
-    own = data.Normaliser(train.spec, denoiser.normaliser.transform).fit(train.packed()).state_dict()
-    if card.get("data_key") != dataset.key:
-        found = f"{card.get('data')} ({card.get('data_key')})"
-        raise ValueError(f"denoiser={str(path)!r} is not allowed; it was trained on {found}, needed is {dataset.key}")
-    if not all(torch.allclose(v, denoiser.normaliser.state_dict()[k]) for k, v in own.items()):
-        raise ValueError(f"denoiser={str(path)!r} is not allowed; its normaliser is not that of the data {dataset.key}")
-    return denoiser.to(device)
 
 
 def return_of(score):

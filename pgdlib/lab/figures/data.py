@@ -97,15 +97,17 @@ def learning_curve(steps, mean, se, reference, title):
 
 
 def training(losses, sigmas, train_loss, val_loss, title):
-    """The loss of every training step [n], smoothed; and by noise level [L] on training and on validation windows, [L] each."""
-    fig, [(left, right)] = figure(title, 12, 3.2, 1, 2, yscale="log", ylabel="EDM loss")
-    window = max(1, len(losses) // 100)
-    smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    left.plot(np.arange(len(smooth)) + window, smooth, color=DATA)
-    left.set(xlabel="training step", ylabel=f"EDM loss (mean of {window} steps)")
+    """The loss of every step of some trainings, name -> [n], smoothed; and, on the right, of the last of them by noise level:
+    on training and on validation windows, [L] each, at `sigmas` [L]."""
+    fig, [(left, right)] = figure(title, 12, 3.2, 1, 2, xscale="log", yscale="log", ylabel="EDM loss")
+    for (name, values), colour in zip(losses.items(), COLOURS[2:]):  # the first two are the right's
+        window = max(1, len(values) // 100)
+        smooth = np.convolve(values, np.ones(window) / window, "valid")
+        left.plot(np.arange(len(smooth)) + window, smooth, color=colour, label=name)
+    left.set(xlabel="training step", ylabel="EDM loss (mean of 1% of the steps)")
     lines(right, {"training windows": (sigmas, train_loss), "validation windows": (sigmas, val_loss)})
     right.axhline(1, color="black", linewidth=1, linestyle=":", label="a network that\nhas learnt nothing")
-    right.set(xlabel="noise level σ", xscale="log")
+    right.set(xlabel="noise level σ")
     return finished(fig)
 
 
