@@ -43,9 +43,9 @@ def tally(request, told):
 
 
 SETTINGS = SimpleNamespace(
-    **dict(scale="ci", seed=0, transform="raw", horizon=8, features=8, blocks=1, batch_size=4, train_steps=20),
-    **dict(learning_rate=2e-4, optimiser="muon", p_mean=-0.6, p_std=1.4, epochs=None, passes=None, model_steps=15),
-    **dict(model_passes=None, samples=160, solver="heun", steps=16, churn=2.0, warmup=2, units="natural"),
+    **dict(scale="ci", denoiser="train", seed=0, transform="raw", horizon=8, features=8, blocks=1, batch_size=4),
+    **dict(train_steps=20, learning_rate=2e-4, optimiser="muon", p_mean=-0.6, p_std=1.4, epochs=None, passes=None),
+    **dict(model_steps=15, model_passes=None, samples=160, solver="heun", steps=16, churn=2.0, warmup=2, units="natural"),
     **dict(agent_steps=24, agent_batch=16, agent_rate=1e-3, resample_every=6),
     **dict(curve_points=2, curve_episodes=1, test_episodes=1),
 )
