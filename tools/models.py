@@ -13,7 +13,7 @@ import torch
 
 from pgdlib.lab import artifacts, load, models, settings
 
-LONG = dict(features=128, batch_size=128, passes=None, model_passes=None)
+LONG = dict(features=128, batch_size=128, passes=None)
 RECIPES = {  # kind and data: what differs from quick's settings
     "denoiser_cloned": LONG | dict(train_steps=24_000),
     "denoiser_human": LONG | dict(batch_size=64, train_steps=500),  # more would only copy its 25 episodes
@@ -23,7 +23,7 @@ LOADERS = {"denoiser": models.load_denoiser, "worldmodel": models.load_world_mod
 
 def settings_of(name):
     """The settings with which the model `name` is trained."""
-    return settings.defaults("quick", seed=0, transform="raw", **{"denoiser": "train"} | RECIPES[name])
+    return settings.defaults("quick", seed=0, transform="raw", denoiser="train", **RECIPES[name])
 
 
 def machine():
