@@ -59,7 +59,7 @@ def load_world_model(dataset, p, device, progress=tqdm, say=print):
     The package's, where `p.denoiser` is not "train" and one was trained on this stand-in; else found in runs/, or trained, with
     the settings of `OF_WORLD_MODEL`, scale and seed. The card's "seconds" are those of its training, where it was made.
     """
-    if p.denoiser != "train" and (found := _shipped("worldmodel", worldmodel.Ensemble, dataset, p, OF_WORLD_MODEL, say)):
+    if p.denoiser != "train" and (found := _shipped("world model", worldmodel.Ensemble, dataset, p, OF_WORLD_MODEL, say)):
         return _on(device, *found)
     train_data, val_data = load.train_val(dataset)
     recipe = worldmodel.Recipe(p.model_steps, seed=p.seed)
@@ -76,7 +76,7 @@ def load_world_model(dataset, p, device, progress=tqdm, say=print):
 def _shipped(kind, network, dataset, p, names, say):
     """(network, losses, card) of the package's model of this `kind` for `dataset`, or None, saying why."""
     made, scaled = dataset.made or {}, settings.of_scale(p.scale)
-    path = ASSETS / f"{kind}_{made.get('name')}.safetensors"
+    path = ASSETS / f"{kind.replace(' ', '')}_{made.get('name')}.safetensors"
     if not path.exists():
         return say(f"no {kind} ships for {dataset.label}: training one")
     tensors, card = artifacts.load(path)

@@ -60,7 +60,7 @@ def finished(fig, legend=None):
 
 def plain_log(axis):
     """Plain numbers (0.02, not 2 × 10⁻²) on a log axis, `ax.xaxis` or `ax.yaxis`, whose limits lie within 1e-5 and 1e5."""
-    low, high = axis.get_view_interval()
+    low, high = sorted(axis.get_view_interval())
     if axis.get_scale() == "log" and 1e-5 < low < high < 1e5:
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5) if high < 50 * low else (1,)))
         axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
