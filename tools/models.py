@@ -17,6 +17,7 @@ LONG = dict(features=128, batch_size=128, passes=None)
 RECIPES = {  # kind and data: what differs from quick's settings
     "denoiser_cloned": LONG | dict(train_steps=24_000),
     "denoiser_human": LONG | dict(batch_size=64, train_steps=500),  # more would only copy its 25 episodes
+    "worldmodel_cloned": {},  # three times as many steps err no less on data kept back
 }
 LOADERS = {"denoiser": models.load_denoiser, "worldmodel": models.load_world_model}
 
