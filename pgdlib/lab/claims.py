@@ -194,11 +194,10 @@ def keep(name, values, scale):
 
 
 def merged(first, *others):
-    """The rows of one dataset, and of the others (in order) the claims that have no verdict before."""
+    """The rows of one dataset, and of the others (in order) those of ids that none before has."""
     rows = dict(first)
     for other in others:
-        known = {k.split()[0] for k in rows}
-        rows.update({k: row for k, row in other.items() if k.split()[0] not in known})
+        rows.update({k: row for k, row in other.items() if k not in rows})
     return rows
 
 
@@ -211,11 +210,13 @@ def of_scale(scale, slug):
 def table(rows):
     """The rows as dicts of what is shown, in order; every claim has one, with or without a verdict.
 
-    The first row's dataset is the table's; where a verdict is of another one, its measure says so.
+    The first row's dataset is the table's; where a verdict is of another one, its measure says so. A row's "trend" is what its
+    effect gains each time the error of the diffusion model halves, in words.
     """
     main = next((row["dataset"] for row in rows.values()), None)
     found = {k.split()[0] for k in rows}
     untested = [dict(id=k, claim=v, measure="", verdict="not measured yet") for k, v in CLAIMS.items() if k not in found]
+    with_trend = any("trend" in row for row in rows.values())
     return [
         {
             "": row["id"].split()[0],
@@ -223,6 +224,7 @@ def table(rows):
             "measure": row["measure"] + (f", on {row['dataset']}" if row.get("dataset", main) != main else ""),
             "effect": effect(row),
             "verdict": row["verdict"],
+            **({"each time the model's error halves": row.get("trend", "")} if with_trend else {}),
         }
         for row in sorted([*rows.values(), *untested], key=lambda row: row["id"])
     ]
