@@ -96,6 +96,7 @@ VALUES = st.one_of(
     NUMBERS,
     TEXTS,
     st.lists(NUMBERS, max_size=5),
+    st.lists(WORDS, max_size=3),
     PLAIN,
     st.tuples(NUMBERS),
     st.sets(st.integers(), max_size=2),
@@ -179,6 +180,8 @@ def allows(name, value):
         return type(value) in (str, bool) and any(value is c or value == c for c in CHOICES[name] if type(c) is type(value))
     if name in FILES:
         return isinstance(value, str) and value != "" and "\ud800" not in value  # half a character is none
+    if name == "sweeps":
+        return isinstance(value, list) and value != [] and all(allows("sweep", v) for v in value)
     if name == "lams":
         return isinstance(value, list) and value != [] and all(within(v, 0, None) for v in value)
     if name == "lam":

@@ -62,6 +62,11 @@ def at_levels(n, mean=None):
     return with_intervals(pd.DataFrame(rows, columns=["dataset", "rule", "log_likelihood"]), "ratio", mean=mean)
 
 
+def qualities(n, low=0.4):
+    rows = [(c, f"series {k}", 0.02 / (1 + k), 0.5 + k, low, 0.6 + k) for c in ("C1", "C2") for k in range(n)]
+    return pd.DataFrame(rows, columns=["id", "variant", "error", "effect", "low", "high"]), {"C1": "first", "C2": "second"}
+
+
 def gains(n, mean=None):
     means = with_intervals(pd.DataFrame({"dataset": "human", "row": [f"series {k}" for k in range(n)]}), "gain", mean=mean)
     return means.rename(columns={f"gain.{k}": k for k in ("low", "high")} | {"gain.mean": "gain"}).assign(seed=0), means
@@ -106,6 +111,7 @@ def each(n):
         sweep.at_likelihood: ((at_levels(n), "annealed"), ["error / that of annealed"]),
         sweep.over_lam: ((study(n),), ["λ, in each rule's own sense"] * 2),
         sweep.gains: ((*gains(n), {"human": 216}), ["return less that of unguided"]),
+        sweep.quality: (qualities(n), []),
     }
 
 
@@ -200,6 +206,7 @@ EDGES = [
     (sweep.over_lam, study(2, NAN)),
     (sweep.at_likelihood, at_levels(1, NAN), "annealed"),
     (sweep.gains, *gains(1, NAN), {}),
+    (sweep.quality, *qualities(1, NAN)),
 ]
 
 

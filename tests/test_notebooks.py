@@ -5,6 +5,7 @@ with one folder of artifacts share them, and wait for one another's.
 """
 
 import concurrent.futures
+import json
 import os
 import re
 import subprocess
@@ -41,6 +42,7 @@ GOOD = {
     ),
     "04 auto": ("auto", ROOT, "notebooks/04_guidance.ipynb", "-p dataset human -p units raw -y lams:\xa0[0.1]"),
     "08": ("shared", ROOT, "notebooks/08_rules.ipynb", "-p dataset human -y lams:\xa0[0.5,1.0]"),
+    "09": ("shared", ROOT, "notebooks/09_quality.ipynb", ""),
     "06": ("shared", NOTEBOOKS, "06_world_model.ipynb", "-p dataset human -p model_steps 40 -p long 12 -p rule smoothed"),
     "05": ("shared", NOTEBOOKS, "05_iql_benchmark.ipynb", "-p dataset human -y lams:\xa0[0,\xa02] -p seeds 2"),
     "05 td3_bc": (
@@ -297,6 +299,16 @@ def test_08_compares_the_rules_and_measures_the_threshold(run):
     assert set(thresholds["units"]) == {"natural", "raw"} and len(thresholds) == 32
 
 
+@named("09")
+def test_09_fits_a_line_to_each_claim(run):
+    effects = run.table("09_quality").query("denoiser == 'train' and churn > 0 and data_steps == data_steps.max()")
+    trends = json.loads((run.artifacts / "results/ci/trends_standin-cloned.json").read_text())
+    for name, words in trends.items():
+        own = effects[effects["id"] == name]
+        assert words.startswith(f"{np.polyfit(-np.log2(own['error']), own['effect'], 1)[0]:+.2g} ["), name
+    assert len(trends) >= 6 and "C3" not in trends  # which is the same with every model
+
+
 @named("06")
 def test_06_compares_both_models(run):
     horizon = run.table("06_horizon_standin-human").set_index("k")
@@ -320,6 +332,7 @@ def test_05_fills_table_1(run):
     assert curves["step"].tolist() == [0, 20, 40] and curves.shape == (3, 1 + 2 * len(rows))
     found = verdicts(run, "human")
     assert found["C4 explicit rule, λ = 2"]["verdict"] in claims.VERDICTS
+    assert found["C2 IQL as the guide, annealed rule"]["verdict"] in claims.VERDICTS
     assert len(run.files("agents/iql-ci-*")) == 1
 
 

@@ -6,7 +6,7 @@ figures/, so by a run.
 `make figures` brings these files from the run: figures/<kind>.json holds, by dataset, what the notebooks have left in
 runs/results/quick/<kind>_<dataset>.json:
 
-    claims    id -> row, as `pgdlib.lab.claims.record` writes it
+    claims    id -> row, as `pgdlib.lab.claims.record` writes it, with its trend of runs/results/quick/trends_<dataset>.json
     floors    measure (log_likelihood, normalised, motion, appendix_b) -> [mean, low, high] of real data
     findings  a list of sentences in Markdown with their numbers in them, in the README's order
 """
@@ -36,6 +36,10 @@ def gather(results, figures):
     """Write figures/<kind>.json of every kind that the folder `results` has something of."""
     for kind in KINDS:
         found = {p.stem.removeprefix(f"{kind}_"): json.loads(p.read_text("utf-8")) for p in sorted(results.glob(f"{kind}_*"))}
+        for slug, rows in found.items() if kind == "claims" else ():
+            trends = results / f"trends_{slug}.json"  # of notebook 09
+            for name, words in json.loads(trends.read_text("utf-8")).items() if trends.exists() else ():
+                rows.get(name, {})["trend"] = words
         if found:
             (figures / f"{kind}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
 

@@ -42,6 +42,7 @@ def _number(value):
 # A type, and in the end, in words, what it allows.
 TEXT = Annotated[str, Field(min_length=1), "a text that is not empty"]
 NUMBERS = Annotated[list[number(0)], Field(min_length=1), "a list, not empty, of a number of at least 0"]
+TEXTS = Annotated[list[TEXT], Field(min_length=1), "a list, not empty, of texts that are not empty"]
 AUTO_OR_NUMBER = Annotated[Literal["auto"] | number(0), "'auto' or a number of at least 0"]
 YES_OR_NO = Annotated[bool, "one of True, False"]
 
@@ -66,6 +67,7 @@ PARAMETERS = {  # name: (what is allowed, what it is)
     "sweep": (TEXT, "Parquet file of a sweep of 08, shipped, or newest at this scale"),
     "verdicts": (TEXT, "the same of 04"),
     "benchmark": (TEXT, "the same of 05"),
+    "sweeps": (TEXTS, "Parquet files of sweeps of 02, 04 and 06, or shipped"),
 }
 # `ci` proves that the path runs, `quick` is for a laptop's CPU, `paper` holds the paper's Tables 2 to 4.
 SETTINGS = {  # name: (what is allowed beside None, its values at ci, quick and paper, what it is)
@@ -104,7 +106,7 @@ SETTINGS = {  # name: (what is allowed beside None, its values at ci, quick and 
     "polyak":         (number(1e-6, 1), 0.05, 0.05, 0.005, "share by which targets move, each step"),
     "resample_every": (whole(1), 20, 1_000, 10_000, "steps between new synthetic data"),
     "windows":        (whole(1), 8, 384, 2_048, "trajectories for each agent, every time"),
-    # how they are drawn: so many that quick takes the cheapest sampler of notebook 02
+    # how they are drawn: so many that quick takes few steps and no churn
     "draw_solver":    (one_of(*SOLVERS), "multistep", "multistep", "heun", "solver of synthetic data"),
     "draw_steps":     (whole(2), 8, 16, 400, "steps of their sampler"),
     "draw_warmup":    (whole(0), 2, 3, 64, "steps without guidance"),

@@ -90,6 +90,27 @@ def gains(runs, study, paper, title):
     return finished(fig)
 
 
+def quality(effects, names, title):
+    """Each claim's effect over the unguided error of the model, better models on the right: a panel for each of `names`.
+
+    effects: a frame with id, variant, error, effect, low and high; names: id -> what its effect is.
+    """
+    rows, columns = -(-len(names) // 3), min(3, len(names))
+    fig, axes = figure(title, 3.4 * columns + 2.4, 2.5 * rows + 0.5, rows, columns, sharex=True, xscale="log")
+    styles = looks(effects["variant"].unique())
+    for ax, (name, words) in zip(axes.flat, names.items()):
+        for variant, part in effects[effects["id"] == name].groupby("variant", sort=False):
+            y, low, high = (part[k].to_numpy(dtype=float) for k in ("effect", "low", "high"))
+            bars = np.nan_to_num(np.abs(np.stack([low, high]) - y))
+            ax.errorbar(part["error"], y, bars, **styles[variant] | {"linestyle": ""}, elinewidth=0.8, label=variant)
+        ax.set_title(words)
+    axes[0, 0].invert_xaxis()
+    for ax in axes.flat[len(names) :]:
+        ax.remove()
+    fig.supxlabel("unguided error / variance")
+    return finished(fig)
+
+
 def _panels(study, title, rows=1, **how):
     """A figure, and for each dataset the rows of the frame `study` and the axes [rows] under its name."""
     names, parts = zip(*study.groupby("dataset", sort=False))
