@@ -274,6 +274,15 @@ def test_versions_without_git_and_in_the_repository_of_another(monkeypatch, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(artifacts, "PACKAGE", package)
         assert artifacts.versions()["git"] == "unknown"
+    package, index = tmp_path / "pgdlib", tmp_path / ".git/index"
+    package.mkdir()
+    (package / "a.py").write_text("a = 1")
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    os.utime(package / "a.py", (0, 0))  # git looks again, and would write what it saw
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "PACKAGE", package)
+        before = index.stat()
+        assert artifacts.versions()["git"].endswith("-dirty") and index.stat() == before
     monkeypatch.setenv("PATH", str(tmp_path))
     assert artifacts.versions()["git"] == "unknown"
 

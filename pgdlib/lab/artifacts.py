@@ -90,14 +90,20 @@ def _parsed(path):
     return ast.unparse(tree), imported(tree)
 
 
+def _git(*words):
+    """What git says; without its lock, which a run that is killed here would leave (`describe --dirty` takes it always)."""
+    command = ["git", "--no-optional-locks", *words]
+    return subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def versions():
     """Versions of what decides a result, and the commit of this checkout, "unknown" if it is none or git is missing."""
     packages = ("torch", "numpy", "mujoco", "gymnasium", "gymnasium-robotics", "minari")
     commit = ""
     if (PACKAGE.parent / ".git").exists():  # else this package lies in somebody else's repository, or in none
         with contextlib.suppress(OSError):
-            command = ["git", "describe", "--always", "--dirty"]
-            commit = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False).stdout.strip()
+            commit = _git("describe", "--always")
+            commit += "-dirty" * bool(_git("status", "--porcelain", "--untracked-files=no"))
     return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}, "git": commit or "unknown"}
 
 
