@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pgdlib import data, dynamics, fast, guidance, worldmodel
+from pgdlib import data, dynamics, fast, guidance, sampler, worldmodel
 from pgdlib.agents import iql, stack, td3_bc
 from pgdlib.lab import fronts, load, models, settings, study
 from pgdlib.simulators import pen
@@ -89,13 +89,11 @@ def two_step_model(lab):
 
 def foretold(ensemble, obs, actions):
     """What the two-step model says of obs[:, 2:] [B, T - 2, obs_dim], environment space."""
-    obs_dim, actions = obs.shape[-1], actions.clamp(-1, 1)
     state = torch.cat([obs[:, 1:-1], obs[:, 1:-1] - obs[:, :-2]], -1).flatten(0, 1)
     act = torch.cat([actions[:, 1:-1], actions[:, :-2]], -1).flatten(0, 1)
     with torch.autocast("cpu", torch.bfloat16, enabled=fast.has_bfloat16(torch.device("cpu"))):
-        mean, _ = ensemble((torch.cat([state, act], -1) - ensemble.mean[ensemble.into]) / ensemble.std[ensemble.into])
-    change = (mean.float() * ensemble.std[ensemble.out] + ensemble.mean[ensemble.out])[..., :obs_dim].mean(0)
-    return (state[:, :obs_dim] + change).view_as(obs[:, 2:])
+        following, *_ = ensemble.predict(state, act)
+    return following[..., : obs.shape[-1]].mean(0).view_as(obs[:, 2:])
 
 
 class Mended(nn.Module):
@@ -118,7 +116,8 @@ class Mended(nn.Module):
 
 def resampled(denoiser, x, sigma, steps=12):
     """The states of x, noised to sigma and denoised in so many Euler steps, the actions held."""
-    ramp = torch.linspace(sigma ** (1 / 7), 0.002 ** (1 / 7), steps, dtype=torch.float64) ** 7
+    ends = (level ** (1 / sampler.RHO) for level in (sigma, sampler.SIGMA_MIN))
+    ramp = torch.linspace(*ends, steps, dtype=torch.float64) ** sampler.RHO
     noise, part, levels = torch.Generator().manual_seed(SEED), denoiser.spec.actions, [*ramp.tolist(), 0.0]
     kept, x = x[..., part], x + sigma * torch.randn(x.shape, generator=noise)
     for level, following in zip(levels, levels[1:]):

@@ -24,19 +24,8 @@ from pgdlib.lab import artifacts
 
 FOLDER = "points"  # in the folder of all runs
 # Points that agree in these use the same data and, mostly, the same models.
-SHARED = (
-    "dataset",
-    "source",
-    "data_steps",
-    "scale",
-    "seed",
-    "transform",
-    "horizon",
-    "denoiser",
-    "features",
-    "blocks",
-    "train_steps",
-)
+SHARED = ("dataset", "source", "data_steps", "scale", "seed", "transform", "horizon")
+SHARED += ("denoiser", "features", "blocks", "train_steps")
 
 
 class BadSweep(ValueError):
