@@ -20,6 +20,7 @@ from pgdlib.agents.stack import Learner
 from pgdlib.calibrate import bisect
 from pgdlib.measures import on_policy_log_likelihood
 from pgdlib.policies import GaussianPolicy
+from pgdlib.simulators import Simulator
 
 FACTS = ("lam", "log_likelihood", "on_policy", "kept", "ended", "diverged")  # of `synthetic.Batch`, kept for every round
 CALIBRATION = 32  # trajectories of each run for one step of the search for its λ
@@ -49,7 +50,7 @@ class Sources:
     windows: int  # generated for each run, every time
     real_fraction: float
     seeds: list
-    outcome: Callable | None = None  # the environment's (`Simulator.outcome`), for the world model's rollouts
+    simulator: Simulator | None = None  # for reward and end of the world model's rollouts
     _first: list = field(default_factory=list, init=False)  # (the policies of the first round, its data)
 
     def __call__(self, row: Row, policy: GaussianPolicy, number: int) -> tuple[list[Tensor], synthetic.Batch | None]:
@@ -62,7 +63,7 @@ class Sources:
         if row.source == "world model":
             starts, length = self.real[:, self.diffusion.denoiser.spec.obs], self.diffusion.denoiser.horizon - 1
             target, settings = self.behaviour if number == 0 else policy, (self.windows, length, self.seeds, number)
-            batch = synthetic.from_world_model(self.world_model, target, starts, *settings, self.outcome)
+            batch = synthetic.from_world_model(self.world_model, target, starts, *settings, self.simulator)
         elif number == 0:
             batch = self._unguided(row, policy)
         else:

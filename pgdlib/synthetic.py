@@ -1,7 +1,7 @@
 """Synthetic data for stacked agents: from the diffusion model guided toward each run's own policy, or from the world model."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from pgdlib.data import Spec, transitions
 from pgdlib.edm import Denoiser
 from pgdlib.fast import generator, stream
 from pgdlib.policies import GaussianPolicy
+from pgdlib.simulators import Simulator
 
 
 @dataclass
@@ -117,30 +118,30 @@ def _batch(policy, data, facts, lam):
 
 def from_world_model(
     ensemble: worldmodel.Ensemble, policy: GaussianPolicy, starts: Tensor, n: int, length: int, seeds: list, number: int,
-    outcome: Callable,
+    simulator: Simulator,
 ) -> Batch:  # fmt: skip
     """A `Batch` of n rollouts of `length` steps for each run in the ensemble, from random states of `starts` [N, obs_dim].
 
-    Reward and end are the environment's own functions of the imagined observation: `outcome(obs)`, a `Simulator`'s, on numpy
-    arrays. The ensemble's Gaussian over rewards, which jump at success, draws noise of that size, and an expectile of noise is
-    optimism. Each run's draws follow from its seed, of `seeds` [R], and the `number` of the round.
+    Reward and end are the simulator's own functions of the imagined observations. The ensemble's Gaussian over rewards, which
+    may jump, as at pen's success, draws noise of that size, and an expectile of noise is optimism. Each run's draws follow from
+    its seed, of `seeds` [R], and the `number` of the round.
     """
 
-    def judged(obs):
-        reward, _, ended = outcome(obs.double().cpu().numpy())
-        return torch.as_tensor(reward).to(obs), torch.as_tensor(ended).to(obs.device)
+    def own(of, *tensors):  # a function of the simulator
+        found = of(*(v.double().cpu().numpy() for v in tensors))
+        return torch.as_tensor(found, device=starts.device)
 
-    parts = []
+    parts, ended = [], partial(own, simulator.ended)
     for run, seed in enumerate(seeds):
         noise = generator(starts.device, "world model", seed, number)
         ids = torch.randint(len(starts), (n,), generator=noise, device=starts.device)
-        parts.append(worldmodel.rollout(ensemble, policy.select([run]), starts[ids], length, noise, lambda o: judged(o)[1]))
+        parts.append(worldmodel.rollout(ensemble, policy.select([run]), starts[ids], length, noise, ended))
     made = worldmodel.Rollout(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(worldmodel.Rollout)))
-    rewards, ended = judged(made.next_obs)
+    rewards, ends = own(simulator.reward, made.obs, made.actions.clamp(-1, 1), made.next_obs).to(starts), ended(made.next_obs)
     taken = (made.alive > 0) & ~made.diverged[:, None]
     likelihood = measures.log_likelihood(policy, made.obs, made.actions, made.alive)
-    facts = [taken.float().mean(1), (ended & taken).any(1).float(), made.diverged.float(), likelihood]
-    whole = [made.obs, made.actions, rewards, ended.float(), made.next_obs, taken]
+    facts = [taken.float().mean(1), (ends & taken).any(1).float(), made.diverged.float(), likelihood]
+    whole = [made.obs, made.actions, rewards, ends.float(), made.next_obs, taken]
     runs = zip(*(v.unflatten(0, (policy.runs, n)) for v in whole))
     data = [transitions(*(v[of_run] for v in parts)) for *parts, of_run in runs]
     return _batch(policy, data, facts, torch.full((policy.runs,), torch.nan))

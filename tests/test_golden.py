@@ -88,7 +88,7 @@ def make():
     found["world model"] = [*ensemble.state_dict().values(), training.losses]
     policy = learner.agent.policy.requires_grad_(False)
     diffusion = synthetic.Diffusion(model, "heun", 6, 1.2, 1)
-    sources = pgd.Sources(transitions, diffusion, ensemble, policy, 5, 0.25, [0, 7], pen.outcome)
+    sources = pgd.Sources(transitions, diffusion, ensemble, policy, 5, 0.25, [0, 7], pen.PEN)
     rows = pgd.Row("guided", "diffusion", "explicit", 0.5), pgd.Row("calibrated", "diffusion", "annealed", "calibrated")
     for row in (*rows, pgd.Row("model", "world model")):
         made, batch = sources(row, policy, 1)

@@ -31,13 +31,11 @@ class Discs:
         return self.qpos, self.qvel
 
 
-def outcome(obs):
-    return -obs[..., 4], obs[..., 4] < 0.1, obs[..., 4] > 1.5
-
-
 DISC = Simulator(
     name="disc", obs_dim=5, action_dim=2, qpos_dim=2, qvel_dim=2, dt=0.1, groups=dict(place=slice(0, 2), rest=slice(2, 5)),
-    batch=Discs, states=dict(reconstructed=lambda obs, actions: (obs[..., :2], obs[..., 2:4])), outcome=outcome,
+    horizon=25, batch=Discs, start=lambda n, rng: tuple(rng.normal(0, 0.5, (2, n, 2))), references=None,
+    states=dict(reconstructed=lambda obs, actions: (obs[..., :2], obs[..., 2:4])),
+    reward=lambda obs, actions, next_obs: -next_obs[..., 4], ended=lambda obs: obs[..., 4] > 1.5,
     within_reach=lambda qpos, qvel: np.isfinite(qpos).all(-1), with_goal=lambda obs, start: obs,
 )  # fmt: skip
 
@@ -46,12 +44,12 @@ DISC = Simulator(
 def true():
     """obs [30, 26, 5], actions [30, 26, 2], and `Trajectories` of the same, cut where a disc is lost."""
     rng, discs = np.random.default_rng(0), Discs(30)
-    obs, actions = [discs.set_state(*rng.normal(0, 0.5, (2, 30, 2)))], rng.normal(0, 0.7, (30, 26, 2))
+    obs, actions = [discs.set_state(*DISC.start(30, rng))], rng.normal(0, 0.7, (30, 26, 2))
     obs = np.stack(obs + [discs.step(actions[:, t]) for t in range(25)], 1)
     before, acted, after = (torch.tensor(x).float().flatten(0, 1) for x in (obs[:, :-1], actions[:, :-1], obs[:, 1:]))
-    reward, _, lost = outcome(after)
+    reward = DISC.reward(before, acted, after)
     whole = data.Trajectories(before, acted, reward, 0 * reward, after, torch.full((30,), 25))
-    return obs, actions, data.end_where(whole, lost)[0]
+    return obs, actions, data.end_where(whole, DISC.ended(after))[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +110,7 @@ def test_a_round_of_every_agent(kind, denoiser, true):
     assert [*training] == [*range(1, 21)] and training.losses[-1] < training.losses[0]
     rows = [pgd.Row("r", "real"), pgd.Row("d", "diffusion", "proximal", 1.0), pgd.Row("w", "world model")]
     diffusion, seeds = synthetic.Diffusion(denoiser, "multistep", STEPS, 0.0, 1), [0, 1]
-    sources = pgd.Sources(episodes.transitions(), diffusion, ensemble, a_policy(2), 16, 0.5, seeds, outcome)
+    sources = pgd.Sources(episodes.transitions(), diffusion, ensemble, a_policy(2), 16, 0.5, seeds, DISC)
     agent = kind(SPEC, seeds * 3, episodes.obs.mean(0), episodes.obs.std(0), (8,))
     learner = stack.Learner(agent, seeds * 3, 4, batch_size=8)
     for now in pgd.Rounds(learner, rows, sources, 4):

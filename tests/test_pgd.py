@@ -203,14 +203,12 @@ def ensemble():
     return model.requires_grad_(False)
 
 
-def outcome(obs):
-    """Reward, success and end of the step that led to obs [..., 7]."""
-    return obs[..., 0], obs[..., 0] > 1, obs[..., 1] > 1
+OUTCOME = SimpleNamespace(reward=lambda obs, actions, after: after[..., 0], ended=lambda obs: obs[..., 1] > 1)
 
 
 def sources(ensemble=None, real_fraction=0.0, seeds=SEEDS):
     model = synthetic.Diffusion(Ideal(SMALL), "multistep", 5, 0.0, 1)
-    return Sources(REAL, model, ensemble, stack(len(seeds), 50), WINDOWS, real_fraction, seeds, outcome)
+    return Sources(REAL, model, ensemble, stack(len(seeds), 50), WINDOWS, real_fraction, seeds, OUTCOME)
 
 
 def stack(runs=2, seed=0, scale=0.3):
@@ -218,7 +216,7 @@ def stack(runs=2, seed=0, scale=0.3):
 
 
 def rollouts(ensemble, policy, number):
-    return synthetic.from_world_model(ensemble, policy, REAL[:, SMALL.obs], WINDOWS, 10 - 1, SEEDS, number, outcome)
+    return synthetic.from_world_model(ensemble, policy, REAL[:, SMALL.obs], WINDOWS, 10 - 1, SEEDS, number, OUTCOME)
 
 
 def test_real_data_are_the_real_data(ensemble):
@@ -276,7 +274,7 @@ def test_a_run_is_given_what_it_is_given_alone(row, number, ensemble):
     exact = dict(rtol=0, atol=0) if row is WORLD or number == 0 else dict(rtol=1e-3, atol=1e-2)
     for order in ([0], [1], [2], [2, 0, 1]):
         behaviour, seeds = whole.behaviour.select(order), [whole.seeds[r] for r in order]
-        ours = Sources(REAL, whole.diffusion, ensemble, behaviour, WINDOWS, 0.4, seeds, outcome)
+        ours = Sources(REAL, whole.diffusion, ensemble, behaviour, WINDOWS, 0.4, seeds, OUTCOME)
         found, facts = ours(row, policy.select(order), number)
         for i, r in enumerate(order):
             torch.testing.assert_close(found[i], made[r], **exact)

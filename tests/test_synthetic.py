@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,10 +295,20 @@ def starts():
     return obs
 
 
-def outcome(obs):
-    """Reward, success and end of the step that led to obs [..., 7]."""
-    assert isinstance(obs, np.ndarray) and obs.dtype == np.float64
-    return obs[..., NUMBER] + obs[..., 0] ** 2, obs[..., 0] > 1, obs[..., HEIGHT] < 0
+def checked(of):
+    """The function `of` of arrays, which takes no others."""
+
+    def call(*arrays):
+        assert all(isinstance(x, np.ndarray) and x.dtype == np.float64 for x in arrays)
+        return of(*arrays)
+
+    return call
+
+
+OUTCOME = SimpleNamespace(
+    reward=checked(lambda obs, actions, after: obs[..., NUMBER] + after[..., 0] ** 2 + 3 * actions[..., 1]),
+    ended=checked(lambda obs: obs[..., HEIGHT] < 0),
+)
 
 
 def lived(i):
@@ -307,7 +318,7 @@ def lived(i):
 
 
 def rollouts(policy, n=20, seeds=SEEDS, number=0, model=None):
-    return synthetic.from_world_model(model or Telling(), policy, starts(), n, LENGTH, seeds, number, outcome)
+    return synthetic.from_world_model(model or Telling(), policy, starts(), n, LENGTH, seeds, number, OUTCOME)
 
 
 def test_rollouts_in_the_world_model():
@@ -327,7 +338,8 @@ def test_rollouts_in_the_world_model():
         assert batch.ended[r].item() == pytest.approx(falls.sum().item() / n) and 0.3 < batch.ended[r] < 0.7
         # Actions are those of the run's own policy, and lead to the next state, which gives the reward.
         following = made[:, SMALL.next_obs]
-        np.testing.assert_allclose(made[:, SMALL.reward], made[:, NUMBER] + following[:, 0] ** 2, rtol=1e-5)
+        rewards = made[:, NUMBER] + following[:, 0] ** 2 + 3 * made[:, SMALL.actions][:, 1]  # of actions as they are clipped
+        np.testing.assert_allclose(made[:, SMALL.reward], rewards, rtol=1e-5)
         mean, std = policy.select([r])(made[:, SMALL.obs])
         z = (following[:, :3] - mean) / std
         assert z.abs().max() < 6 and z.std().item() == pytest.approx(1, abs=0.05)

@@ -13,9 +13,10 @@ import numpy as np
 class Simulator:
     """What the core asks of a simulator. Arrays are numpy, in environment space; n simulations or rows, B trajectories.
 
-    A batch, `batch(n, threads)`, is n simulations in closed loop: `set_state(qpos, qvel)`, which gives the observations there,
-    `place(qpos, qvel)`, the same without them, `step(actions [n, action_dim])`, which gives the next observations
-    [n, obs_dim], NaN for what it cannot simulate, and `state()`: copies of qpos and qvel first.
+    A state is qpos and qvel first, and what else the domain has (pen: its target). A batch, `batch(n, threads)`, is n
+    simulations in closed loop (`simulators.batch.Batch`): `set_state(*state)` gives the observations [n, obs_dim] there,
+    `place(*state)` does without them, `step(actions [n, action_dim])` gives the next observations, NaN for what it cannot
+    simulate, and `state()` copies of the state.
     """
 
     name: str
@@ -24,12 +25,16 @@ class Simulator:
     qpos_dim: int
     qvel_dim: int
     dt: float  # s, between observations
+    horizon: int | None  # steps of an episode
     groups: dict[str, slice]  # of the observation, for tables
     batch: Callable  # (n, threads) -> a batch
+    start: Callable  # (n, rng) -> the states that n episodes begin with
     states: dict[str, Callable]  # estimator -> function (obs [B, T, obs_dim], actions) -> (qpos, qvel) [B, T, ...]
     within_reach: Callable  # (qpos, qvel) [n, ...] -> [n], whether simulating from there means something
-    outcome: Callable  # (obs [..., obs_dim]) -> (reward, success, ended) [...] of the step that led there
+    reward: Callable  # (obs, actions, next_obs) [..., dim] -> [...], of the step between them
+    ended: Callable  # (obs [..., obs_dim]) -> [...], whether the step that led there ended the episode
     with_goal: Callable  # (obs [..., obs_dim], start [..., obs_dim]) -> obs, its goal being that of `start`; in place
+    references: tuple[float, float] | None  # D4RL's returns of a random policy and of an expert
 
 
 def advance(

@@ -8,7 +8,8 @@ from functools import cache
 
 import numpy as np
 
-from pgdlib.simulators import Simulator, default_threads, import_mujoco, pen_states
+from pgdlib.simulators import Simulator, import_mujoco, pen_states
+from pgdlib.simulators.batch import Batch
 from pgdlib.simulators.pen_states import ACTION_DIM, CONTROL_DT, GROUPS, N_SUBSTEPS, OBS_DIM, STATE_DIM, outcome
 
 D4RL_HORIZON, NATIVE_HORIZON = 100, 200  # steps
@@ -42,32 +43,27 @@ def sample_targets(n: int, rng: np.random.Generator) -> np.ndarray:
     return np.stack([cx * cy, sx * cy, cx * sy, sx * sy], -1)
 
 
-class PenBatch:
+def start(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The states that n episodes begin with: qpos, qvel [n, 30], always the same, and targets [n, 4]."""
+    env = _gym_env()
+    qpos, qvel = (np.tile(of, (n, 1)) for of in (env.init_qpos, env.init_qvel))
+    return qpos, qvel, sample_targets(n, rng)
+
+
+class PenBatch(Batch):
     """`n` Adroit Pen simulations with a target each, stepped in closed loop on `threads` threads.
 
     It gives the observations of the gym environment, fed the same targets and actions. As there, body positions in the
     observation after a step lie one physics substep behind the joint angles.
-
-    MuJoCo puts a simulation that it cannot step (not finite, or too fast) back to the start and goes on. Here its
-    observations are NaN from then until its next `reset` or `set_state`; the others are untouched.
     """
 
     def __init__(self, n: int, threads: int | None = None):
-        env, w = _gym_env(), import_mujoco().mjtWarning
-        from mujoco.batch import Batch
-
-        self.n = n
-        self._ctrl_mean, self._ctrl_range = env.act_mean, env.act_rng
-        self._pen, self._target = env.obj_body_id, env.target_obj_body_id
+        env = _gym_env()
+        super().__init__(env.model, n, threads, N_SUBSTEPS, env.act_mean, env.act_rng)
+        self._pen = env.obj_body_id
         self._sites = env.obj_t_site_id, env.obj_b_site_id, env.tar_t_site_id, env.tar_b_site_id, env.eps_ball_site_id
-        self._batch = Batch(env.model, n, threads or default_threads())
-        self._warnings = self._batch.warning[..., 1]
-        self._fatal = [int(i) for i in (w.mjWARN_BADQPOS, w.mjWARN_BADQVEL, w.mjWARN_BADQACC, w.mjWARN_BADCTRL)]
-        self._broken = np.zeros(n, dtype=bool)
-        self._target_quat = self._batch.expand("body_quat")[:, self._target]
-        self._qpos, self._qvel, self._ctrl, self._warmstart, self._xpos, self._site = (
-            self._batch.bind(name) for name in ("qpos", "qvel", "ctrl", "qacc_warmstart", "xpos", "site_xpos")
-        )
+        self._target_quat = self._batch.expand("body_quat")[:, env.target_obj_body_id]
+        self._xpos, self._site = self._batch.bind("xpos"), self._batch.bind("site_xpos")
 
     def reset(self, targets: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
         """Start an episode with `targets` [k, 4] in simulations `ids` (sorted; default all); their observations [k, 45]."""
@@ -77,35 +73,15 @@ class PenBatch:
         self._broken[ids] = False
         return self.observe()[ids]
 
-    def set_state(self, qpos: np.ndarray, qvel: np.ndarray, targets: np.ndarray | None = None) -> np.ndarray:
-        """Put every simulation into the state qpos, qvel [n, 30] (rad, m, s); the observations [n, 45]."""
-        self.place(qpos, qvel, targets)
-        return self._observe_after(self._batch.forward)
-
     def place(self, qpos: np.ndarray, qvel: np.ndarray, targets: np.ndarray | None = None) -> None:
-        """`set_state` without the observations, which take time."""
-        self._qpos[:], self._qvel[:], self._warmstart[:] = qpos, qvel, 0.0
+        """`Batch.place`, with `targets` [n, 4] or those that are."""
+        super().place(qpos, qvel)
         if targets is not None:
             self._target_quat[:] = targets
-        self._broken[:] = False
 
     def state(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Copies of qpos, qvel [n, 30] and of the targets [n, 4]."""
-        return self._qpos.copy(), self._qvel.copy(), self._target_quat.copy()
-
-    def step(self, actions: np.ndarray) -> np.ndarray:
-        """One control step (0.01 s) with `actions` [n, 24], clipped to [-1, 1]; the observations [n, 45]."""
-        finite = np.isfinite(actions).all(-1)  # MuJoCo prints and logs a warning for each other one, each step anew
-        self._broken |= ~finite
-        actions = np.where(finite[:, None], np.clip(actions, -1.0, 1.0), 0.0)
-        self._ctrl[:] = self._ctrl_mean + actions * self._ctrl_range
-        return self._observe_after(self._batch.step, nstep=N_SUBSTEPS)
-
-    def _observe_after(self, call, **kwargs):
-        self._warnings[:] = 0
-        call(**kwargs)
-        self._broken |= self._warnings[:, self._fatal].any(1)
-        return self.observe()
+        return *super().state(), self._target_quat.copy()
 
     def observe(self) -> np.ndarray:
         """The observations [n, 45] of the gym environment."""
@@ -115,9 +91,7 @@ class PenBatch:
         )
         position = self._xpos[:, self._pen]
         parts = [self._qpos[:, :24], position, self._qvel[:, -6:], axis, target_axis, position - goal, axis - target_axis]
-        obs = np.concatenate(parts, -1)
-        obs[self._broken] = np.nan
-        return obs
+        return np.concatenate(parts, -1)
 
 
 @dataclass
@@ -207,10 +181,14 @@ PEN = Simulator(
     qpos_dim=STATE_DIM,
     qvel_dim=STATE_DIM,
     dt=CONTROL_DT,
+    horizon=D4RL_HORIZON,
     groups=GROUPS,
     batch=PenBatch,
+    start=start,
     states={"reconstructed": reconstructed, "appendix_b": appendix_b},
     within_reach=within_reach,
-    outcome=outcome,
+    reward=lambda obs, actions, next_obs: outcome(next_obs)[0],
+    ended=lambda obs: outcome(obs)[2],
     with_goal=pen_states.with_goal,
+    references=(D4RL_RANDOM_RETURN, D4RL_EXPERT_RETURN),
 )

@@ -1,0 +1,62 @@
+"""Simulations of a MuJoCo model side by side: what the batches of all domains share."""
+
+import numpy as np
+
+from pgdlib.simulators import default_threads, import_mujoco
+
+
+class Batch:
+    """`n` simulations of `model` in closed loop, on `threads` threads; `substeps` physics steps for each action.
+
+    Actions [n, action_dim] are clipped to [-1, 1]; controls are centre + reach * action. `observe` gives the observations
+    [n, obs_dim] of a domain, its own part.
+
+    MuJoCo puts a simulation that it cannot step (not finite, or too fast) back to the start and goes on. Here its
+    observations are NaN from then until it is placed anew; the others are untouched.
+    """
+
+    def __init__(self, model, n: int, threads: int | None, substeps: int, centre: np.ndarray, reach: np.ndarray):
+        warnings = import_mujoco().mjtWarning
+        from mujoco import batch
+
+        self.n, self._substeps, self._centre, self._reach = n, substeps, centre, reach
+        self._batch = batch.Batch(model, n, threads or default_threads())
+        self._warnings = self._batch.warning[..., 1]
+        self._fatal = [int(getattr(warnings, f"mjWARN_BAD{of}")) for of in ("QPOS", "QVEL", "QACC", "CTRL")]
+        self._broken = np.zeros(n, dtype=bool)
+        names = ("qpos", "qvel", "ctrl", "qacc_warmstart")
+        self._qpos, self._qvel, self._ctrl, self._warmstart = (self._batch.bind(name) for name in names)
+
+    def observe(self) -> np.ndarray:
+        """The observations [n, obs_dim] of the gym environment."""
+        raise NotImplementedError
+
+    def set_state(self, *state: np.ndarray) -> np.ndarray:
+        """Put every simulation into the state qpos, qvel [n, ...] (rad, m, s), ...; the observations [n, obs_dim]."""
+        self.place(*state)
+        return self._observe_after(self._batch.forward)
+
+    def place(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
+        """`set_state` without the observations, which take time."""
+        self._qpos[:], self._qvel[:], self._warmstart[:] = qpos, qvel, 0.0
+        self._broken[:] = False
+
+    def state(self) -> tuple[np.ndarray, ...]:
+        """Copies of qpos and qvel [n, ...], and of what else a domain's state has."""
+        return self._qpos.copy(), self._qvel.copy()
+
+    def step(self, actions: np.ndarray) -> np.ndarray:
+        """One control step with `actions` [n, action_dim]; the observations [n, obs_dim]."""
+        finite = np.isfinite(actions).all(-1)  # MuJoCo prints and logs a warning for each other one, each step anew
+        self._broken |= ~finite
+        actions = np.where(finite[:, None], np.clip(actions, -1.0, 1.0), 0.0)
+        self._ctrl[:] = self._centre + actions * self._reach
+        return self._observe_after(self._batch.step, nstep=self._substeps)
+
+    def _observe_after(self, call, **kwargs):
+        self._warnings[:] = 0
+        call(**kwargs)
+        self._broken |= self._warnings[:, self._fatal].any(1)
+        obs = self.observe()
+        obs[self._broken] = np.nan
+        return obs
