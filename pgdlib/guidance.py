@@ -3,7 +3,7 @@
 A rule is a pure function of trajectories x [B, T, width] (normalised space) that gives a shift of their actions
 [B, T, action_dim]; a `Guide` puts one into the sampler. Below, a, μ and s are an action, the policy's mean and std, σ is the
 noise level, all in normalised units. Rules need a policy with a differentiable `log_prob(obs, actions)`; for a Gaussian one
-(`is_gaussian`) they are closed forms.
+(`is_gaussian`) they are closed forms, and natural units need its std (`has_moments`).
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pgdlib.data import Normaliser
-from pgdlib.policies import fast_moments, is_gaussian
+from pgdlib.policies import fast_moments, has_moments, is_gaussian
 
 RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
 NOISED = ("explicit", "annealed")  # rules that are taken on noised trajectories by default
@@ -43,8 +43,8 @@ class Guide:
         self.lam = torch.as_tensor(lam, dtype=torch.float32)
         if self.lam.ndim > 1 or not (self.lam.isfinite() & (self.lam >= 0)).all():
             raise ValueError(f"lam={lam!r} is not allowed; it must be one number or one a trajectory, finite and at least 0")
-        if units == "natural" and rule in ("explicit", "proximal", "annealed") and not is_gaussian(policy):
-            raise ValueError(f"units='natural' is not allowed for rule={rule!r} and a policy that is not Gaussian; use 'raw'")
+        if units == "natural" and rule in ("explicit", "proximal", "annealed") and not has_moments(policy):
+            raise ValueError(f"units='natural' is not allowed for rule={rule!r} and a policy without a std; use 'raw'")
         self.rule, self.policy, self.normaliser, self.units, self.on = rule, policy, normaliser, units, on
         self.steps, self.warmup = steps, warmup
 
@@ -131,10 +131,12 @@ def action_gradient(policy: nn.Module, normaliser: Normaliser, x: Tensor, units:
     distance in normalised actions, which arctanh, that has no slope to divide by where actions saturate, leaves finite.
     """
     obs, actions = normaliser.obs(x).detach(), normaliser.actions(x).detach()
-    if units == "natural":
-        with torch.no_grad():
-            return normaliser.normalise_actions(fast_moments(policy, obs)[0]) - x[..., normaliser.spec.actions]
-    return _gradient(policy, obs, actions) * normaliser.action_slope(x).detach()
+    if units == "raw":
+        return _gradient(policy, obs, actions) * normaliser.action_slope(x).detach()
+    with torch.no_grad():
+        mean, std = fast_moments(policy, obs)
+        end = mean if is_gaussian(policy) else actions + std.square() * _gradient(policy, obs, actions)
+        return normaliser.normalise_actions(end) - x[..., normaliser.spec.actions]
 
 
 def nearby(policy: nn.Module, normaliser: Normaliser, x: Tensor, weight: float | Tensor, units: str) -> Tensor:
@@ -144,12 +146,12 @@ def nearby(policy: nn.Module, normaliser: Normaliser, x: Tensor, weight: float |
     """
     with torch.no_grad():
         obs, actions = normaliser.obs(x), normaliser.actions(x)
+        mean, std = fast_moments(policy, obs) if has_moments(policy) else (None, None)
+        weight = weight * (std if units == "natural" else normaliser.action_slope(x)).square()
         if is_gaussian(policy):
-            mean, std = fast_moments(policy, obs)
-            weight = weight * (std.square() if units == "natural" else normaliser.action_slope(x).square())
             nearest = actions + (mean - actions) / (1 + std.square() / weight)  # for an infinite weight too
         else:
-            nearest = newton(policy, obs, actions, weight * normaliser.action_slope(x).square())
+            nearest = newton(policy, obs, actions, weight)
         return normaliser.normalise_actions(nearest)
 
 

@@ -28,9 +28,12 @@ def mean_density(policy: nn.Module, obs: Tensor, actions: Tensor, alive: Tensor 
     return _masked_mean(policy.log_prob(obs, actions).double().exp(), alive)
 
 
-def on_policy_log_likelihood(policy: nn.Module) -> Tensor:
-    """-H(π) per action dimension, in nats: what trajectories of the policies themselves [R] have, in the mean."""
-    return -policy.entropy() / policy.action_dim
+def on_policy_log_likelihood(policy: nn.Module, obs: Tensor | None = None) -> Tensor:
+    """-H(π) per action dimension, in nats: what trajectories of the policies themselves [R] have, in the mean.
+
+    It is that in the states obs [B, obs_dim], for policies whose entropy depends on them.
+    """
+    return -policy.entropy(obs) / policy.action_dim
 
 
 def interval(values: Sequence) -> tuple[float, float, float]:

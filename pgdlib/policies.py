@@ -67,8 +67,8 @@ class GaussianPolicy(nn.Module):
         mean, std = self(obs)
         return (-0.5 * ((actions - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def entropy(self) -> Tensor:
-        """H(π) of each run [R], in nats; -H(π) is the mean log-likelihood of the policy's own actions."""
+    def entropy(self, obs: Tensor | None = None) -> Tensor:
+        """H(π) of each run [R], in nats, in whatever states; -H(π) is the mean log-likelihood of the policy's own actions."""
         return (self._log_std + 0.5 * math.log(2 * math.pi * math.e)).sum((1, 2)).detach()
 
     def sample(self, obs: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -79,8 +79,12 @@ class GaussianPolicy(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
         """On numpy arrays, [R n, obs_dim] -> [R n, action_dim]: the mean actions, or with a generator sampled ones."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_std.device)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device)
         return (self(obs)[0] if generator is None else self.sample(obs, generator)).cpu().numpy()
+
+    def widen(self, factor: float) -> None:
+        """Multiply the std by `factor`, in place."""
+        self.log_std += math.log(factor)
 
     def select(self, runs: Sequence[int]) -> "GaussianPolicy":
         """The policies of the `runs` (indices) as a stack of their own, a copy without gradients."""
@@ -92,8 +96,13 @@ class GaussianPolicy(nn.Module):
 
 
 def is_gaussian(policy: nn.Module) -> bool:
-    """Whether `policy(obs)` gives the mean and std of a diagonal Gaussian."""
+    """Whether `policy` is a diagonal Gaussian, of which a call gives mean and std."""
     return getattr(policy, "is_gaussian", False)
+
+
+def has_moments(policy: nn.Module) -> bool:
+    """Whether `policy(obs)` gives mean and std of its actions, be they Gaussian or not."""
+    return isinstance(policy, GaussianPolicy) or is_gaussian(policy)
 
 
 @torch.no_grad()
@@ -110,5 +119,5 @@ def fast_moments(policy: GaussianPolicy, obs: Tensor) -> tuple[Tensor, Tensor]:
 def sharpened(policy: GaussianPolicy, factor: float) -> GaussianPolicy:
     """A copy of the policy whose std is `factor` times as large; the mean is the same."""
     other = policy.select(range(policy.runs))
-    other.log_std += math.log(factor)
+    other.widen(factor)
     return other

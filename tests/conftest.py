@@ -167,14 +167,15 @@ def plain_network(mlp, i, *after, activation=nn.ReLU):
     return nn.Sequential(*layers[1:], *after)
 
 
-def sb3_zip(path, obs_dim=45, action_dim=24):
-    """An untrained Stable-Baselines3 PPO for such observations and actions, saved at `path`."""
+def sb3_zip(path, obs_dim=45, action_dim=24, algorithm=PPO, **how):
+    """An untrained Stable-Baselines3 model for such observations and actions, saved at `path`."""
 
     class Nothing(gymnasium.Env):
         observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         action_space = gymnasium.spaces.Box(-1, 1, (action_dim,), np.float32)
 
-    model = PPO("MlpPolicy", Nothing(), n_steps=8, batch_size=8, device="cpu")
+    how = how or dict(n_steps=8, batch_size=8)
+    model = algorithm("MlpPolicy", Nothing(), device="cpu", **how)
     model.save(path)
     return model
 

@@ -259,11 +259,11 @@ def test_what_is_not_allowed_is_named(name, value, allowed):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_natural_units_need_a_gaussian_policy(rule):
+def test_natural_units_need_a_policy_with_a_std(rule):
     given = rule, shaped(a_policy(SMALL), "gaussian"), fitted("raw"), 1.0, STEPS
     Guide(*given, units="raw")
     if rule in ("explicit", "proximal", "annealed"):
-        reason = f"units='natural' is not allowed for rule='{rule}' and a policy that is not Gaussian"
+        reason = f"units='natural' is not allowed for rule='{rule}' and a policy without a std"
         with pytest.raises(ValueError, match=reason):
             Guide(*given)
     else:  # these have no units

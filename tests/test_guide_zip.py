@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import sb3_zip
-from stable_baselines3 import PPO, SAC
+from stable_baselines3 import A2C, DDPG, PPO, SAC, TD3
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from pgdlib.agents.squashed import SquashedGaussian
 from pgdlib.lab import guide_zip, load
 from pgdlib.lab.guide_ppo import ObservationNormaliser
 
@@ -93,6 +95,112 @@ def test_import_equals_sb3(path, kwargs):
     np.testing.assert_allclose(policy.act(obs).clip(-1, 1), model.predict(obs.numpy(), deterministic=True)[0], atol=1e-5)
 
 
+def of(path, algorithm, **policy_kwargs):
+    """A randomised model of another algorithm, saved at `path`."""
+    more = {} if algorithm is A2C else dict(buffer_size=10)
+    model = algorithm("MlpPolicy", Nothing(), policy_kwargs=policy_kwargs, device="cpu", **more)
+    randomise(model.policy, 0.3)
+    model.save(path)
+    return model
+
+
+def asked(n=64):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(n, OBS, generator=generator), 0.95 * torch.tanh(torch.randn(n, ACTIONS, generator=generator))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"net_arch": [32], "activation_fn": torch.nn.Tanh}, {"net_arch": dict(pi=[9], qf=[8])}])
+def test_sac_is_the_same_distribution_with_the_same_gradient(path, kwargs):
+    model, (obs, actions) = of(path, SAC, **kwargs), asked()
+    policy, actions = guide_zip.from_zip(path, OBS, ACTIONS), actions.requires_grad_()
+    mean, log_std, _ = model.actor.get_action_dist_params(obs)
+    theirs = model.actor.action_dist.proba_distribution(mean, log_std).log_prob(actions)
+    assert theirs.std() > 1
+    ours = policy.log_prob(obs, actions)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    gradients = [torch.autograd.grad(v.sum(), actions)[0] for v in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(policy.act(obs), model.predict(obs.numpy(), deterministic=True)[0], atol=1e-5)
+    edge = policy.log_prob(obs, torch.full_like(actions, 3.0))
+    torch.testing.assert_close(edge, policy.log_prob(obs, torch.ones_like(actions)))
+
+
+@pytest.mark.parametrize("algorithm", [TD3, DDPG])
+def test_td3_is_its_mean_with_the_std_that_is_stated(path, algorithm):
+    model, (obs, _) = of(path, algorithm, net_arch=[32, 16]), asked()
+    mean, std = guide_zip.from_zip(path, OBS, ACTIONS)(obs)
+    torch.testing.assert_close(mean, model.actor(obs), rtol=1e-5, atol=1e-6)
+    assert mean.std() > 0.1 and torch.allclose(std, torch.tensor(guide_zip.TD3_STD))
+
+
+def test_a2c_is_read_as_ppo_is(path):
+    model, (obs, actions) = of(path, A2C), asked()
+    policy = guide_zip.from_zip(path, OBS, ACTIONS)
+    theirs = model.policy.get_distribution(obs).log_prob(actions)
+    torch.testing.assert_close(policy.log_prob(obs, actions), theirs, rtol=1e-5, atol=1e-4)
+
+
+def normalised(path, name, obs_dim=OBS, **how):
+    """A `VecNormalize` with random moments, saved beside the zip."""
+    env = VecNormalize(DummyVecEnv([lambda: Nothing(obs_dim)]), clip_obs=2.0, epsilon=1e-3, **how)
+    rng = np.random.default_rng(0)
+    if how.get("norm_obs", True):
+        env.obs_rms.mean, env.obs_rms.var = rng.normal(size=obs_dim), rng.uniform(0.05, 4, obs_dim)
+    env.save(path.with_name(name))
+    return env
+
+
+@pytest.mark.parametrize(
+    "zipped, beside",
+    [
+        ("a.zip", "vecnormalize.pkl"),
+        ("a.zip", "a_vecnormalize.pkl"),
+        ("a_40_steps.zip", "a_vecnormalize_40_steps.pkl"),  # as SB3's own checkpoints
+    ],
+)
+@pytest.mark.parametrize("algorithm", [A2C, SAC, TD3])
+def test_a_vecnormalize_beside_the_zip_is_found(path, algorithm, zipped, beside, capsys):
+    path = path.with_name(zipped)
+    model, (obs, _) = of(path, algorithm), asked()
+    plain = guide_zip.from_zip(path, OBS, ACTIONS).act(obs)
+    assert "no VecNormalize is saved beside it" in capsys.readouterr().out
+    env = normalised(path, beside)
+    seen = env.normalize_obs(obs.numpy())
+    assert (np.abs(seen) == 2).any()
+    ours = guide_zip.from_zip(path, OBS, ACTIONS).act(obs)
+    said = capsys.readouterr().out
+    assert ("arctanh" in said) == (algorithm is SAC) and "VecNormalize" not in said and np.abs(ours - plain).max() > 0.1
+    np.testing.assert_allclose(ours.clip(-1, 1), model.predict(seen, deterministic=True)[0], atol=1e-4)
+
+
+def test_a_vecnormalize_of_another_kind(path, capsys):
+    model, (obs, _) = of(path, SAC), asked()
+    normalised(path, "vecnormalize.pkl", norm_obs=False)
+    ours = guide_zip.from_zip(path, OBS, ACTIONS).act(obs)
+    np.testing.assert_allclose(ours, model.predict(obs.numpy(), deterministic=True)[0], atol=1e-5)
+    assert "VecNormalize" not in capsys.readouterr().out
+    normalised(path, "vecnormalize.pkl", OBS + 2)
+    refused(path, f"vecnormalize.pkl, is of {OBS + 2} observations")
+    path.with_name("vecnormalize.pkl").write_bytes(b"no pickle")
+    refused(path, "the VecNormalize beside it, vecnormalize.pkl, cannot be used: UnpicklingError")
+
+
+def test_nothing_of_a_vecnormalize_is_run(path, tmp_path):
+    of(path, SAC)
+    path.with_name("vecnormalize.pkl").write_bytes(pickle.dumps(dict(norm_obs=Evil(tmp_path / "executed"))))
+    refused(path, "the VecNormalize beside it")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_sac_guide_is_saved_and_found_again(tmp_path):
+    policy = SquashedGaussian(45, 24, (16,))
+    randomise(policy)
+    load.save_guide(tmp_path / "mine.safetensors", policy, {})
+    saved, _ = load.load_guide(tmp_path / "mine.safetensors")
+    obs, actions = torch.randn(9, 45), torch.rand(9, 24)
+    assert torch.equal(saved.log_prob(obs, actions), policy.log_prob(obs, actions))
+
+
 def rewrite(path, **members):
     """Replace members of a zip; None removes one."""
     with zipfile.ZipFile(path) as z:
@@ -163,8 +271,10 @@ def test_policies_that_do_not_fit(path):
     refused(path, "9 observations")
     sb3_ppo(path, Nothing(action_space=gymnasium.spaces.Discrete(ACTIONS)))
     refused(path, "continuous actions.*log_std")
-    SAC("MlpPolicy", Nothing(), buffer_size=10, device="cpu").save(path)
-    refused(path, "action_net")
+    sb3_ppo(path, Nothing(action_space=gymnasium.spaces.Box(-0.4, 0.4, (ACTIONS,), np.float32)))
+    refused(path, r"its actions go from \{'-0.4'\} to \{'0.4'\}; needed are -1 to 1")
+    SAC("MlpPolicy", Nothing(), use_sde=True, buffer_size=10, device="cpu").save(path)
+    refused(path, "state-dependent")
 
 
 class Louder(ActorCriticPolicy):

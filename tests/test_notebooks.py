@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import sb3_zip
+from stable_baselines3 import SAC
 
 from pgdlib.lab import artifacts, claims, load
 from tools import promote
@@ -41,6 +42,12 @@ GOOD = {
         "-p lam 1.0 -p dataset expert -p transform arctanh -y lams:\xa0[1.5] -p rule proximal",
     ),
     "04 auto": ("auto", ROOT, "notebooks/04_guidance.ipynb", "-p dataset human -p units raw -y lams:\xa0[0.1]"),
+    "04 of SAC": (
+        "shared",
+        ROOT,
+        "notebooks/04_guidance.ipynb",
+        "-p dataset human -p transform arctanh -p guide GUIDES/sac.zip -y lams:\xa0[0.1]",
+    ),
     "08": ("shared", ROOT, "notebooks/08_rules.ipynb", "-p dataset human -y lams:\xa0[0.5,1.0]"),
     "09": ("shared", ROOT, "notebooks/09_quality.ipynb", ""),
     "06": ("shared", NOTEBOOKS, "06_world_model.ipynb", "-p dataset human -p model_steps 40 -p long 12 -p rule smoothed"),
@@ -160,6 +167,7 @@ def started(request, tmp_path_factory):
     """name -> the future of its `Run`, for all names that selected tests have."""
     base = tmp_path_factory.mktemp("notebooks")
     sb3_zip(base / "ppo.zip")
+    sb3_zip(base / "sac.zip", algorithm=SAC, buffer_size=1, policy_kwargs=dict(net_arch=[32]))
     sb3_zip(base / "walker.zip", 17, 6)
     whole = load.SHIPPED_GUIDE.read_bytes()
     (base / "half.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -248,6 +256,15 @@ def test_03_takes_a_stable_baselines3_zip(run):
     returns = run.table("03_returns")
     assert len(returns) == 7 and returns["guide, mean action"].mean() < 1000  # an untrained one
     assert "ppo.zip" in run.text and "Returns over 7 episodes" in run.text
+
+
+@named("04 of SAC")
+def test_04_is_guided_by_a_squashed_gaussian(run):
+    """Natural units and the calibrated λ, too, though it is no Gaussian."""
+    assert "SquashedGaussian" not in run.text and "no VecNormalize is saved beside it" in run.text
+    for name in ("04_figure1", "04_figure1_annealed"):
+        likelihood = run.table(f"{name}_standin-human").set_index("lam")["log_likelihood.mean"]
+        assert likelihood.loc[0.1] > likelihood.loc[0.0] + 0.05
 
 
 @named("03 trained anew")

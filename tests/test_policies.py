@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SPEC, a_policy, draw, plain_network
+from conftest import SMALL, SPEC, a_policy, draw, plain_network, toy
 from torch import nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
-from pgdlib import fast
+from pgdlib import data, fast, guidance, measures
+from pgdlib.agents.squashed import SquashedGaussian
 from pgdlib.policies import GaussianPolicy, fast_moments, is_gaussian, sharpened
 
 KINDS = {
@@ -159,3 +160,34 @@ def test_a_batch_that_cannot_be_shared_out_is_named(rows):
     for use in (lambda: stack(obs), lambda: stack.log_prob(obs, actions), lambda: stack.act(obs.numpy())):
         with pytest.raises(ValueError, match=f"batch={rows} is not allowed; it must be a multiple of the 3 stacked policies"):
             use()
+
+
+def test_a_squashed_gaussian_by_its_samples():
+    """Moments, entropy and density, from draws of tanh of a normal distribution and its transformed density."""
+    torch.manual_seed(0)
+    policy = SquashedGaussian(7, 3, (16,)).double()
+    obs = 2 * draw(1, 3, 7, dtype=torch.float64)
+    mean, log_std = policy.latent(obs)
+    theirs = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
+    drawn = policy.sample(obs.expand(200_000, 3, 7), torch.Generator().manual_seed(2))
+    assert drawn.abs().max() < 1
+    found, std = policy(obs)
+    assert ((found - drawn.mean(0)).abs() < 5 * std / 200_000**0.5).all() and torch.allclose(std, drawn.std(0), rtol=0.02)
+    surprise = -theirs.log_prob(drawn).sum(-1)
+    error = surprise.std(0) / 200_000**0.5
+    each = torch.cat([policy.entropy(state[None]) for state in obs])
+    assert ((each - surprise.mean(0)).abs() < 5 * error).all() and torch.equal(policy.entropy(obs)[0], each.mean())
+    torch.testing.assert_close(policy.log_prob(obs, drawn[0]), theirs.log_prob(drawn[0]).sum(-1), rtol=1e-4, atol=1e-4)
+    on_policy = measures.on_policy_log_likelihood(policy, obs)
+    assert abs(on_policy + surprise.mean() / 3) < 5 * error.max() / 3
+
+
+@pytest.mark.parametrize("rule", guidance.RULES)
+def test_every_rule_pushes_toward_a_squashed_gaussian(rule):
+    torch.manual_seed(0)
+    policy, spec = SquashedGaussian(7, 3, (16,)), SMALL
+    normaliser = data.Normaliser(spec).fit(toy([40], spec=spec).packed())
+    x = 0.3 * draw(3, 4, 6, spec.width)
+    moved = x + guidance.Guide(rule, policy, normaliser, 0.1, 10)(x, x, 0.5, 3)
+    before, after = (measures.log_likelihood(policy, normaliser.obs(v), normaliser.actions(v)) for v in (x, moved))
+    assert (after > before).all() and torch.equal(moved[..., spec.obs], x[..., spec.obs])

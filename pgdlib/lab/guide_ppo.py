@@ -180,7 +180,7 @@ class Training:
 
     def policy(self):
         """The policy as it is now, as a `GaussianPolicy`."""
-        return guide_zip.gaussian(self.model.policy.state_dict(), "tanh", normalised=True)
+        return guide_zip.of_ppo(self.model.policy.state_dict())
 
 
 def evaluation(policy, episodes=200):

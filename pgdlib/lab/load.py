@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from pgdlib import data
+from pgdlib.agents.squashed import SquashedGaussian
 from pgdlib.lab import artifacts, guide_zip, minari_files, resumable, standins
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen
@@ -22,7 +23,7 @@ def device_of(name):
 
 
 def load_guide(guide="shipped"):
-    """(policy, card) of a guide: "shipped", a .safetensors that `save_guide` wrote, or a Stable-Baselines3 PPO .zip.
+    """(policy, card) of a guide: "shipped", a .safetensors that `save_guide` wrote, or a .zip as `guide_zip.from_zip` has it.
 
     Raises ValueError that names the parameter `guide` for a file that is missing, damaged, or of another environment.
     """
@@ -36,7 +37,7 @@ def load_guide(guide="shipped"):
         return policy.requires_grad_(False), dict(kind="guide", source=path.name)
     try:
         tensors, card = artifacts.load(path)
-        policy = GaussianPolicy(**card["config"])
+        policy = (GaussianPolicy if "log_std" in tensors else SquashedGaussian)(**card["config"])
         policy.load_state_dict(tensors)
     except (artifacts.CorruptArtifact, KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"guide={guide!r} cannot be used: {e}") from e
@@ -48,7 +49,7 @@ def load_guide(guide="shipped"):
 
 
 def save_guide(path, policy, card):
-    """Write a `GaussianPolicy` with its card to `path`."""
+    """Write a `GaussianPolicy` or `SquashedGaussian` with its card to `path`."""
     card = {**card, "kind": "guide", "config": policy.config, "versions": artifacts.versions()}
     artifacts.save(path, policy.state_dict(), card)
 

@@ -46,7 +46,8 @@ class Study:
         self.normaliser, self.spec = denoiser.normaliser, denoiser.normaliser.spec
         self.train, self.val = load.train_val(dataset)
         self.variance = self.train.variance
-        self.on_policy = float(measures.on_policy_log_likelihood(policy))
+        self.states = self.train.obs[:: -(-len(self.train.obs) // 4_096)].to(self.device)  # some, evenly spread
+        self.on_policy = float(measures.on_policy_log_likelihood(policy, self.states))
         self._most = {}
 
     @classmethod
@@ -61,8 +62,9 @@ class Study:
     @cached_property
     def limit(self):
         """The λ from which the explicit rule must diverge: 2 in natural units, 2 (s/d)² of the sharpest action in raw ones."""
-        slope = self.normaliser.std[self.spec.actions]
-        return 2.0 if self.p.units == "natural" else float((2 * (self.policy.std / slope).square()).min())
+        if self.p.units == "natural":
+            return 2.0
+        return float((2 * (self.policy(self.states)[1] / self.normaliser.std[self.spec.actions]).square()).min())
 
     @cached_property
     def real(self):
