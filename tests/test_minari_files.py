@@ -20,7 +20,8 @@ from conftest import cut, kept, replay, white
 from minari.data_collector import EpisodeBuffer
 from minari.dataset._storages.hdf5_storage import HDF5Storage
 
-from pgdlib.lab import artifacts, load, minari_files, standins
+from pgdlib import data
+from pgdlib.lab import artifacts, load, minari_files, minari_steps, standins
 from pgdlib.simulators import pen as adroit
 
 
@@ -363,3 +364,96 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(d4rl, monkeypat
         folder = minari_files.find_d4rl("human")
     assert minari_files.from_minari(folder, "human").lengths.tolist() == [10, 12, 8]
     assert len([f for f in kept(d4rl) if "damaged" in f]) == (not left.startswith("half"))
+
+
+# Of any environment
+
+BOX, REACH = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64), gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+GOAL = gymnasium.spaces.Dict(
+    observation=BOX, achieved_goal=gymnasium.spaces.Box(-9, 9, (2,), np.float32), height=gymnasium.spaces.Box(0, 9, ())
+)
+
+
+def any_dataset(root, observation=BOX, action=REACH, lengths=(4, 1, 7), change=lambda buffer: None):
+    """The folder of a Minari dataset of random episodes of such spaces: the first is cut off, the others are ended."""
+    buffers = []
+    for i, n in enumerate(lengths):
+        observation.seed(i), action.seed(i)
+        drawn = [observation.sample() for _ in range(n + 1)]
+        joined = {k: np.stack([o[k] for o in drawn]) for k in observation} if isinstance(drawn[0], dict) else np.array(drawn)
+        ended = [False] * (n - 1) + [i > 0]
+        cut_off = [False] * (n - 1) + [i == 0]
+        how = dict(rewards=list(np.arange(n, dtype=float)), terminations=ended, truncations=cut_off)
+        buffers.append(EpisodeBuffer(id=i, observations=joined, actions=np.array([action.sample() for _ in range(n)]), **how))
+        change(buffers[-1])
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning):
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        minari.create_dataset_from_buffers("my/own-v0", buffers, observation_space=observation, action_space=action)
+    return root / "my/own-v0", buffers
+
+
+def test_any_box_is_read_with_its_ends_and_actions_of_any_range(tmp_path):
+    action = gymnasium.spaces.Box(np.array([-0.4, 0.0]), np.array([0.4, 10.0]), (2,), np.float64)
+    folder, buffers = any_dataset(tmp_path, gymnasium.spaces.Box(-5, 5, (3,), np.float32), action)
+    read = minari_files.from_minari(folder, "mine")
+    assert read.lengths.tolist() == [4, 1, 7] and (read.spec.obs_dim, read.spec.action_dim) == (3, 2)
+    assert torch.nonzero(read.terminals)[:, 0].tolist() == [4, 11]  # the first was cut off, not ended
+    np.testing.assert_array_equal(read.obs, np.concatenate([b.observations[:-1] for b in buffers]))
+    np.testing.assert_array_equal(read.next_obs, np.concatenate([b.observations[1:] for b in buffers]))
+    given = np.concatenate([b.actions for b in buffers])
+    np.testing.assert_allclose(read.actions.numpy() * [0.4, 5.0] + [0.0, 5.0], given, atol=1e-6)
+    assert read.rewards.tolist() == [*range(4), 0, *range(7)]
+
+
+def test_boxes_of_a_dict_are_joined_in_the_order_of_their_names(tmp_path):
+    folder, buffers = any_dataset(tmp_path, GOAL)
+    found = minari_steps.boxes(GOAL)
+    assert found == {("achieved_goal",): slice(0, 2), ("height",): slice(2, 3), ("observation",): slice(3, 6)}
+    deep = gymnasium.spaces.Dict(b=BOX, a=gymnasium.spaces.Dict(z=BOX, y=BOX))
+    assert [*minari_steps.boxes(deep)] == [("a", "y"), ("a", "z"), ("b",)] and minari_steps.boxes(BOX) == {(): slice(0, 3)}
+    read = minari_files.from_minari(folder, "mine")
+    for (key,), where in found.items():
+        expected = np.concatenate([b.observations[key][:-1].reshape(-1, where.stop - where.start) for b in buffers])
+        np.testing.assert_allclose(read.obs[:, where], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spaces, reason",
+    [
+        (dict(observation=gymnasium.spaces.Discrete(3)), r"its observation is Discrete\(3\); needed are Boxes"),
+        (dict(observation=gymnasium.spaces.Tuple([BOX, BOX])), r"its observation is Tuple\(.*; needed are Boxes"),
+        (dict(observation=gymnasium.spaces.Dict(a=BOX, b=gymnasium.spaces.Discrete(3))), r"its observation\['b'\] is Discrete"),
+        (dict(observation=gymnasium.spaces.Box(0, 255, (4, 4, 3), np.uint8)), "its observation is Box.*Boxes of one dimension"),
+        (
+            dict(action=gymnasium.spaces.Discrete(3)),
+            r"its action is Discrete\(3\); needed is a Box of one dimension with bounds",
+        ),
+        (
+            dict(action=gymnasium.spaces.Box(-np.inf, 1, (2,))),
+            "its action is Box.*; needed is a Box of one dimension with bounds",
+        ),
+    ],
+    ids=str,
+)
+def test_spaces_of_another_kind_are_named(tmp_path, spaces, reason):
+    damaged(any_dataset(tmp_path, **spaces)[0], reason)
+
+
+def test_values_that_do_not_fit_are_named(tmp_path):
+    def beyond(buffer):
+        buffer.actions[-1, 1] = 1.5 if buffer.id == 2 else buffer.actions[-1, 1]
+
+    def not_finite(buffer):
+        buffer.observations[0, 2] = np.nan
+
+    damaged(any_dataset(tmp_path / "a", change=beyond)[0], r"episode 2: action 1 of step 6 is 1.5, outside its Box, \[-1, 1\]")
+    damaged(any_dataset(tmp_path / "b", change=not_finite)[0], "obs holds values that are not finite")
+    with pytest.raises(ValueError, match="holds 1 unique episode; a split needs 2 or more"):
+        data.split(minari_files.from_minari(any_dataset(tmp_path / "c", lengths=(5,))[0], "mine"), 0.1, 0)
+
+
+def test_an_environment_of_other_sizes_is_no_pen(d4rl, monkeypatch):
+    folder, _ = any_dataset(d4rl)
+    monkeypatch.setattr(minari_files, "find_d4rl", lambda dataset: folder)
+    with pytest.raises(ValueError, match=r"dataset='human' in .* is of another environment than Adroit Pen: it has 3 obs"):
+        load.load_data("human", "d4rl", 4_000)

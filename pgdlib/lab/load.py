@@ -125,6 +125,9 @@ def load_data(dataset, source, steps, progress=tqdm, say=print):
     is_d4rl = not is_ours and minari_files.is_d4rls(folder, dataset, tensors["lengths"])
     name = ("stand-in" if is_ours else "D4RL" if is_d4rl else "own") + f" pen-{dataset}"
     raw = data.Trajectories.from_tensors(tensors, name)
+    if raw.spec != data.Spec(pen.OBS_DIM, pen.ACTION_DIM):
+        found = f"{raw.spec.obs_dim} observations and {raw.spec.action_dim} actions"
+        raise ValueError(f"dataset={dataset!r} in {folder} is of another environment than Adroit Pen: it has {found}")
     say(f"{name}: {len(raw.lengths):,} episodes, {len(raw.rewards):,} steps")
     if not (is_ours or is_d4rl):
         known = "{} of {:,} episodes and {:,} steps".format(*minari_files.D4RL[dataset])

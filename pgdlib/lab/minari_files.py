@@ -12,9 +12,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from pgdlib.data import LARGEST, Trajectories
-from pgdlib.lab import artifacts, locks
+from pgdlib.lab import artifacts, locks, minari_steps
 from pgdlib.simulators import pen
 
 INFO_DIMS = dict(qpos=30, qvel=30, target=4)  # the simulator's states, where a dataset holds them
@@ -29,26 +30,24 @@ def from_minari(folder, name):
     """The `Trajectories` of the Minari dataset in `folder` (the one that holds `data/`), in HDF5, or in Arrow as far as Minari
     itself can read it (not where infos are one number a step).
 
-    Simulator states (`INFO_DIMS`) that an episode lacks, or that are odd, are left out. Raises FileNotFoundError where there is
-    no dataset, and CorruptArtifact, naming folder and reason, for one that is damaged or not of Adroit Pen.
+    Observations are a Box, or a Dict of Boxes, which are joined (`minari_steps.boxes`); actions a bounded Box, scaled to
+    [-1, 1]. A step is terminal where the file says that the environment ended the episode, not where it was cut off. Simulator
+    states (`INFO_DIMS`) that an episode lacks, or that are odd, are left out. Raises FileNotFoundError where there is no
+    dataset, and CorruptArtifact, naming folder and reason, for one that is damaged or of other spaces.
     """
     import minari
 
     digest(folder)
     try:
-        episodes = [_checked(e) for e in minari.MinariDataset(Path(folder) / "data").iterate_episodes()]
+        dataset = minari.MinariDataset(Path(folder) / "data")
+        joined, limits = minari_steps.boxes(dataset.observation_space), minari_steps.limits(dataset.action_space)
+        episodes = [minari_steps.steps(e, joined, *limits) for e in dataset.iterate_episodes()]
         if not episodes:
             raise ValueError("it holds no episode")
-        columns = {
-            "obs": [e.observations[:-1] for e in episodes],
-            "actions": [e.actions for e in episodes],
-            "rewards": [e.rewards for e in episodes],
-            "terminals": [e.terminations for e in episodes],
-            "next_obs": [e.observations[1:] for e in episodes],
-            **{f"info.{key}": states for key in INFO_DIMS if (states := _states(episodes, key))},
-        }
+        columns = {k: [e[k] for e in episodes] for k in ("obs", "actions", "rewards", "terminals", "next_obs")}
+        columns |= {f"info.{key}": states for key in INFO_DIMS if (states := _states(episodes, key))}
         tensors = {k: torch.from_numpy(np.concatenate(v).astype(np.float32)) for k, v in columns.items()}
-        lengths = torch.tensor([len(e.rewards) for e in episodes], dtype=torch.int64)
+        lengths = torch.tensor([len(e["rewards"]) for e in episodes], dtype=torch.int64)
         return Trajectories.from_tensors({**tensors, "lengths": lengths}, name)
     except Exception as e:  # a damaged file breaks HDF5, Arrow and Minari in a dozen ways
         form = _metadata(Path(folder)).get("data_format")
@@ -56,20 +55,9 @@ def from_minari(folder, name):
         raise artifacts.CorruptArtifact(f"the Minari dataset at {folder}{form} cannot be used: {type(e).__name__}: {e}") from e
 
 
-def _checked(e):
-    """The episode `e` of a Minari dataset. Raises ValueError if its arrays are not of the same steps, or not of Adroit Pen."""
-    n = np.shape(e.rewards)[0]
-    needed = dict(observations=(n + 1, pen.OBS_DIM), actions=(n, pen.ACTION_DIM), rewards=(n,), terminations=(n,))
-    for key, shape in needed.items():
-        array = np.asarray(getattr(e, key))
-        if array.dtype.kind not in "biuf" or array.shape != shape:
-            raise ValueError(f"episode {e.id}: {key} is {array.dtype} {array.shape}; needed are real numbers {shape}")
-    return e
-
-
 def _states(episodes, key):
     """The simulator states `key` of each episode, one for each step; None if one of them lacks them or they are odd."""
-    found = [(np.asarray((e.infos or {}).get(key)), len(e.rewards)) for e in episodes]
+    found = [(np.asarray(e["infos"].get(key)), len(e["rewards"])) for e in episodes]
     for states, n in found:  # Minari's own collector writes one more than steps, at the reset; other writers may not
         if states.dtype.kind not in "biuf" or states.shape not in ((n, INFO_DIMS[key]), (n + 1, INFO_DIMS[key])):
             return None
@@ -191,15 +179,15 @@ def write_minari(folder, dataset_id, episodes, description):
     qpos, qvel [T + 1, 30] and target [T + 1, 4] (quaternion) are stored as infos.
     """
     import minari
-    from gymnasium.spaces import Box
     from minari.dataset.minari_storage import MinariStorage
 
     episodes, place = list(episodes), Path(folder) / dataset_id
     needed = sum(array.nbytes for batch in episodes for array in vars(batch).values())
     with locks.replacing(place, needed) as partial:
         (partial / "data").mkdir(parents=True)
-        spaces = Box(-np.inf, np.inf, (pen.OBS_DIM,), np.float64), Box(-1.0, 1.0, (pen.ACTION_DIM,), np.float64)
-        storage = MinariStorage.new(partial / "data", *spaces, data_format="hdf5")
+        both = (-np.inf, np.inf, (pen.OBS_DIM,)), (-1.0, 1.0, (pen.ACTION_DIM,))
+        both = [spaces.Box(*of, np.float64) for of in both]
+        storage = MinariStorage.new(partial / "data", *both, data_format="hdf5")
         names = dict(dataset_id=dataset_id, minari_version=minari.__version__, description=description)
         storage.update_metadata(names)
         storage.update_episodes(_buffers(episodes))
