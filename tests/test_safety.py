@@ -31,6 +31,7 @@ UNPICKLE = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "mar
 EXECUTE = {"eval", "exec", "compile", "__import__", "execfile"}  # Python's own functions
 LOAD = {"read_pickle", "unsafe_load", "full_load", "jit.load", "hub.load", "yaml.load", "PPO.load", "VecNormalize.load"}
 REASONED = {  # (file name, call): what is executed there is no data
+    ("guide_zip.py", "pickle"): "its Unpickler makes numpy's arrays, and of all else objects that do nothing",
     ("parallel.py", "dist.broadcast_object_list"): "between the processes of one training, never from a file",
     ("plan.py", "compile"): "the first cells of the notebook that the user has named, as papermill will",
     ("plan.py", "exec"): "the same",

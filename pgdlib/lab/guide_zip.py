@@ -54,9 +54,9 @@ def from_zip(path, obs_dim, action_dim, say=print):
 
     Of PPO and A2C a `GaussianPolicy`, of TD3 and DDPG one with the std `TD3_STD`, of SAC a `SquashedGaussian`. A `VecNormalize`
     that was saved beside it (`vecnormalize.pkl`, `<name>_vecnormalize.pkl`, or as SB3's checkpoints are called) normalises the
-    observations; without one `say` says so. Only weights, numbers and plain JSON are read; nothing is unpickled. Raises
-    ValueError, naming the parameter `guide`, for a file that is no such zip, is damaged, was trained for other observations or
-    actions, or holds a policy that is another function, or of a class that is not Stable-Baselines3's own.
+    observations; without one `say` says so. Only weights, numbers and plain JSON are read; nothing that a file asks for is run.
+    Raises ValueError, naming the parameter `guide`, for a file that is no such zip, is damaged, was trained for other
+    observations or actions, or holds a policy that is another function, or of a class that is not Stable-Baselines3's own.
     """
     path = Path(path)
     guide = f"guide={str(path)!r}"
