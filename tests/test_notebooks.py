@@ -43,7 +43,7 @@ GOOD = {
     ),
     "04 auto": ("auto", ROOT, "notebooks/04_guidance.ipynb", "-p dataset human -p units raw -y lams:\xa0[0.1]"),
     "04 of SAC": (
-        "shared",
+        "zip",
         ROOT,
         "notebooks/04_guidance.ipynb",
         "-p dataset human -p transform arctanh -p guide GUIDES/sac.zip -y lams:\xa0[0.1]",
