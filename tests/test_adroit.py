@@ -153,6 +153,9 @@ def test_targets_are_drawn_as_gym_draws_them():
     for angle in (x, y):
         np.testing.assert_allclose(np.quantile(angle, [0, 0.25, 0.5, 0.75, 1]), [-1, -0.5, 0, 0.5, 1], atol=0.03)
     assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
+    begun = adroit.PenBatch(3, 1).set_state(*adroit.PEN.start(3, np.random.default_rng(1)))
+    reset = adroit.PenBatch(3, 1).reset(adroit.sample_targets(3, np.random.default_rng(1)))
+    np.testing.assert_array_equal(begun, reset)
 
 
 def test_d4rl_environment_ends_on_the_fall_and_counts_it(mixed):

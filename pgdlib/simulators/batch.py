@@ -8,8 +8,7 @@ from pgdlib.simulators import default_threads, import_mujoco
 class Batch:
     """`n` simulations of `model` in closed loop, on `threads` threads; `substeps` physics steps for each action.
 
-    Actions [n, action_dim] are clipped to [-1, 1]; controls are centre + reach * action. `observe` gives the observations
-    [n, obs_dim] of a domain, its own part.
+    Actions [n, action_dim] are clipped to [-1, 1]; controls are centre + reach * action. A domain adds its `_observe`.
 
     MuJoCo puts a simulation that it cannot step (not finite, or too fast) back to the start and goes on. Here its
     observations are NaN from then until it is placed anew; the others are untouched.
@@ -29,6 +28,11 @@ class Batch:
 
     def observe(self) -> np.ndarray:
         """The observations [n, obs_dim] of the gym environment."""
+        obs = self._observe()
+        obs[self._broken] = np.nan
+        return obs
+
+    def _observe(self):
         raise NotImplementedError
 
     def set_state(self, *state: np.ndarray) -> np.ndarray:
@@ -57,6 +61,4 @@ class Batch:
         self._warnings[:] = 0
         call(**kwargs)
         self._broken |= self._warnings[:, self._fatal].any(1)
-        obs = self.observe()
-        obs[self._broken] = np.nan
-        return obs
+        return self.observe()

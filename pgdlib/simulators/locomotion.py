@@ -11,7 +11,6 @@ from functools import cache, partial
 
 import gymnasium
 import numpy as np
-from numpy import ndarray as Array
 
 from pgdlib.simulators import Simulator, import_mujoco
 from pgdlib.simulators.batch import Batch
@@ -28,8 +27,7 @@ class GymBatch(Batch):
         super().__init__(env.model, n, threads, env.frame_skip, (high + low) / 2, (high - low) / 2)
         self._skipped, self._clip = skipped, clip
 
-    def observe(self) -> Array:
-        """The observations [n, obs_dim] of the gym environment."""
+    def _observe(self):
         return np.concatenate([self._qpos[:, self._skipped :], self._qvel.clip(-self._clip, self._clip)], -1)
 
 
@@ -107,10 +105,10 @@ def _unclipped(batch, qpos, qvel, actions, clip, dt):
     simulations, observed = batch(len(qpos)), qvel.copy()
 
     def after(t):
-        """The state after step t; what the simulator gives up on stays as it is observed there."""
+        """(qpos, qvel) after step t; what the simulator gives up on stays as it is observed there."""
         simulations.place(qpos[:, t], qvel[:, t])
         lost = np.isnan(simulations.step(actions[:, t])).any(1, keepdims=True)
-        return (np.where(lost, x[:, t + 1], new) for x, new in zip((qpos, observed), simulations.state()))
+        return tuple(np.where(lost, x[:, t + 1], new) for x, new in zip((qpos, observed), simulations.state()))
 
     def put(t, found):
         """Take `found` for what was clipped at t, as far as it is clipped to the same."""
@@ -118,10 +116,10 @@ def _unclipped(batch, qpos, qvel, actions, clip, dt):
         qvel[:, t] = np.where(fits, found, observed[:, t])
 
     for _ in range(ROUNDS * (beyond[:, 0].any() and qpos.shape[1] > 1)):
-        put(0, qvel[:, 0] + (qpos[:, 1] - next(after(0))) / dt)
+        put(0, qvel[:, 0] + (qpos[:, 1] - after(0)[0]) / dt)
     for t in range(1, qpos.shape[1]):
         if beyond[:, t].any():
-            put(t, [*after(t - 1)][1])
+            put(t, after(t - 1)[1])
     return qvel
 
 

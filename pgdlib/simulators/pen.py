@@ -83,8 +83,7 @@ class PenBatch(Batch):
         """Copies of qpos, qvel [n, 30] and of the targets [n, 4]."""
         return *super().state(), self._target_quat.copy()
 
-    def observe(self) -> np.ndarray:
-        """The observations [n, 45] of the gym environment."""
+    def _observe(self):
         pen_top, pen_bottom, target_top, target_bottom, goal = (self._site[:, i] for i in self._sites)
         axis, target_axis = (
             d / np.linalg.norm(d, axis=-1, keepdims=True) for d in (pen_top - pen_bottom, target_top - target_bottom)
