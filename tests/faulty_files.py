@@ -13,7 +13,7 @@ from pgdlib.simulators import pen
 
 ARRAYS = dict(observations=(45,), actions=(24,), rewards=(), terminations=())
 INFOS = {"infos/qpos": (30,), "infos/qvel": (30,), "infos/target": (4,)}
-MOST = 1e6
+MOST = {"actions": 1 + 2e-6}  # their Box, but for rounding; of the others 1e6
 
 
 def put(array, value, place):
@@ -91,7 +91,7 @@ def expected(folder):
                 shapes = [(steps[0] + m, *{**ARRAYS, **INFOS}[name]) for m in more if steps]
                 good = array.dtype.kind in "biuf" and array.shape in shapes and steps[0] >= 1
                 read = array[: steps[0]] if good and name in INFOS else array  # the state after the last step is not
-                if not (good and (np.abs(read.astype(np.float64)) <= MOST).all()):
+                if not (good and (np.abs(read.astype(np.float64)) <= MOST.get(name, 1e6)).all()):
                     if name in ARRAYS:
                         return None
                     odd.add(name)
