@@ -20,6 +20,7 @@ from pgdlib.agents import iql
 from pgdlib.agents import stack as agents
 from pgdlib.lab import guide_ppo, load, minari_files, settings
 from pgdlib.simulators import pen as adroit
+from pgdlib.simulators.episodes import rollout
 
 EPISODES, STEPS = 64, 10  # of batch simulation; the gym loop, whose cost is linear, plays the first GYM_EPISODES
 GYM_EPISODES = 8
@@ -31,20 +32,20 @@ PPO_ENVS, PPO_STEPS = 16, 32
 def simulation(bench):
     """Steps of simulations side by side, on 1, 2 and 4 threads, against a gym environment one step at a time."""
     rng = np.random.default_rng(0)
-    env, targets = baselines.gym_env(), adroit.sample_targets(EPISODES, rng)
+    env, start = baselines.gym_env(), adroit.start(EPISODES, rng)
     actions = rng.uniform(-1, 1, (EPISODES, STEPS, adroit.PEN.action_dim))
     for threads in (n for n in (1, 2, 4) if n <= bench.threads):
         batch = adroit.PenBatch(EPISODES, threads)
 
         def ours(batch=batch):
-            batch.reset(targets)
+            batch.begin(*start)
             return [batch.step(actions[:, t]) for t in range(STEPS)]
 
         yield bench.compare(
             "simulation",
             f"{EPISODES} x {STEPS} steps, {threads} threads",
             ours,
-            lambda: baselines.play(env, targets[:GYM_EPISODES], actions[:GYM_EPISODES]),
+            lambda: baselines.play(env, start[2][:GYM_EPISODES], actions[:GYM_EPISODES]),
             EPISODES * STEPS,
             "steps",
             scale=EPISODES / GYM_EPISODES,
@@ -56,7 +57,7 @@ def simulation(bench):
 def dynamics_error(bench):
     """Dynamics error of trajectories of the shipped guide, per transition, the states' reconstruction included."""
     env, rng = baselines.gym_env(), np.random.default_rng(0)
-    played = adroit.rollout(load.load_guide()[0].act, TRAJECTORIES, rng, LENGTH)
+    played = rollout(adroit.PEN, load.load_guide()[0].act, TRAJECTORIES, rng, LENGTH)
     obs, actions = played.obs[:, :-1], played.actions
     variance, few = obs.var((0, 1)) + 1e-6, slice(GYM_TRAJECTORIES)
     yield bench.compare(
@@ -85,7 +86,7 @@ def ppo_steps(bench):
     yield bench.compare(
         "ppo",
         f"{PPO_ENVS} x {PPO_STEPS} steps, {bench.threads} threads",
-        learner(guide_ppo.PenVecEnv(PPO_ENVS, threads=bench.threads)),
+        learner(guide_ppo.SimulatorVecEnv(adroit.PEN, PPO_ENVS, threads=bench.threads)),
         learner(DummyVecEnv([baselines.make_env] * PPO_ENVS)),
         PPO_ENVS * PPO_STEPS,
         "steps",

@@ -184,6 +184,7 @@ class Replay:
     simulated: Array  # [K + 1, qpos_dim]: qpos; NaN from where the simulator gives up, or all along if it cannot start
     error: Array  # [K + 1]: the normalised `open_loop_error`, after a 0 for the start, which the two share
     start: Array  # [obs_dim]: the observation there
+    simulator: Simulator
 
 
 def replay(simulator: Simulator, obs: Array, actions: Array, variance: Array) -> Replay:
@@ -192,7 +193,7 @@ def replay(simulator: Simulator, obs: Array, actions: Array, variance: Array) ->
     played = open_loop_error(simulator, obs, actions, variance, obs.shape[1] - 1 - START)
     imagined, simulated = simulator.states["reconstructed"](obs, actions)[0][0, START:], played.joints[0]
     error = [0.0 if np.isfinite(simulated[0]).all() else np.nan, *played.normalised[0]]
-    return Replay(imagined, simulated, np.array(error), obs[0, START])
+    return Replay(imagined, simulated, np.array(error), obs[0, START], simulator)
 
 
 def rollout_from(simulator: Simulator, obs: Array, actions: Array, act: Callable, horizon: int) -> tuple[Array, Array]:

@@ -112,6 +112,17 @@ def energy_distance(
     return float(value), (1 + int(above)) / (1 + permutations), float(null.quantile(0.95))
 
 
+@torch.no_grad()
+def nearest(obs: Tensor, reference: Tensor, scale: Tensor, alive: Tensor | None = None) -> Tensor:
+    """[B]: how far the states obs [B, T, obs_dim] lie, in the mean, from the nearest of `reference` [N, obs_dim].
+
+    Any space; both are divided by `scale` [obs_dim], the data's standard deviations. A distance is the root of the mean square
+    over dimensions. `alive` [B, T] is 1 on the steps that count.
+    """
+    distances = [torch.cdist(each / scale, reference.to(scale.dtype) / scale).amin(-1) for each in obs.to(scale.dtype)]
+    return _masked_mean(torch.stack(distances) / obs.shape[-1] ** 0.5, alive)
+
+
 def _checked(x, y, scale):
     """x [n, T, D], y [m, T', D] and scale [D] as double tensors on the CPU, that can be compared."""
     x, y, scale = (torch.as_tensor(v).detach().cpu().double() for v in (x, y, scale))

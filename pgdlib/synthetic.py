@@ -122,9 +122,10 @@ def from_world_model(
 ) -> Batch:  # fmt: skip
     """A `Batch` of n rollouts of `length` steps for each run in the ensemble, from random states of `starts` [N, obs_dim].
 
-    Reward and end are the simulator's own functions of the imagined observations. The ensemble's Gaussian over rewards, which
-    may jump, as at pen's success, draws noise of that size, and an expectile of noise is optimism. Each run's draws follow from
-    its seed, of `seeds` [R], and the `number` of the round.
+    Reward and end are the simulator's own functions of the imagined observations; where it is `unknown`, rewards are the
+    ensemble's, and nothing ends. The ensemble's Gaussian over rewards, which may jump, as at pen's success, draws noise of that
+    size, and an expectile of noise is optimism. Each run's draws follow from its seed, of `seeds` [R], and the `number` of the
+    round.
     """
 
     def own(of, *tensors):  # a function of the simulator
@@ -137,7 +138,9 @@ def from_world_model(
         ids = torch.randint(len(starts), (n,), generator=noise, device=starts.device)
         parts.append(worldmodel.rollout(ensemble, policy.select([run]), starts[ids], length, noise, ended))
     made = worldmodel.Rollout(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(worldmodel.Rollout)))
-    rewards, ends = own(simulator.reward, made.obs, made.actions.clamp(-1, 1), made.next_obs).to(starts), ended(made.next_obs)
+    rewards, ends = made.rewards, ended(made.next_obs)
+    if simulator.states:
+        rewards = own(simulator.reward, made.obs, made.actions.clamp(-1, 1), made.next_obs).to(starts)
     taken = (made.alive > 0) & ~made.diverged[:, None]
     likelihood = measures.log_likelihood(policy, made.obs, made.actions, made.alive)
     facts = [taken.float().mean(1), (ends & taken).any(1).float(), made.diverged.float(), likelihood]

@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import replay, smooth, still, white
+from conftest import at, episodes_of, replay, smooth, still, white
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 from gymnasium_robotics.utils import rotations
 
@@ -55,20 +55,20 @@ def mixed():
     actions = np.concatenate([white(rng, 2, 200), smooth(rng, 5, 200), still(rng, 1, 200)])
     targets = adroit.sample_targets(8, rng)
     targets[-1] = rotations.euler2quat([0, 1.3, 0])
-    return adroit.rollout(replay(actions), 8, None, targets=targets)
+    return episodes_of(replay(actions), 8, None, targets=targets)
 
 
 def test_rollout_equals_the_gym_environment(env, mixed):
     seen_success = seen_fall = 0
-    for i, target in enumerate(mixed.targets):
+    for i, target in enumerate(mixed.goals):
         obs, reward, success, qpos, qvel, *_ = play(env, target, mixed.actions[i])
         np.testing.assert_allclose(mixed.obs[i], obs, rtol=0, atol=1e-9)
         np.testing.assert_allclose(mixed.rewards[i], reward, rtol=0, atol=1e-9)
         np.testing.assert_allclose(mixed.qpos[i], qpos, rtol=0, atol=1e-9)
         np.testing.assert_allclose(mixed.qvel[i], qvel, rtol=0, atol=1e-9)
         np.testing.assert_array_equal(adroit.outcome(obs[1:])[1], success)
-        np.testing.assert_array_equal(mixed.fallen[i], obs[1:, 26] < 0.075)
-        seen_success, seen_fall = seen_success + success.any(), seen_fall + mixed.fallen[i].any()
+        np.testing.assert_array_equal(mixed.ended[i], obs[1:, 26] < 0.075)
+        seen_success, seen_fall = seen_success + success.any(), seen_fall + mixed.ended[i].any()
     assert seen_success >= 1 and 2 <= seen_fall < 8  # else the test saw too little
 
 
@@ -93,7 +93,7 @@ def test_outcome_at_every_threshold(env):
 
 
 def test_named_slices_of_the_observation(env, mixed):
-    obs = play(env, mixed.targets[0], mixed.actions[0][:50])[0][-1]
+    obs = play(env, mixed.goals[0], mixed.actions[0][:50])[0][-1]
     part = {name: obs[s] for name, s in adroit.GROUPS.items()}
     data, sim = env.data, env
     goal = data.site("eps_ball").xpos
@@ -110,7 +110,7 @@ def test_named_slices_of_the_observation(env, mixed):
 
 
 def test_the_number_of_threads_changes_nothing(mixed):
-    again = adroit.rollout(replay(mixed.actions), 8, None, 100, targets=mixed.targets, threads=3)
+    again = episodes_of(replay(mixed.actions), 8, None, 100, targets=mixed.goals, threads=3)
     np.testing.assert_array_equal(again.obs, mixed.obs[:, :101])
 
 
@@ -118,9 +118,9 @@ def test_reset_of_some_leaves_the_others_untouched(env):
     rng = np.random.default_rng(3)
     old, new, actions = adroit.sample_targets(4, rng), adroit.sample_targets(2, rng), smooth(rng, 4, 60)
     batch = PenBatch(4)
-    batch.reset(old)
+    batch.begin(*at(old))
     stream = [batch.step(actions[:, t]) for t in range(30)]
-    first = batch.reset(new, ids=[1, 3])
+    first = batch.begin(*at(new), ids=[1, 3])
     np.testing.assert_array_equal(batch.observe()[[0, 2]], stream[-1][[0, 2]])
     stream = np.stack(stream + [batch.step(actions[:, t]) for t in range(30, 60)], 1)
     for i in (0, 2):
@@ -132,9 +132,9 @@ def test_reset_of_some_leaves_the_others_untouched(env):
 
 
 def test_set_state_equals_gym(env, mixed):
-    qpos, qvel, targets = mixed.qpos[:, 90], mixed.qvel[:, 90], mixed.targets[::-1]
+    qpos, qvel, targets = mixed.qpos[:, 90], mixed.qvel[:, 90], mixed.goals[::-1]
     batch = PenBatch(8)
-    batch.reset(mixed.targets)
+    batch.begin(*at(mixed.goals))
     batch.step(mixed.actions[:, 0])  # something to forget
     obs = batch.set_state(qpos, qvel, targets)
     after = batch.step(mixed.actions[:, 90])
@@ -154,14 +154,14 @@ def test_targets_are_drawn_as_gym_draws_them():
         np.testing.assert_allclose(np.quantile(angle, [0, 0.25, 0.5, 0.75, 1]), [-1, -0.5, 0, 0.5, 1], atol=0.03)
     assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
     begun = adroit.PenBatch(3, 1).set_state(*adroit.PEN.start(3, np.random.default_rng(1)))
-    reset = adroit.PenBatch(3, 1).reset(adroit.sample_targets(3, np.random.default_rng(1)))
+    reset = adroit.PenBatch(3, 1).begin(*adroit.PEN.start(3, np.random.default_rng(1)))
     np.testing.assert_array_equal(begun, reset)
 
 
 def test_d4rl_environment_ends_on_the_fall_and_counts_it(mixed):
     env, native = make_env("d4rl"), make_env("native")
     ends = set()
-    for i, target in enumerate(mixed.targets):
+    for i, target in enumerate(mixed.goals):
         obs, reward, _, _, _, terminated, truncated = play(env, target, mixed.actions[i])
         fallen = obs[1:, 26] < 0.075
         ends.add((terminated, truncated))
@@ -177,8 +177,8 @@ def test_d4rl_environment_ends_on_the_fall_and_counts_it(mixed):
 
 
 def test_native_environment_is_only_truncated(mixed):
-    *_, terminated, truncated = play(make_env("native"), mixed.targets[0], np.concatenate([mixed.actions[0]] * 2))
-    assert mixed.fallen[0].any() and not terminated and truncated
+    *_, terminated, truncated = play(make_env("native"), mixed.goals[0], np.concatenate([mixed.actions[0]] * 2))
+    assert mixed.ended[0].any() and not terminated and truncated
 
 
 def test_bad_scale_is_named():
@@ -188,30 +188,30 @@ def test_bad_scale_is_named():
 
 def test_returns_follow_from_native_episodes(mixed):
     env, native = make_env("d4rl"), make_env("native")
-    d4rl = [play(env, target, actions)[1] for target, actions in zip(mixed.targets, mixed.actions)]
-    np.testing.assert_array_equal(mixed.d4rl_lengths, [len(r) for r in d4rl])
-    np.testing.assert_allclose(mixed.d4rl_returns, [r.sum() for r in d4rl], atol=1e-9)
+    d4rl = [play(env, target, actions)[1] for target, actions in zip(mixed.goals, mixed.actions)]
+    np.testing.assert_array_equal(mixed.lengths(100), [len(r) for r in d4rl])
+    np.testing.assert_allclose(mixed.returns(100), [r.sum() for r in d4rl], atol=1e-9)
     np.testing.assert_allclose(
-        mixed.native_returns, [play(native, t, a)[1].sum() for t, a in zip(mixed.targets, mixed.actions)], atol=1e-9
+        mixed.rewards.sum(1), [play(native, t, a)[1].sum() for t, a in zip(mixed.goals, mixed.actions)], atol=1e-9
     )
 
 
 def test_normalised_score_at_the_reference_points():
-    np.testing.assert_allclose(adroit.normalised_score(np.array([96.262799, 3076.833073])), [0, 100], atol=1e-9)
-    assert adroit.normalised_score(2 * 3076.833073 - 96.262799) == pytest.approx(200)
+    np.testing.assert_allclose(adroit.PEN.score(np.array([96.262799, 3076.833073])), [0, 100], atol=1e-9)
+    assert adroit.PEN.score(2 * 3076.833073 - 96.262799) == pytest.approx(200)
 
 
 def test_actions_that_are_not_finite_give_no_observation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     batch = PenBatch(2)
     targets = adroit.sample_targets(2, np.random.default_rng(0))
-    batch.reset(targets)
+    batch.begin(*at(targets))
     actions = np.zeros((2, 24))
     actions[0, 3] = np.nan
     obs = batch.step(actions)
     assert np.isnan(obs[0]).all() and np.isfinite(obs[1]).all()
     assert np.isnan(batch.step(0 * actions[[1, 1]])[0]).all()  # until it is reset
-    assert np.isfinite(batch.reset(targets[:1], ids=[0])).all()
+    assert np.isfinite(batch.begin(*at(targets[:1]), ids=[0])).all()
     assert np.isfinite(batch.step(0 * actions[[1, 1]])).all()
 
 
@@ -220,7 +220,7 @@ def test_advance_is_one_gym_step_from_each_state(env, mixed):
     after = advance(qpos, qvel, actions.reshape(-1, 24))
     own = np.r_[0:36, 39:42]  # all but the target's axis
     for i, action in enumerate(actions.reshape(-1, 24)):
-        start(env, mixed.targets[0], qpos[i], qvel[i])
+        start(env, mixed.goals[0], qpos[i], qvel[i])
         np.testing.assert_allclose(after[i][own], env.step(action)[0][own], rtol=0, atol=1e-9)
     np.testing.assert_array_equal(advance(qpos, qvel, actions.reshape(-1, 24), chunk=7), after)
     assert advance(qpos[:0], qvel[:0], actions.reshape(-1, 24)[:0]).shape == (0, 45)

@@ -49,7 +49,7 @@ def test_appendix_b_is_gyms_step_from_a_pen_at_zero(real):
     env = AdroitHandPenEnv()
     for i in range(2):
         for t in range(3):
-            state = {"qpos": np.r_[obs[i, t, :24], np.zeros(6)], "qvel": np.zeros(30), "desired_orien": real.targets[i]}
+            state = {"qpos": np.r_[obs[i, t, :24], np.zeros(6)], "qvel": np.zeros(30), "desired_orien": real.goals[i]}
             env.reset(seed=0, options={"initial_state_dict": state})
             np.testing.assert_allclose(predicted[i, t, MOVING], env.step(actions[i, t])[0][MOVING], rtol=0, atol=1e-9)
 

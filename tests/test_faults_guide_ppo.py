@@ -8,10 +8,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import kept
+from conftest import kept, shorter
 
 from pgdlib.lab import guide_ppo, load, resumable
-from pgdlib.simulators import pen
 
 FAULTS, MOST = 20, 4  # all, and in one training
 ROLLOUTS, ENVS, STEPS = 20, 8, 16
@@ -25,7 +24,7 @@ def taken(monkeypatch):
 
     Counts the steps of its rollouts, in all processes.
     """
-    taken, fsync, step_wait = multiprocessing.RawValue("l"), os.fsync, guide_ppo.PenVecEnv.step_wait
+    taken, fsync, step_wait = multiprocessing.RawValue("l"), os.fsync, guide_ppo.SimulatorVecEnv.step_wait
 
     def step(self):
         result = step_wait(self)
@@ -39,10 +38,10 @@ def taken(monkeypatch):
     small = dict(n_envs=ENVS, n_steps=STEPS, batch_size=32, n_epochs=2, hidden=[16, 16], evaluate_every=EVERY)
     monkeypatch.setattr(guide_ppo, "Training", functools.partial(guide_ppo.Training, **small))
     monkeypatch.setattr(resumable, "run", functools.partial(resumable.run, save_every=0))
-    monkeypatch.setattr(guide_ppo.PenVecEnv, "step_wait", step)
+    monkeypatch.setattr(guide_ppo.SimulatorVecEnv, "step_wait", step)
     monkeypatch.setattr(os, "fsync", slow)
     monkeypatch.setattr(guide_ppo.evaluation, "__defaults__", (4,))
-    monkeypatch.setattr(pen, "D4RL_HORIZON", 6)
+    shorter(monkeypatch, 6)
     return taken
 
 

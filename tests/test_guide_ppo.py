@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import kept
+from conftest import kept, shorter
 from stable_baselines3.common.vec_env import VecCheckNan, VecNormalize
 
 from benchmarks.baselines import make_env
@@ -22,7 +22,7 @@ def actions(step, rng):
 
 
 def test_spaces_shapes_and_types():
-    env = ppo.PenVecEnv(N, seed=0)
+    env = ppo.SimulatorVecEnv(adroit.PEN, N, seed=0)
     assert (env.num_envs, env.observation_space.shape, env.action_space.shape) == (N, (45,), (24,))
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
     obs = env.reset()
@@ -36,7 +36,7 @@ def test_spaces_shapes_and_types():
 @pytest.mark.slow
 def test_the_stream_equals_gyms_d4rl_environment():
     """Observation, reward, end, its reason, and the restart, step by step, over several episodes."""
-    env, rng = ppo.PenVecEnv(N, seed=0), np.random.default_rng(0)
+    env, rng = ppo.SimulatorVecEnv(adroit.PEN, N, seed=0), np.random.default_rng(0)
     gyms = [make_env("d4rl") for _ in range(N)]
 
     def start(i):
@@ -77,7 +77,7 @@ def test_the_stream_equals_gyms_d4rl_environment():
 
 def test_a_fall_on_the_last_step_is_no_truncation(monkeypatch):
     def run():
-        env, rng = ppo.PenVecEnv(N, seed=0), np.random.default_rng(0)
+        env, rng = ppo.SimulatorVecEnv(adroit.PEN, N, seed=0), np.random.default_rng(0)
         env.reset()
         for t in range(100):
             *_, dones, infos = env.step(actions(t, rng))
@@ -86,7 +86,7 @@ def test_a_fall_on_the_last_step_is_no_truncation(monkeypatch):
 
     horizon, fallen, _ = run()
     assert horizon < 100 and not fallen.all()
-    monkeypatch.setattr(adroit, "D4RL_HORIZON", horizon)  # now it is the last step for all of them
+    shorter(monkeypatch, horizon)  # now it is the last step for all of them
     _, dones, infos = run()
     assert dones.all() and [info["TimeLimit.truncated"] for info in infos] == [not f for f in fallen]
 
@@ -96,14 +96,14 @@ def test_seeds():
         rng = np.random.default_rng(0)
         return np.stack([env.reset()] + [env.step(actions(t, rng))[0] for t in range(60)])
 
-    first = stream(ppo.PenVecEnv(N, seed=3))
-    np.testing.assert_array_equal(stream(ppo.PenVecEnv(N, seed=3)), first)
-    targets = [stream(ppo.PenVecEnv(N, seed=4))[0], first[0]]
+    first = stream(ppo.SimulatorVecEnv(adroit.PEN, N, seed=3))
+    np.testing.assert_array_equal(stream(ppo.SimulatorVecEnv(adroit.PEN, N, seed=3)), first)
+    targets = [stream(ppo.SimulatorVecEnv(adroit.PEN, N, seed=4))[0], first[0]]
     assert len(np.unique(np.concatenate(targets)[:, 36:39].round(6), axis=0)) == 2 * N
 
 
 def test_reset_begins_new_episodes():
-    env, rng = ppo.PenVecEnv(N, seed=0), np.random.default_rng(0)
+    env, rng = ppo.SimulatorVecEnv(adroit.PEN, N, seed=0), np.random.default_rng(0)
     start = env.reset()
     for t in range(7):
         env.step(actions(t, rng))
@@ -117,7 +117,7 @@ def test_reset_begins_new_episodes():
 
 
 def test_stable_baselines3s_wrappers_accept_it():
-    env = VecNormalize(VecCheckNan(ppo.PenVecEnv(N, seed=0), raise_exception=True), norm_obs=False)
+    env = VecNormalize(VecCheckNan(ppo.SimulatorVecEnv(adroit.PEN, N, seed=0), raise_exception=True), norm_obs=False)
     env.reset()
     rng = np.random.default_rng(0)
     seen = 0
@@ -133,7 +133,7 @@ def test_moments_are_numpys():
     rng = np.random.default_rng(0)
     scale, shift = rng.uniform(0.01, 20, 45), rng.normal(size=45) * 5
     chunks = [(rng.normal(size=(n, 45)) * scale + shift + k).astype(np.float32) for k, n in enumerate((1, 7, 500, 64, 3))]
-    normaliser = ppo.ObservationNormaliser(ppo.PenVecEnv(1).observation_space)
+    normaliser = ppo.ObservationNormaliser(ppo.SimulatorVecEnv(adroit.PEN, 1).observation_space)
     obs = torch.randn(4, 45)
     torch.testing.assert_close(normaliser(obs), obs)  # before any data
     for k, chunk in enumerate(chunks):
@@ -156,7 +156,7 @@ TINY = {"seed": 5, "steps": 2 * 32 * 8, "n_envs": 8, "n_steps": 32, "batch_size"
 def short():
     """Episodes of 20 steps: most of a tiny training is its three times 64 episodes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adroit, "D4RL_HORIZON", 20)
+        shorter(patch, 20)
         yield
 
 
@@ -165,7 +165,7 @@ def tiny(short):
     """A training of two rollouts: the loop, what it yielded, the emitted observations and the moments' data."""
     emitted, merged = [], []
     with pytest.MonkeyPatch.context() as patch:
-        reset, step_wait, update = ppo.PenVecEnv.reset, ppo.PenVecEnv.step_wait, ppo.ObservationNormaliser.update
+        reset, step_wait, update = ppo.SimulatorVecEnv.reset, ppo.SimulatorVecEnv.step_wait, ppo.ObservationNormaliser.update
 
         def spy_reset(self):
             emitted.append(reset(self))
@@ -180,10 +180,10 @@ def tiny(short):
             merged.append(np.array(obs, dtype=np.float64))
             update(self, obs)
 
-        patch.setattr(ppo.PenVecEnv, "reset", spy_reset)
-        patch.setattr(ppo.PenVecEnv, "step_wait", spy_step)
+        patch.setattr(ppo.SimulatorVecEnv, "reset", spy_reset)
+        patch.setattr(ppo.SimulatorVecEnv, "step_wait", spy_step)
         patch.setattr(ppo.ObservationNormaliser, "update", spy_update)
-        training = ppo.Training(**TINY)
+        training = ppo.Training(adroit.PEN, **TINY)
         done = list(training)
     return training, done, np.stack(emitted), merged
 
@@ -225,7 +225,7 @@ def test_the_policy_is_that_of_the_model(tiny):
 
 @pytest.mark.slow
 def test_training_is_deterministic(tiny, short):
-    training = ppo.Training(**TINY)
+    training = ppo.Training(adroit.PEN, **TINY)
     list(training)
     assert training.curve == tiny[0].curve
     for (name, mine), theirs in zip(training.state().items(), tiny[0].state().values()):
@@ -233,7 +233,7 @@ def test_training_is_deterministic(tiny, short):
 
 
 def test_the_learning_rate_falls_to_its_end(short):
-    training = ppo.Training(**{**TINY, "steps": 1_000, "n_envs": 4, "batch_size": 128})
+    training = ppo.Training(adroit.PEN, **{**TINY, "steps": 1_000, "n_envs": 4, "batch_size": 128})
     rates = [training.model.policy.optimizer.param_groups[0]["lr"] for _ in training]
     assert training.steps == 1_024  # whole rollouts
     np.testing.assert_allclose(rates, np.linspace(3e-4, 3e-5, 9)[1:], rtol=1e-6)
@@ -246,23 +246,23 @@ STOPPED = {**TINY, "steps": 6 * ROLLOUT, "n_steps": 16, "batch_size": 32, "n_epo
 
 
 @pytest.fixture(scope="module")
-def shorter(short):
+def cut_short(short):
     """Episodes of 6 steps: a rollout ends within them, but for each third one, which ends with them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adroit, "D4RL_HORIZON", 6)
+        shorter(patch, 6)
         yield
 
 
 def stopped_after(rollouts, **changes):
-    training = ppo.Training(**{**STOPPED, **changes})
+    training = ppo.Training(adroit.PEN, **{**STOPPED, **changes})
     for _, _ in zip(range(rollouts), training):
         pass
     return training
 
 
-def test_a_training_goes_on_from_its_state(shorter):
+def test_a_training_goes_on_from_its_state(cut_short):
     """To the end, with its curve, Adam's moments and the scale of the rewards, in episodes of its own."""
-    first, second = stopped_after(3), ppo.Training(**STOPPED)
+    first, second = stopped_after(3), ppo.Training(adroit.PEN, **STOPPED)
     kept = {name: tensor.clone() for name, tensor in first.state().items()}
     assert [steps for steps, *_ in first.curve] == [0, ROLLOUT, 2 * ROLLOUT, 3 * ROLLOUT]
     for name, tensor in second.state().items():
@@ -286,9 +286,9 @@ def test_a_training_goes_on_from_its_state(shorter):
     assert not np.isclose(targets[0], targets[1]).all(1).any()
 
 
-def test_the_state_is_all_that_changes(shorter):
+def test_the_state_is_all_that_changes(cut_short):
     """Each tensor of the policy is there once, is live, and is changed by training."""
-    training = ppo.Training(**STOPPED)
+    training = ppo.Training(adroit.PEN, **STOPPED)
     before = {name: tensor.clone() for name, tensor in training.state().items()}
     assert len({t.data_ptr() for t in training.state().values()}) == len(before)
     own = {t.data_ptr() for t in training.model.policy.state_dict().values()}
@@ -298,12 +298,12 @@ def test_the_state_is_all_that_changes(shorter):
 
 
 @pytest.mark.slow
-def test_a_guide_that_was_stopped_is_finished(shorter, runs, monkeypatch):
+def test_a_guide_that_was_stopped_is_finished(cut_short, runs, monkeypatch):
     """Its checkpoint goes when the guide is kept, not before; what was done is not done again."""
     small = {k: v for k, v in STOPPED.items() if k not in ("seed", "steps")}
-    taken, step_wait, run = [], ppo.PenVecEnv.step_wait, load.resumable.run
+    taken, step_wait, run = [], ppo.SimulatorVecEnv.step_wait, load.resumable.run
     monkeypatch.setattr(ppo.evaluation, "__defaults__", (4,))
-    monkeypatch.setattr(ppo.PenVecEnv, "step_wait", lambda self: taken.append(1) or step_wait(self))
+    monkeypatch.setattr(ppo.SimulatorVecEnv, "step_wait", lambda self: taken.append(1) or step_wait(self))
     monkeypatch.setattr(ppo, "Training", functools.partial(ppo.Training, **small))
 
     def stopped(*_):

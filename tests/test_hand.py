@@ -10,13 +10,14 @@ import conftest
 import mujoco
 import numpy as np
 import pytest
-from conftest import TITLE, texts
+from conftest import TITLE, at, texts
 from PIL import Image
 
 import pgdlib
 from pgdlib import dynamics
 from pgdlib.lab import artifacts
 from pgdlib.lab.explorer import hand
+from pgdlib.simulators import locomotion
 from pgdlib.simulators import pen as adroit
 
 SIZE = 120, 110
@@ -28,9 +29,16 @@ REST = np.zeros(30)
 def opengl():
     """Nothing, where MuJoCo can draw."""
     try:
-        hand.frames(REST[None], UP, SIZE)
+        hand.frames(adroit.PEN, REST[None], seen(UP), SIZE)
     except hand.CannotRender as reason:
         pytest.skip(f"NOTHING IS DRAWN IN THIS TEST: {reason}")
+
+
+def seen(axis):
+    """An observation with this target axis."""
+    obs = np.zeros(45)
+    obs[36:39] = axis
+    return obs
 
 
 def posed(**joints):
@@ -43,12 +51,16 @@ def posed(**joints):
 
 def shown(*poses, axis=UP, size=SIZE):
     """One picture of each pose, as integers that can be subtracted."""
-    return hand.frames(np.stack(poses), axis, size).astype(int)
+    return hand.frames(adroit.PEN, np.stack(poses), seen(axis), size).astype(int)
+
+
+def changed_where(a, b):
+    return np.abs(a - b).max(-1) > 20
 
 
 def changed(a, b):
     """The share of pixels that differ visibly."""
-    return (np.abs(a - b).max(-1) > 20).mean()
+    return changed_where(a, b).mean()
 
 
 def green(picture):
@@ -88,7 +100,7 @@ def test_the_target_points_where_its_axis_does():
 @pytest.mark.usefixtures("opengl")
 def test_the_target_covers_a_pen_that_is_where_it_should_be():
     """Adroit Pen starts with the pen in its goal's place. With the target along its axis it makes no difference to outlines."""
-    axis = adroit.PenBatch(1).reset(np.array([[1.0, 0, 0, 0]]))[0, 33:36]
+    axis = adroit.PenBatch(1).begin(*at(np.array([[1.0, 0, 0, 0]])))[0, 33:36]
 
     def outlines(*poses, axis):
         return (shown(*poses, axis=axis, size=(320, 300)) != hand.BACKDROP).any(-1)
@@ -98,15 +110,27 @@ def test_the_target_covers_a_pen_that_is_where_it_should_be():
     assert (there != gone).mean() < 0.003 < 0.01 < (there != elsewhere).mean()
 
 
+@pytest.mark.usefixtures("opengl")
+@pytest.mark.parametrize("name", locomotion.RUNNERS)
+def test_a_runner_is_drawn_from_the_side_wherever_it_runs(name):
+    simulator = locomotion.runner(name)
+    begun = simulator.start(1, np.random.default_rng(0))[0][0]
+    along, bent = 3 * np.eye(len(begun))[0], 0.6 * np.eye(len(begun))[-1]
+    film = hand.frames(simulator, begun + np.array([0 * bent, bent, along, along + bent]), np.zeros(simulator.obs_dim), SIZE)
+    here, there = (np.nonzero(changed_where(*pair)) for pair in film.astype(int).reshape(2, 2, *film.shape[1:]))
+    assert 20 < len(here[1]) < 0.1 * film[0, ..., 0].size and abs(here[1].mean() - there[1].mean()) < 3
+
+
 FORKING = """
 import multiprocessing
 import mujoco
 import numpy as np
 from pgdlib.lab.explorer import hand
+from pgdlib.simulators.pen import PEN
 
 def draw():
     try:
-        return hand.frames(np.zeros((1, 30)), [0, 0, 1], (40, 30)).std() > 1
+        return hand.frames(PEN, np.zeros((1, 30)), np.eye(45)[38], (40, 30)).std() > 1
     except hand.CannotRender as reason:
         return reason
 
@@ -149,7 +173,7 @@ def test_what_is_not_finite_is_a_blank_frame():
     np.testing.assert_array_equal(first, last)
     assert (first != hand.BLANK).any() and all((frame == hand.BLANK).all() for frame in blank)
     assert (shown(REST, axis=np.array([0, np.nan, 1])) == hand.BLANK).all()
-    assert hand.frames(np.zeros((0, 30)), UP, SIZE).shape == (0, 110, 120, 3)
+    assert hand.frames(adroit.PEN, np.zeros((0, 30)), seen(UP), SIZE).shape == (0, 110, 120, 3)
 
 
 @pytest.mark.slow
@@ -164,7 +188,7 @@ def test_threads_draw_at_once_and_as_one_does(monkeypatch):
 
     monkeypatch.setattr(hand, "_picture", spy)
     poses = [np.stack([posed(hand3=0.1 * k + i, pen1=0.01 * k) for k in range(6)]) for i in range(3)]
-    work = [(pose, axis, size) for pose, axis, size in zip(poses, np.eye(3), (SIZE, SIZE, (80, 90)))]
+    work = [(adroit.PEN, pose, seen(axis), size) for pose, axis, size in zip(poses, np.eye(3), (SIZE, SIZE, (80, 90)))]
     alone, together = [hand.frames(*w) for w in work], {}
     threads = [threading.Thread(target=lambda i=i: together.update({i: hand.frames(*work[i])})) for i in range(3)]
     for thread in threads:
@@ -194,12 +218,13 @@ seaborn = types.SimpleNamespace(color_palette=lambda name: [(0, 0, 0)] * 10)  # 
 sys.modules["seaborn"] = seaborn  # importing it takes longer than all the rest
 {}
 import numpy as np
+from pgdlib.simulators import locomotion
 from pgdlib.simulators import pen as adroit
-print(adroit.PenBatch(1).reset(np.array([[1.0, 0, 0, 0]])).shape)
+print(adroit.PenBatch(1).begin(*adroit.PEN.start(1, np.random.default_rng(0))).shape)
 from pgdlib.lab.explorer import hand
 for _ in range(2):
     try:
-        hand.frames(np.zeros((2, 30)), [0, 0, 1], (40, 30))
+        hand.frames(adroit.PEN, np.zeros((2, 30)), np.eye(45)[38], (40, 30))
     except hand.CannotRender as reason:
         print(reason)
 """
@@ -239,7 +264,7 @@ def test_without_opengl_it_simulates_and_says_how_to_get_it(breaking, environmen
 def grey(monkeypatch):
     """Pictures that are grey, lighter from frame to frame; blank where they are not finite."""
 
-    def frames(qpos, target_axis, size):
+    def frames(simulator, qpos, obs, size):
         shades = np.where(np.isfinite(qpos).all(1), 100 + qpos[:, 0], hand.BLANK).astype(np.uint8)
         return np.broadcast_to(shades[:, None, None, None], (len(qpos), size[1], size[0], 3))
 
@@ -252,7 +277,7 @@ def replay(K=20, broken=()):
     imagined[:, 0] = np.arange(K + 1)
     simulated = imagined.copy()
     simulated[list(broken)] = np.nan
-    return dynamics.Replay(imagined, simulated, np.zeros(K + 1), np.eye(45)[38])
+    return dynamics.Replay(imagined, simulated, np.zeros(K + 1), np.eye(45)[38], adroit.PEN)
 
 
 def side_by_side(errors, size=(150, 80), **how):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import cut, kept, still, wait_for
+from conftest import cut, episodes_of, kept, still, wait_for
 from test_locks import started, unfinished
 
 from pgdlib.lab import artifacts, inventory, locks, minari_files
@@ -186,10 +186,8 @@ def test_what_a_dead_process_left_unfinished_goes_and_what_a_living_one_makes_st
 def test_a_stand_in_is_one_artifact(runs):
     import numpy as np
 
-    from pgdlib.simulators import pen as adroit
-
     rng = np.random.default_rng(0)
-    batch = adroit.rollout(lambda obs: still(rng, len(obs), 1)[:, 0], 2, rng, 3)
+    batch = episodes_of(lambda obs: still(rng, len(obs), 1)[:, 0], 2, rng, 3)
     folder = runs / "minari" / f"human-{KEY}"
     minari_files.write_minari(folder, "standin/pen/human-v0", [batch], "toy")
     (item,) = inventory.items()

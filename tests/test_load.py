@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import cut, kept, sb3_zip
+from conftest import cut, episodes_of, kept, sb3_zip, shorter
 
 from pgdlib import edm
 from pgdlib.lab import artifacts, guide_ppo, load, minari_files, standins
@@ -31,7 +31,7 @@ def small_policy(obs_dim=45, action_dim=24):
 def test_the_shipped_guide_returns_3600():
     """THE GUIDE THAT SHIPS, not any guide: 200 D4RL-scale episodes of its mean action, and what its card says of it."""
     policy, card = load.load_guide("shipped")
-    returns = adroit.rollout(policy.act, 200, np.random.default_rng(2024), adroit.D4RL_HORIZON).d4rl_returns
+    returns = episodes_of(policy.act, 200, np.random.default_rng(2024), adroit.D4RL_HORIZON).returns(100)
     assert returns.mean() >= 3600
     mean, low, high = (float(v) for v in card["return, mean action"].translate(str.maketrans("[,]", "   ")).split())
     assert low >= 3600 and low < mean < high
@@ -115,7 +115,7 @@ def tiny_ppo(monkeypatch):
         guide_ppo, "DEFAULTS", {**guide_ppo.DEFAULTS, "n_envs": 8, "n_steps": 32, "n_epochs": 1, "batch_size": 256}
     )
     monkeypatch.setattr(guide_ppo.evaluation, "__defaults__", (4,))
-    monkeypatch.setattr(adroit, "D4RL_HORIZON", 10)
+    shorter(monkeypatch, 10)
     monkeypatch.setattr(guide_ppo, "Training", lambda *a, **how: calls.append((a, how)) or training(*a, **how))
     return calls
 
@@ -152,7 +152,7 @@ def offline(monkeypatch, tmp_path):
 def test_the_stand_in_is_collected_once_and_says_what_it_is(runs, offline, monkeypatch, capsys):
     first = load.load_data("human", "auto", 4_000)
     assert "using the stand-in" in capsys.readouterr().out
-    assert (first.is_d4rl, first.label, first.slug) == (False, "stand-in pen-human", "standin-human")
+    assert (first.is_public, first.label, first.slug) == (False, "stand-in pen-human", "standin-human")
     assert first.raw.lengths.tolist() == [200] * 25 and {"qpos", "qvel"} <= set(first.raw.info)
     assert first.dropped_steps == 5_000 - len(first.data.rewards) and first.data.terminals.sum() >= first.cut_episodes
     files = kept(runs)
@@ -171,8 +171,8 @@ def test_the_size_of_a_stand_in_is_part_of_its_name(runs, offline, monkeypatch):
     def write(dataset, folder, guide, steps, report):
         asked.append((dataset, steps))
         demonstrator, _ = load.load_guide(load.SHIPPED_GUIDE if dataset == "expert" else load.DEMONSTRATOR)
-        assert torch.equal(guide.log_std, demonstrator.log_std)
-        batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(steps), 5)
+        assert torch.equal(guide[0].log_std, demonstrator.log_std)
+        batch = episodes_of(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(steps), 5)
         return minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", [batch], "toy")
 
     monkeypatch.setattr(standins, "write", write)
@@ -186,7 +186,7 @@ def test_the_key_of_data_names_its_content_not_its_place(tmp_path, offline, monk
     keys = []
     for place, seed in (("a", 0), ("b", 0), ("c", 1)):
         monkeypatch.setenv("PGD_RUNS", str(tmp_path / place))
-        batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(seed), 5)
+        batch = episodes_of(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(seed), 5)
         monkeypatch.setattr(standins, "human", lambda *given, batch=batch: batch)
         keys.append(load.load_data("human", "local", 4_000).key)
     assert keys[0] == keys[1] != keys[2]
@@ -226,7 +226,7 @@ def test_bars_and_words_go_where_they_are_asked_to(runs, offline, monkeypatch, c
     def write(dataset, folder, guide, steps, report):
         for share in (0.25, 0.751, 1.0):
             report(share)
-        batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
+        batch = episodes_of(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
         return minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", [batch], "toy")
 
     monkeypatch.setattr(standins, "write", write)
@@ -248,7 +248,7 @@ def test_a_bar_that_raises_lets_nothing_begin(runs, offline, monkeypatch):
 
 
 def test_a_damaged_stand_in_is_set_aside_and_collected_again(runs, offline, monkeypatch):
-    batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
+    batch = episodes_of(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
     monkeypatch.setattr(standins, "human", lambda *a: batch)
     first, said = load.load_data("human", "local", 4_000), []
     (file,) = runs.rglob("main_data.hdf5")

@@ -9,6 +9,7 @@ import pytest
 
 from pgdlib import dynamics
 from pgdlib.simulators import advance, locomotion
+from pgdlib.simulators.episodes import rollout
 
 IDS = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah": "HalfCheetah-v5"}
 every = pytest.mark.parametrize("name", IDS)
@@ -109,15 +110,8 @@ def test_reward_and_end_are_the_environments(name):
 def test_random_actions_return_what_d4rl_says(name, random):
     """Of Hopper's random policy D4RL says -20, and the fifth version gives 16: each step in which it stands counts 1 there."""
     simulator, rng = locomotion.runner(name), np.random.default_rng(0)
-    batch, returns, lives = simulator.batch(64, 1), np.zeros(64), np.ones(64, dtype=bool)
-    obs = batch.set_state(*simulator.start(64, rng))
-    for _ in range(simulator.horizon):
-        actions = rng.uniform(-1, 1, (64, simulator.action_dim))
-        after = batch.step(actions)
-        returns, lives = returns + lives * simulator.reward(obs, actions, after), lives & ~simulator.ended(after)
-        obs = after
-        if not lives.any():
-            break
+    act = lambda obs: rng.uniform(-1, 1, (len(obs), simulator.action_dim))  # noqa: E731
+    returns = rollout(simulator, act, 64, rng, whole=False).returns()
     assert simulator.references[0] == random and abs(returns.mean() - random) < 4 * returns.std() / 8
 
 

@@ -16,20 +16,19 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import cut, kept, replay, white
+from conftest import cut, episodes_of, kept, replay, white
 from minari.data_collector import EpisodeBuffer
 from minari.dataset._storages.hdf5_storage import HDF5Storage
 
 from pgdlib import data
-from pgdlib.lab import artifacts, load, minari_files, minari_steps, standins
-from pgdlib.simulators import pen as adroit
+from pgdlib.lab import artifacts, load, minari_files, minari_steps, standins, tasks
 
 
 @pytest.fixture(scope="module")
 def episodes():
     """Two batches of short simulated episodes, with actions beyond the limits."""
     rng = np.random.default_rng(0)
-    return [adroit.rollout(replay(white(rng, n, 20)), n, rng, 20) for n in (3, 2)]
+    return [episodes_of(replay(white(rng, n, 20)), n, rng, 20) for n in (3, 2)]
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def test_minari_roundtrip(folder, episodes, tmp_path):
         "terminals": [np.zeros_like(e.rewards) for e in episodes],
         "info.qpos": [e.qpos[:, :-1] for e in episodes],
         "info.qvel": [e.qvel[:, :-1] for e in episodes],
-        "info.target": [np.repeat(e.targets[:, None], 20, 1) for e in episodes],
+        "info.target": [np.repeat(e.goals[:, None], 20, 1) for e in episodes],
     }
     assert read.tensors().keys() == {*expected, "lengths"}
     for key, batches in expected.items():
@@ -150,7 +149,7 @@ def d4rl(tmp_path, monkeypatch, runs):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
-    monkeypatch.setattr(minari_files, "D4RL", {name: (id_, 3, 30) for name, (id_, *_) in minari_files.D4RL.items()})
+    monkeypatch.setattr(tasks, "PUBLIC", {name: (id_, 3, 30) for name, (id_, *_) in tasks.PUBLIC.items()})
     return tmp_path / "datasets"
 
 
@@ -158,7 +157,7 @@ def d4rl(tmp_path, monkeypatch, runs):
 def test_d4rl_on_disk_is_found_and_cut_at_falls(d4rl, source):
     obs = write_d4rl(d4rl, "human")
     found = load.load_data("human", source, 4_000)
-    assert found.is_d4rl and found.label == found.raw.name == "D4RL pen-human" and found.slug == "d4rl-human"
+    assert found.is_public and found.label == found.raw.name == "D4RL pen-human" and found.slug == "d4rl-human"
     assert found.raw.lengths.tolist() == [10, 12, 8] and found.data.lengths.tolist() == [10, 5, 8]
     assert (found.cut_episodes, found.dropped_steps) == (1, 7)
     assert torch.nonzero(found.data.terminals)[:, 0].tolist() == [14]
@@ -172,17 +171,17 @@ def test_d4rl_on_disk_is_found_and_cut_at_falls(d4rl, source):
 )
 def test_what_is_not_d4rls_keeps_a_name_of_its_own(d4rl, monkeypatch, known):
     write_d4rl(d4rl, "human")
-    monkeypatch.setattr(minari_files, "find_d4rl", lambda dataset: d4rl / "D4RL/pen/human-v2")
-    monkeypatch.setitem(minari_files.D4RL, "human", known)
+    monkeypatch.setattr(minari_files, "find", lambda name, hint: d4rl / "D4RL/pen/human-v2")
+    monkeypatch.setitem(tasks.PUBLIC, "human", known)
     said = []
     found = load.load_data("human", "d4rl", 4_000, say=said.append)
-    assert (found.is_d4rl, found.label, found.slug) == (False, "own pen-human", "own-human")
-    assert f"is not D4RL's, which is {known[0]} of {known[1]} episodes and {known[2]:,} steps" in said[1]
+    assert (found.is_public, found.label, found.slug) == (False, "own pen-human", "own-human")
+    assert f"is not {known[0]} of {known[1]} episodes and {known[2]:,} steps" in said[0]
 
 
 def test_d4rls_sizes():
     """As Minari's catalogue has them."""
-    assert [minari_files.D4RL[name][1:] for name in ("human", "cloned", "expert")] == [
+    assert [tasks.PUBLIC[name][1:] for name in ("human", "cloned", "expert")] == [
         (25, 5_000), (3_736, 500_000), (4_958, 499_206)
     ]  # fmt: skip
 
@@ -191,18 +190,18 @@ def test_d4rls_sizes():
 def test_a_copy_in_arrows_form_is_read_or_refused_by_name(d4rl, form):
     pytest.importorskip("pyarrow")
     obs = write_d4rl(d4rl, "human", data_format=form, infos=False)
-    assert load.load_data("human", "d4rl", 4_000).is_d4rl
-    folder = minari_files.find_d4rl("human")
+    assert load.load_data("human", "d4rl", 4_000).is_public
+    folder = minari_files.find("D4RL/pen/human-v2")
     read = minari_files.from_minari(folder, "human")
     np.testing.assert_allclose(read.next_obs, np.concatenate([o[1:] for o in obs]), rtol=1e-6)
     digest = minari_files.digest(folder)
     shutil.rmtree(folder / "data/2")
     assert minari_files.digest(folder) != digest
     with pytest.raises(FileNotFoundError):
-        minari_files.find_d4rl("human", download=False)
+        minari_files.find("D4RL/pen/human-v2", download=False)
     shutil.rmtree(folder)
     write_d4rl(d4rl, "human", data_format=form)  # whose infos Minari itself cannot read
-    damaged(minari_files.find_d4rl("human"), f"in the form {form}")
+    damaged(minari_files.find("D4RL/pen/human-v2"), f"in the form {form}")
 
 
 def test_a_format_that_cannot_be_read_is_refused_by_name(folder):
@@ -230,7 +229,7 @@ def test_states_are_optional(tmp_path, episodes, runs, monkeypatch, odd):
                     short=qpos[:-2], text=np.full(len(qpos), b"no"), **{"not finite": qpos * np.nan, "further on": qpos[:, 1:]}
                 )
                 buffer.infos["qpos"] = first[odd]
-    monkeypatch.setattr(minari_files, "_buffers", lambda _: buffers)
+    monkeypatch.setattr(minari_files, "_buffers", lambda *_: buffers)
     folder, said = minari_files.write_minari(tmp_path / "odd", "standin/pen/human-v0", episodes, "a toy"), []
     monkeypatch.setattr(standins, "folder", lambda *_: folder)
     found = load.load_data("human", "local", 4_000, say=said.append)
@@ -287,7 +286,7 @@ def refused_at_once(reason):
 def test_without_the_hub_package_d4rl_says_what_to_do(d4rl):
     refused_at_once("download failed: ModuleNotFoundError: .*huggingface_hub")
     with pytest.raises(FileNotFoundError):
-        minari_files.find_d4rl("expert", download=False)
+        minari_files.find("D4RL/pen/expert-v2", download=False)
 
 
 @pytest.mark.parametrize("answer", [None, b"", b"nonsense\r\n\r\n", "closed", "not an address"], ids=str)
@@ -328,7 +327,7 @@ def test_a_download_is_used(d4rl, monkeypatch):
     monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: write_d4rl(os.environ["MINARI_DATASETS_PATH"], "human"))
     with server(b"HTTP/1.1 200 OK\r\n\r\n") as address:
         pretend_hub(monkeypatch, address)
-        assert load.load_data("human", "auto", 4_000).is_d4rl
+        assert load.load_data("human", "auto", 4_000).is_public
     assert kept(d4rl) == [f"D4RL/pen/human-v2/data/{name}" for name in ("main_data.hdf5", "metadata.json")]
 
 
@@ -353,7 +352,7 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(d4rl, monkeypat
     with server(b"HTTP/1.1 200 OK\r\n\r\n") as address:
         pretend_hub(monkeypatch, address)
         with pytest.raises(FileNotFoundError, match=r"download failed.*(network is gone|parts of it are missing)"):
-            minari_files.find_d4rl("human")
+            minari_files.find("D4RL/pen/human-v2")
         assert kept(d4rl) == []
         if not left.startswith("half"):
             with pytest.raises(ConnectionError) if left != "metadata.json" else contextlib.nullcontext():
@@ -361,7 +360,7 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(d4rl, monkeypat
                 download("by the user")
             assert [f for f in kept(d4rl) if "human-v2" in f] == [f"D4RL/pen/human-v2/data/{left}"]
         breaks = False
-        folder = minari_files.find_d4rl("human")
+        folder = minari_files.find("D4RL/pen/human-v2")
     assert minari_files.from_minari(folder, "human").lengths.tolist() == [10, 12, 8]
     assert len([f for f in kept(d4rl) if "damaged" in f]) == (not left.startswith("half"))
 
@@ -454,6 +453,6 @@ def test_values_that_do_not_fit_are_named(tmp_path):
 
 def test_an_environment_of_other_sizes_is_no_pen(d4rl, monkeypatch):
     folder, _ = any_dataset(d4rl)
-    monkeypatch.setattr(minari_files, "find_d4rl", lambda dataset: folder)
+    monkeypatch.setattr(minari_files, "find", lambda name, hint: folder)
     with pytest.raises(ValueError, match=r"dataset='human' in .* is of another environment than Adroit Pen: it has 3 obs"):
         load.load_data("human", "d4rl", 4_000)

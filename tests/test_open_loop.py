@@ -50,7 +50,7 @@ def test_open_loop_and_its_replay_are_gym_playing_the_actions(real):
     qpos, qvel = state_from_observations(obs, actions)
     env = AdroitHandPenEnv()
     for i in range(3):
-        state = dict(qpos=qpos[i, 1], qvel=qvel[i, 1], desired_orien=real.targets[i])
+        state = dict(qpos=qpos[i, 1], qvel=qvel[i, 1], desired_orien=real.goals[i])
         env.reset(seed=0, options={"initial_state_dict": state})
         steps = [(env.step(actions[i, 1 + k])[0] - obs[i, 2 + k], env.data.qpos.copy()) for k in range(8)]
         expected, joints = (np.stack(x) for x in zip(*steps))

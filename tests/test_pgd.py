@@ -203,7 +203,7 @@ def ensemble():
     return model.requires_grad_(False)
 
 
-OUTCOME = SimpleNamespace(reward=lambda obs, actions, after: after[..., 0], ended=lambda obs: obs[..., 1] > 1)
+OUTCOME = SimpleNamespace(reward=lambda obs, actions, after: after[..., 0], ended=lambda obs: obs[..., 1] > 1, states=["any"])
 
 
 def sources(ensemble=None, real_fraction=0.0, seeds=SEEDS):

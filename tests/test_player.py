@@ -244,7 +244,7 @@ def test_where_mujoco_cannot_render_it_says_so_and_all_else_works(explorer, runs
 @pytest.mark.slow
 def test_a_real_film(explorer):
     try:
-        hand.frames(np.zeros((1, 30)), np.array([0, 0, 1.0]), (40, 30))
+        hand.frames(PEN, np.zeros((1, 30)), np.eye(45)[38], (40, 30))
     except hand.CannotRender as reason:
         pytest.skip(f"NOTHING IS DRAWN IN THIS TEST: {reason}")
     hands, size = player.Player(explorer), (2 * 320 + 3 * hand.EDGE, hand.HEAD + 270 + hand.FOOT)

@@ -3,10 +3,11 @@
 import mujoco
 import numpy as np
 import pytest
-from conftest import replay, white
+from conftest import episodes_of, replay, white
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 
 from pgdlib.simulators import pen as adroit
+from pgdlib.simulators.episodes import Episodes
 from pgdlib.simulators.pen import PenBatch
 from pgdlib.simulators.pen_states import kick_response
 
@@ -22,7 +23,7 @@ def one_step_error(episodes, qpos, qvel, first=0, n=8):
     actions, successors = episodes.actions[:n, first:], episodes.obs[:n, first + 1 :]
     steps = actions.shape[1]
     batch = PenBatch(n * steps)
-    batch.set_state(qpos[:, :-1].reshape(-1, 30), qvel[:, :-1].reshape(-1, 30), np.repeat(episodes.targets[:n], steps, 0))
+    batch.set_state(qpos[:, :-1].reshape(-1, 30), qvel[:, :-1].reshape(-1, 30), np.repeat(episodes.goals[:n], steps, 0))
     return np.square(batch.step(actions.reshape(-1, 24)).reshape(successors.shape) - successors).mean(-1)
 
 
@@ -48,7 +49,7 @@ def test_one_step_error(real):
     error = one_step_error(real, *state_from_observations(real.obs))
     assert error.mean() < 1e-3 and error.mean() < still / 20
     assert error[:, 0].mean() < 1e-3  # the first step, with a one-sided difference
-    window = adroit.Episodes(**{**vars(real), "actions": real.actions[:, :20], "obs": real.obs[:, :21]})
+    window = Episodes(**{**vars(real), "actions": real.actions[:, :20], "obs": real.obs[:, :21]})
     state = state_from_observations(real.obs[:, :20])  # ends before its last successor: one-sided there
     padded = [np.concatenate([s, s[:, -1:]], 1) for s in state]
     assert one_step_error(window, *padded, n=16)[:, -1].mean() < 2e-3
@@ -94,11 +95,11 @@ def test_garbage_stays_where_it_is(real, garbage, tmp_path, monkeypatch):
     for state, expected in ((qpos, clean[0]), (qvel, clean[1])):
         np.testing.assert_array_equal(state[[0, 2, 3]], expected[[0, 2, 3]])
     batch = PenBatch(4)
-    batch.set_state(qpos[:, 5], qvel[:, 5], real.targets[:4])
+    batch.set_state(qpos[:, 5], qvel[:, 5], real.goals[:4])
     after = [batch.step(real.actions[:4, 5 + k]) for k in range(2)][-1]
     if garbage != 0:
         assert np.isnan(after[1]).all()  # not MuJoCo's silent return to the start
-    batch.set_state(qpos[:, 5][[0, 0, 2, 3]], qvel[:, 5][[0, 0, 2, 3]], real.targets[[0, 0, 2, 3]])
+    batch.set_state(qpos[:, 5][[0, 0, 2, 3]], qvel[:, 5][[0, 0, 2, 3]], real.goals[[0, 0, 2, 3]])
     again = [batch.step(real.actions[[0, 0, 2, 3], 5 + k]) for k in range(2)][-1]  # usable afterwards
     np.testing.assert_array_equal(again[[0, 2, 3]], after[[0, 2, 3]])
     np.testing.assert_array_equal(again[1], again[0])
@@ -111,7 +112,7 @@ def with_last(actions):
 
 def test_actions_correct_the_hand_velocity():
     rng = np.random.default_rng(4)
-    played = adroit.rollout(replay(white(rng, 8, 100)), 8, rng, 100)
+    played = episodes_of(replay(white(rng, 8, 100)), 8, rng, 100)
     without, given = (
         np.abs(state_from_observations(played.obs, a)[1] - played.qvel)[..., :24] for a in (None, with_last(played.actions))
     )

@@ -6,11 +6,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import episodes_of, shorter
 
 from pgdlib import data
 from pgdlib.lab import load, minari_files, standins
 from pgdlib.lab.standins import Demonstrator
 from pgdlib.simulators import pen as adroit
+from pgdlib.simulators.episodes import Episodes
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def files(guide, quick_clone, tmp_path_factory):
         patch.setattr(standins, "HUMAN_EPISODES", 10)
         patch.setattr(standins, "human", functools.cache(standins.human))  # simulated once for one seed
         return {
-            name: minari_files.from_minari(standins.write(name, root, guide, steps), f"stand-in {name}")
+            name: minari_files.from_minari(standins.write(name, root, [guide], steps), f"stand-in {name}")
             for name, steps in (("human", 0), ("cloned", 4_000), ("expert", 450))
         }
 
@@ -50,11 +52,11 @@ def test_cloned_holds_the_demonstrations(files):
 @pytest.mark.parametrize("steps, copies, rollouts", [(4_000, 1, 20), (30_000, 3, 150), (100_000, 10, 500)])
 def test_half_of_cloned_is_copies(files, guide, quick_clone, monkeypatch, tmp_path, steps, copies, rollouts):
     """Below 10,000 steps one copy is already more than half."""
-    demos = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 25, np.random.default_rng(0), 200)
+    demos = episodes_of(lambda obs: np.zeros((len(obs), 24)), 25, np.random.default_rng(0), 200)
     monkeypatch.setattr(standins, "human", lambda *given: demos)
-    monkeypatch.setattr(standins, "_rollouts", lambda policy, episodes, *given: [episodes])
+    monkeypatch.setattr(standins, "_rollouts", lambda simulator, policy, steps, *given: [steps])
     *played, asked = standins.cloned(guide, steps, 0, tmp_path)
-    assert len(played) == copies and all(batch is demos for batch in played) and asked == rollouts
+    assert len(played) == copies and all(batch is demos for batch in played) and asked == 100 * rollouts
 
 
 def test_unique_episodes_are_split(files):
@@ -106,7 +108,7 @@ def test_the_seed_decides(guide, quick_clone, monkeypatch, tmp_path):
     """And no batch is like another one."""
     monkeypatch.setattr(standins, "HUMAN_EPISODES", 2)
     monkeypatch.setattr(standins, "CHUNK", 3)
-    monkeypatch.setattr(adroit, "D4RL_HORIZON", 30)
+    shorter(monkeypatch, 30)
     monkeypatch.setattr(adroit.rollout, "__defaults__", (30, None, None))
 
     def batches(name, seed, place):
@@ -126,7 +128,7 @@ def test_large_sizes_come_in_batches(guide, monkeypatch, tmp_path):
     sizes, done = [], []
     for batch in standins.expert(guide, 701, 0, tmp_path, done.append):
         sizes.append(len(batch.obs))
-    assert sizes == [3, 3, 2] and done == pytest.approx([3 / 8, 6 / 8, 1])
+    assert sizes == [3, 3, 2] and done == pytest.approx([300 / 701, 600 / 701, 1])
 
 
 def demonstrate(policy, steps=400, n=30, **body):
@@ -169,7 +171,7 @@ def played(obs, actions):
     """Episodes of one step with such observations [N, 45] and actions [N, 24]."""
     n, nothing = len(obs), np.zeros((len(obs), 2, 30))
     both = np.stack([obs, obs], 1)
-    return adroit.Episodes(both, actions[:, None], np.zeros((n, 1)), np.zeros((n, 1)), *[nothing] * 2, np.zeros((n, 4)))
+    return Episodes(both, actions[:, None], np.zeros((n, 1)), np.zeros((n, 1)), *[nothing] * 2, np.zeros((n, 4)))
 
 
 @pytest.mark.slow
@@ -207,32 +209,32 @@ def test_a_killed_collection_goes_on_to_the_same_file(dataset, guide, quick_clon
     """After each batch, and while the file is written; no batch is made again, and what is made is what it is in one go."""
     monkeypatch.setattr(standins, "CHUNK", 4)
     monkeypatch.setattr(standins, "HUMAN_EPISODES", 2)
-    monkeypatch.setattr(adroit, "D4RL_HORIZON", 10)
+    shorter(monkeypatch, 10)
     demos = standins.human(guide, 0)
     monkeypatch.setattr(standins, "human", lambda *given: demos)
     steps = 110 if dataset == "expert" else 220
-    whole = standins.write(dataset, tmp_path / "whole", guide, steps)
-    rolled, rollout, at, done = [], adroit.rollout, None, []
+    whole = standins.write(dataset, tmp_path / "whole", [guide], steps)
+    rolled, rollout, at, done = [], standins.rollout, None, []
 
-    def counted(act, n, *given):
+    def counted(simulator, act, n, *given, **more):
         if len(rolled) == at:
             raise KeyboardInterrupt
         rolled.append(n)
-        return rollout(act, n, *given)
+        return rollout(simulator, act, n, *given, **more)
 
-    def killed(folder, name, batches, text):
+    def killed(folder, name, batches, text, whole):
         list(batches)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adroit, "rollout", counted)
+    monkeypatch.setattr(standins, "rollout", counted)
     for at in (1, 2):  # noqa: B007 (`counted` uses it)
         with pytest.raises(KeyboardInterrupt):
-            standins.write(dataset, tmp_path / "parts", guide, steps)
+            standins.write(dataset, tmp_path / "parts", [guide], steps)
     at = None
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(minari_files, "write_minari", killed)
-        standins.write(dataset, tmp_path / "parts", guide, steps)
-    place = standins.write(dataset, tmp_path / "parts", guide, steps, done.append)
+        standins.write(dataset, tmp_path / "parts", [guide], steps)
+    place = standins.write(dataset, tmp_path / "parts", [guide], steps, done.append)
     assert rolled == [4, 4, 3] and done == [4 / 11, 8 / 11, 1.0]
     assert minari_files.digest(place) == minari_files.digest(whole)
     assert [f.name for f in (tmp_path / "parts").iterdir()] == ["standin"]
@@ -241,9 +243,10 @@ def test_a_killed_collection_goes_on_to_the_same_file(dataset, guide, quick_clon
 def test_parts_of_another_collection_are_not_used(guide, tmp_path, monkeypatch):
     """Of another seed, another size or another policy."""
     monkeypatch.setattr(standins, "CHUNK", 2)
-    monkeypatch.setattr(adroit, "D4RL_HORIZON", 3)
-    rolled, rollout = [], adroit.rollout
-    monkeypatch.setattr(adroit, "rollout", lambda act, n, *given: rolled.append(n) or rollout(act, n, *given))
+    shorter(monkeypatch, 3)
+    rolled, rollout = [], standins.rollout
+    spied = lambda simulator, act, n, *given, **more: rolled.append(n) or rollout(simulator, act, n, *given, **more)  # noqa: E731
+    monkeypatch.setattr(standins, "rollout", spied)
     other = load.load_guide(load.DEMONSTRATOR)[0]
     for policy, steps, seed in ((guide, 9, 0), (guide, 9, 1), (guide, 12, 0), (other, 9, 0), (guide, 9, 0)):
         list(standins.expert(policy, steps, seed, tmp_path))

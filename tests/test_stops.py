@@ -164,19 +164,19 @@ def test_what_cannot_be_opened_is_told(swept, monkeypatch, error):
 @pytest.mark.usefixtures("runs")
 def test_d4rl_is_not_downloaded_for_who_only_looks(monkeypatch):
     dataset = copy.copy(parts()[0])
-    dataset.is_d4rl, asked = True, []
+    dataset.is_public, asked = True, []
 
-    def find(name, download=True):
+    def find(name, download=True, hint=""):
         asked.append((name, download))
         raise FileNotFoundError("it is not on disk")
 
-    monkeypatch.setattr(minari_files, "find_d4rl", find)
+    monkeypatch.setattr(minari_files, "find", find)
     mine = stops.Stops(a_lab(dataset, source="auto"))
     assert mine.choose("cloned", "explicit") == ("cloned is not ready yet: it is not on disk.", "Compute")
-    assert asked == [("cloned", False)]
+    assert asked == [("D4RL/pen/cloned-v2", False)]
     with pytest.raises(FileNotFoundError):
         mine.compute("cloned", "explicit", ignore)
-    assert asked[1:] == [("cloned", True)]
+    assert asked[1:] == [("D4RL/pen/cloned-v2", True)]
 
 
 def test_who_looks_does_not_wait_for_what_is_being_made(swept, runs, monkeypatch):

@@ -308,6 +308,7 @@ def checked(of):
 OUTCOME = SimpleNamespace(
     reward=checked(lambda obs, actions, after: obs[..., NUMBER] + after[..., 0] ** 2 + 3 * actions[..., 1]),
     ended=checked(lambda obs: obs[..., HEIGHT] < 0),
+    states={"reconstructed": None},
 )
 
 

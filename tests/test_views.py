@@ -17,8 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from pgdlib import measures
-from pgdlib.lab import study
-from pgdlib.lab.explorer import views
+from pgdlib.lab import study, tasks
 from pgdlib.lab.explorer.views import Sweep, View, cloud, curve, denoising, message, nearest, numbers, panel
 from pgdlib.lab.figures.style import DATA, GUIDED, MODEL
 
@@ -103,7 +102,7 @@ def test_a_cloud_shows_every_trajectory_of_both_weights_and_the_picked_one(estim
     assert names == {t.get_text() for t in ax.get_legend().get_texts()}
 
 
-@pytest.mark.parametrize("estimator", views.ESTIMATORS.values())
+@pytest.mark.parametrize("estimator", FLOOR)
 def test_limits_do_not_move_with_the_weight(estimator):
     sweep = {**{lam: point(lam) for lam in LAMS}, 3.0: collapsed(3.0)}
     seen = [a_view(lam, sweep, estimator=estimator, picked=7) for lam in (0.0, 1.0, 3.0)]
@@ -387,7 +386,7 @@ def a_track(seed=0, K=5, T=7, scale=1.0):
     sigma = scale * np.geomspace(80, 0.01, K)
     noised = rng.normal(size=(K, T, 71)) * np.sqrt(1 + sigma[:, None, None] ** 2)
     actions, means = rng.uniform(-1, 1, (2, K, T, 24))
-    return study.Denoising(*read_only([sigma, noised, actions, means]))
+    return study.Denoising(*read_only([sigma, noised, actions, means]), tasks.by_name("pen").states)
 
 
 TRACKS = {"unguided": a_track(0), "λ = 0.3": a_track(1, scale=1.1), "λ = 2": a_track(2, scale=1.2)}

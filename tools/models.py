@@ -1,4 +1,4 @@
-"""Train the models that ship in the package, of the stand-ins' data, and put them there: `make models`.
+"""Train the models and the runners' guides that ship in the package, and put them there: `make models`.
 
 It says first what each took when it was last trained; one that is stopped goes on where it was.
 """
@@ -9,9 +9,11 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from pgdlib.lab import artifacts, load, models, settings
+from pgdlib.lab import artifacts, guide_ppo, load, models, settings, tasks
+from pgdlib.simulators import locomotion
 
 LONG = dict(features=128, batch_size=128, passes=None)
 RECIPES = {  # kind and data: what differs from quick's settings
@@ -19,6 +21,8 @@ RECIPES = {  # kind and data: what differs from quick's settings
     "denoiser_human": LONG | dict(batch_size=64, train_steps=500),  # more would only copy its 25 episodes
     "worldmodel_cloned": {},  # three times as many steps err no less on data kept back
 }
+STAGES = 5  # of a guide's training, up to the medium one, which act in stand-ins
+KNOWN = [*locomotion.RUNNERS, *RECIPES]  # data are made of the guides
 LOADERS = {"denoiser": models.load_denoiser, "worldmodel": models.load_world_model}
 
 
@@ -40,17 +44,45 @@ def ship(name, network, losses, card, **more):
     artifacts.save(models.ASSETS / f"{name}.safetensors", {**tensors, "losses": losses}, {**card, **more})
 
 
+def train_guide(name):
+    """Train the guide of the runner `name`, and ship it and the stages of its training that act in stand-ins.
+
+    Medium is the first stage whose returns, of the actions that it samples as it trains, come to a third of the last one's.
+    """
+    task, stages = tasks.by_name(name), []
+    training = guide_ppo.Training(task.simulator, evaluate_every=500_000, **guide_ppo.OF_TASK[name])
+    for step in training:
+        found = [episode["r"] for episode in training.model.ep_info_buffer or [dict(r=0.0)]]
+        stages.append((step, float(np.mean(found)), training.policy()))
+        print(f"{name}: {step:,} steps, return {stages[-1][1]:.0f}", flush=True)
+    ship_guide(task, stages, training.card, training.curve)
+
+
+def ship_guide(task, stages, parameters, curve):
+    """Write the guide and the stages (steps, return, policy) of its training into the package."""
+    medium = next(i for i, (_, found, _) in enumerate(stages) if found >= stages[-1][1] / 3)
+    taken = [stages[i] for i in np.linspace(0, medium, STAGES).round().astype(int)]
+    policy, card = stages[-1][2], dict(kind="guide", parameters=parameters, curve=curve, machine=machine())
+    load.save_guide(task.guide, policy, {**card, **guide_ppo.evaluation(task.simulator, policy)})
+    tensors = {f"{i}.{k}": t for i, (*_, stage) in enumerate(taken) for k, t in stage.state_dict().items()}
+    card |= dict(kind="stages", config=policy.config, steps=[s for s, *_ in taken], returns=[r for _, r, _ in taken])
+    artifacts.save(tasks.ASSETS / f"stages_{task.name}.safetensors", tensors, card)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}; all by default")
-    names = parser.parse_args(argv).names or [*RECIPES]
-    if unknown := set(names) - {*RECIPES}:
-        parser.error(f"model {min(unknown)!r} is not known; it must be one of {', '.join(RECIPES)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(KNOWN)}; all by default")
+    names = parser.parse_args(argv).names or KNOWN
+    if unknown := set(names) - {*KNOWN}:
+        parser.error(f"model {min(unknown)!r} is not known; it must be one of {', '.join(KNOWN)}")
     for name in names:
         if (path := models.ASSETS / f"{name}.safetensors").exists():
             card = artifacts.load(path)[1]
             print(f"{name}: last time {card['seconds'] / 3600:.1f} hours on {card['machine']}", flush=True)
     for name in names:
+        if name in locomotion.RUNNERS:
+            train_guide(name)
+            continue
         (kind, dataset), p = name.split("_"), settings_of(name)
         ds = load.load_data(dataset, "local", p.data_steps)
         network, losses, card = LOADERS[kind](ds, p, load.device_of("auto"))

@@ -1,4 +1,4 @@
-"""Train the guide: Stable-Baselines3 PPO on the D4RL-scale Adroit Pen, in a batch of simulations."""
+"""Train a guide: Stable-Baselines3's PPO on episodes as long as D4RL's, in a batch of simulations."""
 
 import functools
 import math
@@ -13,39 +13,47 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from pgdlib import fast, measures
 from pgdlib.lab import guide_zip
-from pgdlib.simulators import pen
+from pgdlib.simulators import Simulator, locomotion
+from pgdlib.simulators.episodes import rollout
 
-# Found on this task; the paper does not give its own.
+# Found on Adroit Pen; the paper does not give its own.
 OWN = dict(steps=5_000_000, n_envs=64, lr=3e-4, final_lr=3e-5, hidden=[256, 256], initial_log_std=-0.7)
 SB3 = dict(n_steps=128, batch_size=1024, n_epochs=10, gamma=0.99, gae_lambda=0.95, clip_range=0.2)  # by SB3's own names
 DEFAULTS = {**OWN, **SB3}
+SMALL = dict(hidden=[64, 64], n_envs=32, batch_size=64, initial_log_std=0.0, steps=1_500_000)
+OF_TASK = {name: SMALL for name in locomotion.RUNNERS}  # what differs there
 
 
-class PenVecEnv(VecEnv):
-    """`n` D4RL-scale Adroit Pen environments as one Stable-Baselines3 `VecEnv`; ended episodes start anew at once."""
+class SimulatorVecEnv(VecEnv):
+    """`n` environments of a `Simulator` as one Stable-Baselines3 `VecEnv`; ended episodes start anew at once."""
 
-    def __init__(self, n, seed=0, threads=None):
-        super().__init__(n, Box(-np.inf, np.inf, (pen.OBS_DIM,), np.float32), Box(-1.0, 1.0, (pen.ACTION_DIM,), np.float32))
-        self._batch = pen.PenBatch(n, threads)
+    def __init__(self, simulator: Simulator, n, seed=0, threads=None):
+        obs, actions = (
+            Box(-np.inf, np.inf, (simulator.obs_dim,), np.float32),
+            Box(-1.0, 1.0, (simulator.action_dim,), np.float32),
+        )
+        super().__init__(n, obs, actions)
+        self._simulator, self._batch = simulator, simulator.batch(n, threads)
         self.seed(seed)
 
     def seed(self, seed=None):
-        """Draw the targets of new episodes from `seed` on."""
+        """Draw the starts of new episodes from `seed` on."""
         self._rng = np.random.default_rng(seed)
 
     def reset(self):
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)
-        return self._batch.reset(pen.sample_targets(self.num_envs, self._rng)).astype(np.float32)
+        self._obs = self._batch.begin(*self._simulator.start(self.num_envs, self._rng))
+        return self._obs.astype(np.float32)
 
     def step_async(self, actions):
         self._actions = actions
 
     def step_wait(self):
         obs = self._batch.step(self._actions)
-        rewards, _, fallen = pen.outcome(obs)
+        rewards, fallen = self._simulator.reward(self._obs, self._actions, obs), self._simulator.ended(obs)
         self._returns += rewards
         self._lengths += 1
-        dones = fallen | (self._lengths >= pen.D4RL_HORIZON)
+        dones = fallen | (self._lengths >= self._simulator.horizon)
         infos = [{} for _ in range(self.num_envs)]
         ended = np.flatnonzero(dones)
         for i in ended:
@@ -55,8 +63,9 @@ class PenVecEnv(VecEnv):
                 "episode": {"r": self._returns[i], "l": int(self._lengths[i]), "t": time.time()},
             }
         if len(ended):
-            obs[ended] = self._batch.reset(pen.sample_targets(len(ended), self._rng), ended)
+            obs[ended] = self._batch.begin(*self._simulator.start(len(ended), self._rng), ids=ended)
             self._returns[ended], self._lengths[ended] = 0.0, 0
+        self._obs = obs
         return obs.astype(np.float32), rewards.astype(np.float32), dones, infos
 
     def close(self):
@@ -69,10 +78,10 @@ class PenVecEnv(VecEnv):
         return [getattr(self, attr_name, None)] * self.num_envs
 
     def set_attr(self, attr_name, value, indices=None):
-        raise NotImplementedError("PenVecEnv's environments have no attributes of their own")
+        raise NotImplementedError("SimulatorVecEnv's environments have no attributes of their own")
 
     def env_method(self, method_name, *args, indices=None, **kwargs):
-        raise NotImplementedError("PenVecEnv's environments have no methods of their own")
+        raise NotImplementedError("SimulatorVecEnv's environments have no methods of their own")
 
 
 class ObservationNormaliser(BaseFeaturesExtractor):
@@ -106,15 +115,16 @@ class Training:
     numbers: a training that goes on from it begins new episodes, with random numbers of their own.
     """
 
-    def __init__(self, seed=0, evaluate_every=250_000, **overrides):
+    def __init__(self, simulator, seed=0, evaluate_every=250_000, **overrides):
         """`overrides` replace entries of `DEFAULTS`; `steps` is rounded up to whole rollouts."""
         p = {**DEFAULTS, **overrides}
-        self.card = {**p, "seed": seed, "evaluate_every": evaluate_every}
+        self.card = {**p, "simulator": simulator.name, "seed": seed, "evaluate_every": evaluate_every}
+        self._simulator = simulator
         self.parameters, self._seed, self._every, self._rollout = p, seed, evaluate_every, p["n_steps"] * p["n_envs"]
         self.step, self.steps, self.model = 0, -(-p["steps"] // self._rollout) * self._rollout, None
         self._rewards = torch.tensor([0.0, 1.0, 1e-4], dtype=torch.float64)  # mean, variance, count
         self._curve = torch.full((self.steps // evaluate_every + 2, 3), math.nan, dtype=torch.float64)
-        self._env = VecNormalize(PenVecEnv(p["n_envs"], seed), norm_obs=False, gamma=p["gamma"])
+        self._env = VecNormalize(SimulatorVecEnv(simulator, p["n_envs"], seed), norm_obs=False, gamma=p["gamma"])
         network = dict(net_arch=p["hidden"], log_std_init=p["initial_log_std"], features_extractor_class=ObservationNormaliser)
         how = dict(learning_rate=self._learning_rate, policy_kwargs=network, seed=seed, device="cpu")
         self.model = PPO("MlpPolicy", self._env, **how, **{name: p[name] for name in SB3})
@@ -141,7 +151,7 @@ class Training:
             before = self.step // self._every
             self.model.learn(self._rollout, reset_num_timesteps=False)  # one rollout and its updates
             # After the updates, so that a rollout and its updates see the same moments.
-            self._normaliser.update(self.model.rollout_buffer.observations.reshape(-1, pen.OBS_DIM))
+            self._normaliser.update(self.model.rollout_buffer.observations.reshape(-1, self._simulator.obs_dim))
             self.step, moments = self.model.num_timesteps, self._env.ret_rms
             self._rewards.copy_(torch.tensor([moments.mean, moments.var, moments.count]))
             if self.step // self._every > before or self.step == self.steps:
@@ -166,15 +176,16 @@ class Training:
         moments.mean, moments.var, moments.count = self._rewards.numpy().copy()
         if self.step == 0:  # moments before the first rollout, from random actions
             rng = np.random.default_rng(rest)
-            played = pen.rollout(lambda obs: rng.uniform(-1, 1, (len(obs), pen.ACTION_DIM)), 64, rng, pen.D4RL_HORIZON)
-            self._normaliser.update(played.obs.reshape(-1, pen.OBS_DIM))
+            act = lambda obs: rng.uniform(-1, 1, (len(obs), self._simulator.action_dim))  # noqa: E731
+            played = rollout(self._simulator, act, 64, rng, whole=False)
+            self._normaliser.update(played.obs.reshape(-1, self._simulator.obs_dim))
             self._evaluate()
 
     def _evaluate(self):
         def act(obs):
             return self.model.predict(obs.astype(np.float32), deterministic=True)[0]
 
-        returns = pen.rollout(act, 64, np.random.default_rng(0), pen.D4RL_HORIZON).d4rl_returns
+        returns = rollout(self._simulator, act, 64, np.random.default_rng(0), whole=False).returns()
         point = [self.step, returns.mean(), returns.std(ddof=1) / 8]
         self._curve[len(self.curve)] = torch.tensor(point, dtype=torch.float64)
 
@@ -183,11 +194,11 @@ class Training:
         return guide_zip.of_ppo(self.model.policy.state_dict())
 
 
-def evaluation(policy, episodes=200):
+def evaluation(simulator, policy, episodes=200):
     """What a guide's card says of it: its return on D4RL's scale, mean and sampled actions, with 95% intervals."""
     card = {"evaluation episodes": episodes}
     for name, generator in (("mean action", None), ("sampled action", torch.Generator().manual_seed(1))):
         act = functools.partial(policy.act, generator=generator)
-        returns = pen.rollout(act, episodes, np.random.default_rng(1), pen.D4RL_HORIZON).d4rl_returns
+        returns = rollout(simulator, act, episodes, np.random.default_rng(1), whole=False).returns()
         card[f"return, {name}"] = "{:.0f} [{:.0f}, {:.0f}]".format(*measures.interval(returns))
     return card

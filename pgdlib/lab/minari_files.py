@@ -1,4 +1,4 @@
-"""Minari datasets: finding D4RL's, reading any, writing the stand-ins."""
+"""Minari datasets: finding, reading and writing them."""
 
 import contextlib
 import hashlib
@@ -16,14 +16,8 @@ from gymnasium import spaces
 
 from pgdlib.data import LARGEST, Trajectories
 from pgdlib.lab import artifacts, locks, minari_steps
-from pgdlib.simulators import pen
 
 INFO_DIMS = dict(qpos=30, qvel=30, target=4)  # the simulator's states, where a dataset holds them
-D4RL = {  # name -> Minari's id, episodes, steps
-    "human": ("D4RL/pen/human-v2", 25, 5_000),
-    "cloned": ("D4RL/pen/cloned-v2", 3_736, 500_000),
-    "expert": ("D4RL/pen/expert-v2", 4_958, 499_206),
-}
 
 
 def from_minari(folder, name):
@@ -91,31 +85,38 @@ def is_whole(folder):
     return False
 
 
-def is_d4rls(folder, dataset, lengths):
-    """Whether the Minari dataset in `folder`, of such `lengths`, is D4RL's pen-`dataset`: by its id and its size."""
-    return (_metadata(folder).get("dataset_id"), len(lengths), int(lengths.sum())) == D4RL[dataset]
+def is_known(folder, known, lengths):
+    """Whether the Minari dataset in `folder`, of such `lengths`, is the `known` one (`tasks.PUBLIC`), by id and size."""
+    return (_metadata(folder).get("dataset_id"), len(lengths), int(lengths.sum()))[: len(known)] == known
+
+
+def environment(folder):
+    """The id of the gymnasium environment that the Minari dataset in `folder` is of; None where it does not say."""
+    try:
+        return json.loads(_metadata(folder)["env_spec"])["id"]
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _metadata(folder):
     """What Minari notes of the dataset in `folder`; empty if it cannot be read."""
     try:
-        return dict(json.loads((folder / "data" / "metadata.json").read_text()))
+        return dict(json.loads((Path(folder) / "data" / "metadata.json").read_text()))
     except (OSError, TypeError, ValueError):
         return {}
 
 
-def find_d4rl(dataset, download=True):
-    """The folder of Minari's copy of D4RL pen-`dataset`, downloaded if it is not on disk, whole or not at all.
+def find(name, download=True, hint=""):
+    """The folder of the Minari dataset with the id `name`, downloaded if it is not on disk, whole or not at all.
 
-    Raises FileNotFoundError, at once, if it is not on disk and cannot be downloaded; the message says what to do.
+    Raises FileNotFoundError, at once, if it is not on disk and cannot be downloaded; the message says what to do, and `hint`.
     """
     from minari.storage import get_dataset_path
 
-    name = D4RL[dataset][0]
     folder = Path(get_dataset_path(name))
     if _is_downloaded(folder):
         return folder
-    here = f"D4RL data {name} is not in {folder.parents[2]}"
+    here = f"Minari's {name} is not in {folder.parents[name.count('/')]}"
     if not download:
         raise FileNotFoundError(here)
     try:
@@ -123,7 +124,7 @@ def find_d4rl(dataset, download=True):
     except Exception as e:  # the hub's client raises errors of many unrelated types
         raise FileNotFoundError(
             f"{here}, and its download failed: {type(e).__name__}: {e}. With a network, run `minari download {name}` (it needs "
-            f"pip install 'minari[hf]'), or copy its folder there; or use source='local', the stand-in."
+            f"pip install 'minari[hf]'), or copy its folder there{hint}."
         ) from e
     return folder
 
@@ -173,10 +174,11 @@ def _reachable(url, timeout=3.0):
     return True
 
 
-def write_minari(folder, dataset_id, episodes, description):
-    """Write batches of `pen.Episodes` as a Minari dataset at folder/dataset_id, whole or not at all; its folder.
+def write_minari(folder, dataset_id, episodes, description, whole=True):
+    """Write batches of `Episodes` as a Minari dataset at folder/dataset_id, whole or not at all; its folder.
 
-    qpos, qvel [T + 1, 30] and target [T + 1, 4] (quaternion) are stored as infos.
+    Where they have a goal, it, qpos and qvel are stored as infos, [T + 1, ...]. Not `whole`: episodes end where the environment
+    ends them, and say so; else they go on, as Minari's of Adroit do.
     """
     import minari
     from minari.dataset.minari_storage import MinariStorage
@@ -185,28 +187,29 @@ def write_minari(folder, dataset_id, episodes, description):
     needed = sum(array.nbytes for batch in episodes for array in vars(batch).values())
     with locks.replacing(place, needed) as partial:
         (partial / "data").mkdir(parents=True)
-        both = (-np.inf, np.inf, (pen.OBS_DIM,)), (-1.0, 1.0, (pen.ACTION_DIM,))
+        both = (-np.inf, np.inf, episodes[0].obs.shape[2:]), (-1.0, 1.0, episodes[0].actions.shape[2:])
         both = [spaces.Box(*of, np.float64) for of in both]
         storage = MinariStorage.new(partial / "data", *both, data_format="hdf5")
         names = dict(dataset_id=dataset_id, minari_version=minari.__version__, description=description)
         storage.update_metadata(names)
-        storage.update_episodes(_buffers(episodes))
+        storage.update_episodes(_buffers(episodes, whole))
         (partial / "sha256").write_text(digest(partial))
     return place
 
 
-def _buffers(episodes):
-    """Minari's form of each episode in batches of `pen.Episodes`."""
+def _buffers(episodes, whole=True):
+    """Minari's form of each episode in batches of `Episodes`."""
     from minari.data_collector import EpisodeBuffer
 
     for batch in episodes:
-        for i, rewards in enumerate(batch.rewards):
-            n = len(rewards)
+        for i, n in enumerate([batch.rewards.shape[1]] * len(batch.rewards) if whole else batch.lengths().tolist()):
+            ended = bool(batch.ended[i, n - 1]) and not whole
+            states = dict(qpos=batch.qpos[i], qvel=batch.qvel[i], target=np.tile(batch.goals[i], (n + 1, 1)))
             yield EpisodeBuffer(
-                observations=batch.obs[i],
-                actions=batch.actions[i].clip(-1.0, 1.0),
-                rewards=list(rewards),
-                terminations=[False] * n,
-                truncations=[False] * (n - 1) + [True],
-                infos={"qpos": batch.qpos[i], "qvel": batch.qvel[i], "target": np.tile(batch.targets[i], (n + 1, 1))},
+                observations=batch.obs[i, : n + 1],
+                actions=batch.actions[i, :n].clip(-1.0, 1.0),
+                rewards=list(batch.rewards[i, :n]),
+                terminations=[False] * (n - 1) + [ended],
+                truncations=[False] * (n - 1) + [not ended],
+                infos=states if batch.goals.size else {},
             )

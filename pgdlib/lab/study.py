@@ -15,7 +15,6 @@ from tqdm import tqdm
 from pgdlib import calibrate, data, dynamics, fast, guidance, measures, sampler
 from pgdlib.lab import artifacts, budget, load, models
 from pgdlib.lab.parts import Parts
-from pgdlib.simulators import pen
 
 # What is swept of each rule, in natural units; λ = 0 is always in it.
 GRIDS = {
@@ -26,7 +25,6 @@ GRIDS = {
     "smoothed": [0.2, 0.5, 1.0, 2.0, 10.0],
     "annealed": [0.03, 0.06, 0.1, 0.2, 0.3, 0.5, 2.0],
 }
-MEASURES = ("log_likelihood", "density", "normalised", "motion", "reconstructed", "appendix_b")
 
 
 @dataclass
@@ -34,7 +32,7 @@ class Point:
     """The n trajectories of one λ and what was measured of them."""
 
     x: torch.Tensor  # [n, T, width], normalised
-    measures: dict  # name of `MEASURES` -> [n]; the last two are the plain errors of the two estimators
+    measures: dict  # name -> [n], as `Study.judge` has them
     counts: dict  # how many of them "diverged", and how many are "unjudged", so have no error
 
 
@@ -45,6 +43,7 @@ class Study:
         self.dataset, self.denoiser, self.policy, self.p, self.device = dataset, denoiser, policy, p, torch.device(device)
         self.normaliser, self.spec = denoiser.normaliser, denoiser.normaliser.spec
         self.train, self.val = load.train_val(dataset)
+        self.simulator = dataset.simulator
         self.variance = self.train.variance
         self.states = self.train.obs[:: -(-len(self.train.obs) // 4_096)].to(self.device)  # some, evenly spread
         self.on_policy = float(measures.on_policy_log_likelihood(policy, self.states))
@@ -54,10 +53,17 @@ class Study:
     def open(cls, p, progress=tqdm, say=print):
         """The study of `p.dataset`; its data and its denoiser are loaded, or made, with the bar `progress`."""
         device = load.device_of(p.device)
-        policy, _ = load.load_guide(p.guide)
         dataset = load.load_data(p.dataset, p.source, p.data_steps, progress, say)
+        policy, _ = load.load_guide(p.guide, dataset.task, dataset.data.spec)
         denoiser, *_ = models.load_denoiser(dataset, p, device, progress, say)
         return cls(dataset, denoiser, policy.to(device), p, device)
+
+    @property
+    def rulers(self):
+        """The measures of wrongness that there are, the one to trust first: errors, or without a simulator the distance."""
+        if not self.simulator.states:
+            return ("distance",)
+        return ("normalised", *(name for name in self.simulator.states if name != "reconstructed"))
 
     @cached_property
     def limit(self):
@@ -111,25 +117,29 @@ class Study:
             self._most[n] = budget.most(self.denoiser, n, self.p.horizon, asked, self.device)
         return self._most[n]
 
-    def judge(self, x, diverged=None, estimators=dynamics.ESTIMATORS, alive=None):
+    def judge(self, x, diverged=None, estimators=None, alive=None):
         """The measures of normalised trajectories [n, T, width], name -> [n]; counts of what has none.
 
-        `alive` [n, T] is 1 on the steps that count; by default those up to the first terminal one.
+        Beside likelihoods: "normalised", the dynamics error over the variance; "motion", the same of stillness; the plain error
+        of each of the `estimators` (all by default). Without a simulator: "distance", how far in the mean the states lie from
+        the nearest of `states` (std). `alive` [n, T] is 1 on the steps that count; by default up to the first terminal one.
         """
         steps = self.normaliser.denormalise(x.to(self.device))
         alive = measures.alive(steps[..., self.spec.terminal]) if alive is None else alive
         parts = steps[..., self.spec.obs], steps[..., self.spec.actions], alive
-        obs, actions, lasts = (v.cpu().numpy() for v in parts)
-        error = {k: dynamics.dynamics_error(pen.PEN, obs, actions, self.variance, k, lasts) for k in estimators}
-        found = {
-            "log_likelihood": measures.log_likelihood(self.policy, *parts).cpu().numpy(),
-            "density": measures.mean_density(self.policy, *parts).cpu().numpy(),
-            "normalised": error["reconstructed"].normalised,
-            "motion": error["still"].normalised,
-            **{name: error[name].plain for name in estimators if name != "still"},
-        }
+        likelihoods = dict(log_likelihood=measures.log_likelihood, density=measures.mean_density)
+        found = {name: of(self.policy, *parts).cpu().numpy() for name, of in likelihoods.items()}
+        if not self.simulator.states:
+            scale = torch.as_tensor(self.variance, device=self.device).sqrt()
+            found["distance"] = measures.nearest(parts[0], self.states, scale, alive).cpu().numpy()
+        else:
+            obs, actions, lasts = (v.cpu().numpy() for v in parts)
+            how, estimators = (self.simulator, obs, actions, self.variance), estimators or (*self.simulator.states, "still")
+            error = {name: dynamics.dynamics_error(*how, name, lasts) for name in estimators}
+            found |= {"normalised": error["reconstructed"].normalised, "motion": error["still"].normalised}
+            found |= {name: error[name].plain for name in estimators if name != "still"}
         lost = 0 if diverged is None else int(diverged.sum())
-        return found, {"diverged": lost, "unjudged": error["reconstructed"].unjudged}
+        return found, {"diverged": lost, "unjudged": int(np.isnan(found[self.rulers[0]]).sum())}
 
     def calibrate(self, rule, tolerance, watch=None):
         """The `Calibration` of a rule; at ci scale, where nothing is learnt, only to 20%. If out of reach, the nearest.
@@ -173,7 +183,7 @@ class Study:
 
         tensors, card = artifacts.artifact(self._path(rule, lam), make, report=lambda message: None)
         parts.discard()
-        values = {name: tensors[f"measures.{name}"].numpy() for name in MEASURES}
+        values = {k.removeprefix("measures."): t.numpy() for k, t in tensors.items() if k.startswith("measures.")}
         return Point(tensors["x"].to(self.device), values, card["counts"])
 
     def status(self, rule, lams):
@@ -237,6 +247,7 @@ class Denoising:
     noised: np.ndarray  # [K, T, width], normalised
     actions: np.ndarray  # [K, T, action_dim], of the denoised estimate, environment space
     means: np.ndarray  # [K, T, action_dim], the policy's mean actions in the states of that estimate
+    states: dict  # name -> slice of the observation, as `tasks.Task` has them
 
 
 def denoising(lab, rule, lam, seed=0):
@@ -246,4 +257,4 @@ def denoising(lab, rule, lam, seed=0):
     sigma, noised, denoised = zip(*seen[:: 2 if lab.p.solver == "heun" else 1])  # the corrector's evaluations are no steps
     steps = lab.normaliser.denormalise(torch.stack(denoised))
     parts = torch.stack(noised), steps[..., lab.spec.actions], lab.policy(steps[..., lab.spec.obs])[0]
-    return Denoising(np.array(sigma), *(v.cpu().numpy() for v in parts))
+    return Denoising(np.array(sigma), *(v.cpu().numpy() for v in parts), lab.dataset.task.states)

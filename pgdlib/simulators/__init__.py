@@ -14,9 +14,9 @@ class Simulator:
     """What the core asks of a simulator. Arrays are numpy, in environment space; n simulations or rows, B trajectories.
 
     A state is qpos and qvel first, and what else the domain has (pen: its target). A batch, `batch(n, threads)`, is n
-    simulations in closed loop (`simulators.batch.Batch`): `set_state(*state)` gives the observations [n, obs_dim] there,
-    `place(*state)` does without them, `step(actions [n, action_dim])` gives the next observations, NaN for what it cannot
-    simulate, and `state()` copies of the state.
+    simulations in closed loop (`simulators.batch.Batch`): `begin(*state, ids)` starts episodes, `set_state(*state)` gives the
+    observations [n, obs_dim] there, `place(*state)` does without them, `step(actions [n, action_dim])` gives the next
+    observations, NaN for what it cannot simulate, and `state()` copies of the state.
     """
 
     name: str
@@ -27,14 +27,34 @@ class Simulator:
     dt: float  # s, between observations
     horizon: int | None  # steps of an episode
     groups: dict[str, slice]  # of the observation, for tables
-    batch: Callable  # (n, threads) -> a batch
-    start: Callable  # (n, rng) -> the states that n episodes begin with
+    batch: Callable | None  # (n, threads) -> a batch
+    start: Callable | None  # (n, rng) -> the states that n episodes begin with
     states: dict[str, Callable]  # estimator -> function (obs [B, T, obs_dim], actions) -> (qpos, qvel) [B, T, ...]
-    within_reach: Callable  # (qpos, qvel) [n, ...] -> [n], whether simulating from there means something
+    within_reach: Callable | None  # (qpos, qvel) [n, ...] -> [n], whether simulating from there means something
     reward: Callable  # (obs, actions, next_obs) [..., dim] -> [...], of the step between them
     ended: Callable  # (obs [..., obs_dim]) -> [...], whether the step that led there ended the episode
     with_goal: Callable  # (obs [..., obs_dim], start [..., obs_dim]) -> obs, its goal being that of `start`; in place
     references: tuple[float, float] | None  # D4RL's returns of a random policy and of an expert
+
+    def score(self, returns: float | np.ndarray) -> float | np.ndarray:
+        """D4RL's normalised score (0 random, 100 expert) of returns on D4RL's scale; NaN where there are no `references`."""
+        low, high = self.references or (np.nan, np.nan)
+        return 100.0 * (returns - low) / (high - low)
+
+    def return_of(self, score: float) -> float:
+        """The return of a normalised `score`."""
+        low, high = self.references or (np.nan, np.nan)
+        return low + score / 100 * (high - low)
+
+
+def unknown(name: str, obs_dim: int, action_dim: int, horizon: int) -> Simulator:
+    """Stands for an environment that cannot be simulated here: it has no batch and no states, and knows no reward or end."""
+    never = lambda obs: np.zeros(obs.shape[:-1], dtype=bool)  # noqa: E731
+    reward = lambda obs, actions, next_obs: np.full(obs.shape[:-1], np.nan)  # noqa: E731
+    whole, same = {"observation": slice(0, obs_dim)}, lambda obs, start: obs
+    return Simulator(
+        name, obs_dim, action_dim, 0, 0, 1.0, horizon, whole, None, None, {}, None, reward, never, same, None
+    )  # fmt: skip
 
 
 def advance(

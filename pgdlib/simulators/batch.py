@@ -18,7 +18,7 @@ class Batch:
         warnings = import_mujoco().mjtWarning
         from mujoco import batch
 
-        self.n, self._substeps, self._centre, self._reach = n, substeps, centre, reach
+        self.model, self.n, self._substeps, self._centre, self._reach = model, n, substeps, centre, reach
         self._batch = batch.Batch(model, n, threads or default_threads())
         self._warnings = self._batch.warning[..., 1]
         self._fatal = [int(getattr(warnings, f"mjWARN_BAD{of}")) for of in ("QPOS", "QVEL", "QACC", "CTRL")]
@@ -39,6 +39,14 @@ class Batch:
         """Put every simulation into the state qpos, qvel [n, ...] (rad, m, s), ...; the observations [n, obs_dim]."""
         self.place(*state)
         return self._observe_after(self._batch.forward)
+
+    def begin(self, *state: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
+        """Start episodes at `state` (k rows, as `Simulator.start`) in simulations `ids` (sorted; all); their observations."""
+        ids = np.arange(self.n) if ids is None else np.asarray(ids)
+        self._batch.reset(ids.astype(np.int32))
+        self._broken[ids] = False
+        self._qpos[ids], self._qvel[ids] = state
+        return self.observe()[ids]
 
     def place(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
         """`set_state` without the observations, which take time."""

@@ -3,12 +3,11 @@
 import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
-from pgdlib.simulators import Simulator, import_mujoco, pen_states
+from pgdlib.simulators import Simulator, episodes, import_mujoco, pen_states
 from pgdlib.simulators.batch import Batch
 from pgdlib.simulators.pen_states import ACTION_DIM, CONTROL_DT, GROUPS, N_SUBSTEPS, OBS_DIM, STATE_DIM, outcome
 
@@ -18,7 +17,7 @@ D4RL_RANDOM_RETURN, D4RL_EXPERT_RETURN = 96.262799, 3076.833073  # D4RL's refere
 
 def normalised_score(d4rl_return: float | np.ndarray) -> float | np.ndarray:
     """D4RL's score (0 random, 100 expert) of a return on D4RL's scale. It has no meaning for a native return."""
-    return 100.0 * (d4rl_return - D4RL_RANDOM_RETURN) / (D4RL_EXPERT_RETURN - D4RL_RANDOM_RETURN)
+    return PEN.score(d4rl_return)
 
 
 @cache
@@ -65,13 +64,10 @@ class PenBatch(Batch):
         self._target_quat = self._batch.expand("body_quat")[:, env.target_obj_body_id]
         self._xpos, self._site = self._batch.bind("xpos"), self._batch.bind("site_xpos")
 
-    def reset(self, targets: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
-        """Start an episode with `targets` [k, 4] in simulations `ids` (sorted; default all); their observations [k, 45]."""
-        ids = np.arange(self.n) if ids is None else np.asarray(ids)
-        self._target_quat[ids] = targets
-        self._batch.reset(ids.astype(np.int32))
-        self._broken[ids] = False
-        return self.observe()[ids]
+    def begin(self, qpos: np.ndarray, qvel: np.ndarray, targets: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
+        """`Batch.begin`, with `targets` [k, 4] (quaternions)."""
+        self._target_quat[slice(None) if ids is None else ids] = targets  # before the rest, which shows the target
+        return super().begin(qpos, qvel, ids=ids)
 
     def place(self, qpos: np.ndarray, qvel: np.ndarray, targets: np.ndarray | None = None) -> None:
         """`Batch.place`, with `targets` [n, 4] or those that are."""
@@ -93,53 +89,22 @@ class PenBatch(Batch):
         return np.concatenate(parts, -1)
 
 
-@dataclass
-class Episodes:
-    """Rollouts of `n` whole native episodes of T steps; D4RL's returns follow from them."""
+class Episodes(episodes.Episodes):
+    """Rollouts of whole native episodes; D4RL's returns follow from them."""
 
-    obs: np.ndarray  # [n, T + 1, 45]
-    actions: np.ndarray  # [n, T, 24], as the policy gave them (the simulator clips)
-    rewards: np.ndarray  # [n, T]
-    fallen: np.ndarray  # [n, T]
-    qpos: np.ndarray  # [n, T + 1, 30]
-    qvel: np.ndarray  # [n, T + 1, 30]
-    targets: np.ndarray  # [n, 4]
-
-    @property
-    def native_returns(self) -> np.ndarray:
-        """[n]: the sum of all rewards."""
-        return self.rewards.sum(1)
-
-    @property
-    def d4rl_lengths(self) -> np.ndarray:
-        """[n]: steps until D4RL ends the episode, by the fall or after 100."""
-        fallen = self.fallen[:, :D4RL_HORIZON]
-        return np.where(fallen.any(1), fallen.argmax(1) + 1, fallen.shape[1])
-
-    @property
-    def d4rl_returns(self) -> np.ndarray:
-        """[n]: the sum of rewards until D4RL ends the episode, the falling step included."""
-        lived = np.arange(self.rewards.shape[1]) < self.d4rl_lengths[:, None]
-        return (self.rewards * lived).sum(1)
+    fallen = property(lambda self: self.ended)  # [n, T]
+    native_returns = property(lambda self: self.rewards.sum(1))  # [n]
+    d4rl_lengths = property(lambda self: self.lengths(D4RL_HORIZON))  # [n]
+    d4rl_returns = property(lambda self: self.returns(D4RL_HORIZON))  # [n]
 
 
 def rollout(
     act: Callable, n: int, rng: np.random.Generator | None, horizon: int = NATIVE_HORIZON,
     targets: np.ndarray | None = None, threads: int | None = None,
 ) -> Episodes:  # fmt: skip
-    """`n` episodes of `horizon` steps side by side, with `act(obs [n, 45]) -> actions [n, 24]`, as `Episodes`."""
-    batch = PenBatch(n, threads)
-    targets = sample_targets(n, rng) if targets is None else targets
-    obs = [batch.reset(targets)]
-    states, actions = [batch.state()], []
-    for _ in range(horizon):
-        actions.append(np.asarray(act(obs[-1]), dtype=np.float64))
-        obs.append(batch.step(actions[-1]))
-        states.append(batch.state())
-    obs, actions = np.stack(obs, 1), np.stack(actions, 1)
-    rewards, _, fallen = outcome(obs[:, 1:])
-    qpos, qvel = (np.stack([s[i] for s in states], 1) for i in (0, 1))
-    return Episodes(obs, actions, rewards, fallen, qpos, qvel, targets)
+    """`episodes.rollout` of the pen: `n` episodes of `horizon` steps, with `targets` [n, 4] or those that `rng` draws."""
+    begun = None if targets is None else (*start(n, np.random.default_rng(0))[:2], targets)
+    return Episodes(**vars(episodes.rollout(PEN, act, n, rng, horizon, begun, threads)))
 
 
 def within_reach(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
@@ -158,7 +123,9 @@ def within_reach(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
 
 @cache
 def _kick():
-    return pen_states.kick_response(PenBatch(25, threads=1))
+    batch = PenBatch(25, threads=1)
+    batch.begin(*start(25, np.random.default_rng(0)))  # at rest; the target does not matter
+    return pen_states.kick_response(batch)
 
 
 def reconstructed(obs: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -127,11 +127,10 @@ def kick_response(batch: Any) -> np.ndarray:
     """[24, 24]: what to add to a central difference of the hand's joint angles, for each unit of change of each action.
 
     Where the action changes, the acceleration jumps by Δ, and the central difference over one step h on both sides is off by
-    Δ h / 4. Δ is measured, in a `batch` of 25 simulations: a hand at rest, one action kicked at a time, the true velocity
+    Δ h / 4. Δ is measured, in a `batch` of 25 simulations at rest: one action kicked at a time, the true velocity
     against the difference.
     """
     actions, size = np.zeros((25, ACTION_DIM)), 0.2
-    batch.reset(np.tile([1.0, 0.0, 0.0, 0.0], (25, 1)))
     for _ in range(10):
         batch.step(actions)
     before, _, _ = batch.state()

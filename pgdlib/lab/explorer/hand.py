@@ -1,4 +1,4 @@
-"""Pictures of the hand and the pen: the states that a model imagined beside those of the simulator, drawn with OpenGL.
+"""Pictures of the hand and the pen, or of a runner: states that a model imagined beside the simulator's, drawn with OpenGL.
 
 A film is an array of frames, uint8 [K, height, width, 3]; a size is (width, height), px.
 """
@@ -20,10 +20,10 @@ from PIL import Image
 from pgdlib.lab import artifacts
 from pgdlib.lab.figures.style import DATA, GUIDED, MODEL
 from pgdlib.simulators import import_mujoco
-from pgdlib.simulators import pen as adroit
+from pgdlib.simulators.pen import GROUPS, PEN
 
 mujoco = import_mujoco()
-TARGET = adroit.GROUPS["target axis"]  # of an observation
+GREEN = {PEN.name: "green: where the pen should be"}
 BACKDROP, BLANK = 246, 215  # grey values: behind the hand, and of a frame that shows nothing
 EDGE, HEAD, FOOT = 10, 46, 150  # px of a composed frame: around the two pictures, above and below them
 LOWEST, HIGHEST = 1e-3, 10.0  # the least span of the error's axis, so that films can be compared
@@ -52,11 +52,34 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Stage:
-    """The hand, the pen and the target before a camera that takes pictures of `size`."""
+    """What a `Simulator` simulates, before a camera that takes pictures of `size`: here a runner, from the side."""
 
-    def __init__(self, size):
-        model = copy.copy(adroit._gym_env().model)  # the simulator keeps its own
-        model.vis.global_.offwidth, model.vis.global_.offheight = size
+    def __init__(self, simulator, size):
+        self._model = copy.copy(simulator.batch(1, 1).model)  # the simulator keeps its own
+        self._model.vis.global_.offwidth, self._model.vis.global_.offheight = size
+        self._camera, self._data = mujoco.MjvCamera(), mujoco.MjData(self._model)
+        self._dress(self._model)
+        self._renderer = _renderer(self._model, size)
+
+    def _dress(self, model):
+        self._camera.azimuth, self._camera.elevation, self._camera.distance = 90, -8, 3.6
+
+    def _aim(self, obs):
+        self._camera.lookat[:] = self._data.xpos[1][0], 0.0, 0.75  # along with the root's body
+
+    def picture(self, qpos, obs):
+        self._data.qpos[:] = qpos
+        mujoco.mj_kinematics(self._model, self._data)
+        self._aim(obs)
+        mujoco.mj_camlight(self._model, self._data)
+        self._renderer.update_scene(self._data, self._camera)
+        return self._renderer.render()
+
+
+class _Hand(_Stage):
+    """The hand, the pen and the target."""
+
+    def _dress(self, model):
         model.vis.quality.shadowsize = 0  # a shadow takes longer than all the rest
         model.vis.headlight.ambient[:], model.vis.headlight.diffuse[:] = 0.3, 0.4
         model.geom_group[np.isin(model.geom_bodyid, [0, model.body("table").id])] = 5  # a group that is not drawn
@@ -68,18 +91,12 @@ class _Stage:
         sky = model.tex("texgeom")  # nothing else that is drawn has this texture
         model.tex_type[sky.id] = mujoco.mjtTexture.mjTEXTURE_SKYBOX
         model.tex_data[model.tex_adr[sky.id] :][: sky.width[0] * sky.height[0] * sky.nchannel[0]] = BACKDROP
-        self._model, self._data, self._camera = model, mujoco.MjData(model), mujoco.MjvCamera()
         self._camera.azimuth, self._camera.elevation, self._camera.distance = -130, -30, 0.36
         self._camera.lookat[:] = 0.0, -0.215, 0.23
-        self._renderer = _renderer(model, size)
 
-    def picture(self, qpos, target_axis):
-        self._data.qpos[:] = qpos
-        mujoco.mju_quatZ2Vec(self._model.body("target").quat, target_axis)
+    def _aim(self, obs):
+        mujoco.mju_quatZ2Vec(self._model.body("target").quat, obs[GROUPS["target axis"]])
         mujoco.mj_kinematics(self._model, self._data)
-        mujoco.mj_camlight(self._model, self._data)
-        self._renderer.update_scene(self._data, self._camera)
-        return self._renderer.render()
 
 
 def _renderer(model, size):
@@ -101,16 +118,16 @@ def _renderer(model, size):
     raise CannotRender(_failure)
 
 
-def _picture(qpos, target_axis, size):
+def _picture(simulator, qpos, obs, size):
     """One frame; for the worker only."""
-    stages = vars(_kept).setdefault("stages", {})
-    if size not in stages:
-        stages[size] = _Stage(size)
-    return stages[size].picture(qpos, target_axis)
+    stages, key = vars(_kept).setdefault("stages", {}), (simulator.name, size)
+    if key not in stages:
+        stages[key] = (_Hand if simulator.name == PEN.name else _Stage)(simulator, size)
+    return stages[key].picture(qpos, obs)
 
 
-def frames(qpos, target_axis, size=(320, 300)):
-    """A film of the hand and the pen at qpos [K, 30], with a ghost of the pen where it should be, along target_axis [3].
+def frames(simulator, qpos, obs, size=(320, 300)):
+    """A film of what a `Simulator` simulates, at qpos [K, qpos_dim]; of the pen, with a ghost where the goal of obs has it.
 
     Any thread may call this. A row that is not finite gives a blank frame. Raises CannotRender.
     """
@@ -120,8 +137,8 @@ def frames(qpos, target_axis, size=(320, 300)):
         raise CannotRender(FORKED)
     film = np.full((len(qpos), size[1], size[0], 3), BLANK, dtype=np.uint8)
     for k, row in enumerate(qpos):
-        if np.isfinite([*row, *target_axis]).all():
-            film[k] = _worker.submit(_picture, row, target_axis, tuple(size)).result()
+        if np.isfinite([*row, *obs]).all():
+            film[k] = _worker.submit(_picture, simulator, row, obs, tuple(size)).result()
     return film
 
 
@@ -142,7 +159,7 @@ class SideBySide:
 
         write(EDGE, 7, title, fontsize=10, fontweight="bold")
         write(EDGE, HEAD + size[1] + 6, "squared error / variance of the data")
-        write(width - EDGE, HEAD + size[1] + 6, "green: where the pen should be", ha="right")
+        write(width - EDGE, HEAD + size[1] + 6, GREEN.get(replay.simulator.name, ""), ha="right")
         self._clock, self._sides = write(width - EDGE, 9, ha="right"), []
         lost = "the simulator gives up" if np.isfinite(replay.simulated[0]).all() else "the simulator cannot start here"
         for x, qpos, name, without in (
@@ -158,7 +175,7 @@ class SideBySide:
 
     def _curve(self, ax):
         """The error over time on `ax`; a cursor and a mark that are to be moved along it."""
-        t = np.arange(len(self._errors)) * adroit.CONTROL_DT
+        t = np.arange(len(self._errors)) * self._replay.simulator.dt
         limits = np.nanmin([LOWEST, *self._errors]), np.nanmax([HIGHEST, *self._errors])
         ax.plot(t, self._errors, color=MODEL, linewidth=2)
         ax.set(yscale="log", ylim=limits, xlim=(0, t[-1]))
@@ -177,9 +194,9 @@ class SideBySide:
         if not 0 <= k < len(self):
             raise IndexError(f"frame {k} is not there; there are {len(self)}")
         for image, qpos, note in self._sides:
-            image.set_data(frames(qpos[k : k + 1], self._replay.start[TARGET], self._size)[0])
+            image.set_data(frames(self._replay.simulator, qpos[k : k + 1], self._replay.start, self._size)[0])
             note.set_visible(not np.isfinite(qpos[k]).all())
-        time = k * adroit.CONTROL_DT
+        time = k * self._replay.simulator.dt
         self._clock.set_text(f"{time:.2f} s")
         self._cursor.set_xdata([time, time])
         self._mark.set_data([time], [self._errors[k]])

@@ -9,7 +9,7 @@ import ipywidgets as w
 import numpy as np
 
 from pgdlib import guidance
-from pgdlib.lab import settings
+from pgdlib.lab import tasks
 from pgdlib.lab.explorer import views, widgets
 from pgdlib.lab.explorer.stops import Stops
 
@@ -127,10 +127,12 @@ class Explorer:
                     self.pick(found)
 
     def _build(self):
+        rulers = {name: key for name, key in views.ESTIMATORS.items() if key in self.stops.lab.rulers}
         chooser = dict(style={"description_width": "initial"}, layout=w.Layout(width="auto"))
-        self._dataset = w.Dropdown(options=settings.DATASETS, description="dataset", value=self.stops.dataset, **chooser)
+        self._dataset = w.Dropdown(options=tasks.siblings(self.stops.dataset), description="dataset", **chooser)
+        self._dataset.value = self.stops.dataset
         self._rule = w.Dropdown(options=guidance.RULES, description="rule", **chooser)
-        self._estimator = w.Dropdown(options=views.ESTIMATORS, description="error", **chooser)
+        self._estimator = w.Dropdown(options=rulers, description="error", **chooser)
         self._slider, self._slot = w.SelectionSlider(options=["–"]), w.VBox()  # until there are stops
         self._marks, self._message, self._numbers = (w.HTML(layout=widgets.PAD) for _ in range(3))
         self._compute = w.Button(button_style="info", layout=w.Layout(width="150px"))

@@ -1,4 +1,4 @@
-"""The player: a trajectory of the λ explorer in the hand, as the model imagined it beside what the simulator makes of it."""
+"""The player: a trajectory of the λ explorer, as the model imagined it beside what the simulator makes of it."""
 
 import contextlib
 import functools
@@ -11,9 +11,8 @@ from PIL import Image
 
 from pgdlib import dynamics
 from pgdlib.lab.explorer import hand, views, widgets
-from pgdlib.simulators import pen
 
-FPS = 10  # frames a second; they are 100 Hz, so ten times slower than life
+FPS = 10  # frames a second; the hand's are 100 Hz, so ten times slower than life
 PATIENCE = 0.3  # s that λ has to rest before the hand follows
 
 
@@ -39,7 +38,7 @@ class Player:
             here, picked = self.panel.view.here, self.panel.picked
         if picked is not None and picked < len(here.x):  # there are fewer fresh ones
             return picked
-        error = here.measures["normalised"]
+        error = here.measures[self.panel.stops.lab.rulers[0]]
         return int(np.argsort(error)[np.isfinite(error).sum() // 2])
 
     def follow(self):
@@ -74,11 +73,12 @@ class Player:
                 played = _replay(lab, view)
                 picks = np.linspace(0, len(played.imagined) - 1, moments).round().astype(int)
                 for name, qpos in (("imagined", played.imagined), ("simulated", played.simulated)):
-                    rows[f"λ = {view.lam:.3g}\n{name}"] = hand.frames(qpos[picks], played.start[hand.TARGET], (240, 200))
+                    rows[f"λ = {view.lam:.3g}\n{name}"] = hand.frames(lab.simulator, qpos[picks], played.start, (240, 200))
         except hand.CannotRender as reason:
             return views.message(str(reason))
-        title = f"{view.sweep.label}, {view.sweep.rule} rule: trajectory {view.picked} (green: where the pen should be)"
-        return hand.strip(rows, picks * pen.CONTROL_DT, title)
+        title = f"{view.sweep.label}, {view.sweep.rule} rule: trajectory {view.picked}"
+        title += f" ({hand.GREEN[lab.simulator.name]})" if lab.simulator.name in hand.GREEN else ""
+        return hand.strip(rows, picks * lab.simulator.dt, title)
 
     def save(self, path):
         """Write a GIF of the trajectory, unguided above and guided below; nothing where MuJoCo cannot render."""
@@ -89,7 +89,7 @@ class Player:
         """(the study, the view of the shown trajectory at λ = 0 or where the explorer stands)"""
         with self.panel.lock:
             stops = self.panel.stops
-            return stops.lab, stops.view(self.panel.stop if guided else (0.0, 0), "normalised", self.number)
+            return stops.lab, stops.view(self.panel.stop if guided else (0.0, 0), stops.lab.rulers[0], self.number)
 
     def _key(self):
         """What names the chosen frame; None where there is none to choose, or while that is being changed."""
@@ -137,7 +137,7 @@ class Player:
 def _replay(lab, view):
     """The `dynamics.Replay` of the trajectory that is picked in a view."""
     x, normaliser = view.here.x[view.picked], lab.normaliser
-    return dynamics.replay(pen.PEN, normaliser.obs(x).cpu(), normaliser.actions(x).cpu(), lab.variance)
+    return dynamics.replay(lab.simulator, normaliser.obs(x).cpu(), normaliser.actions(x).cpu(), lab.variance)
 
 
 def _side_by_side(lab, view, size=(320, 270)):

@@ -7,7 +7,7 @@ import contextlib
 from types import SimpleNamespace
 
 from pgdlib import fast
-from pgdlib.lab import fronts, minari_files, study
+from pgdlib.lab import fronts, minari_files, study, tasks
 from pgdlib.lab.explorer import views, widgets
 
 FRESH = 64  # trajectories, at most, that are drawn at any λ while somebody waits
@@ -97,12 +97,12 @@ class Stops:
 
         With `refuse` for `progress` nothing is made: NotMade, ValueError or OSError says what would have to be.
         """
-        source = "d4rl" if self._first.dataset.is_d4rl else "local"
+        source = "d4rl" if self._first.dataset.is_public else "local"
         if progress is refuse:
             if dataset in self._making:  # whoever makes something locks it: one would wait for its end
                 raise NotMade("its data and its denoiser are being made")
             if source == "d4rl":
-                minari_files.find_d4rl(dataset, download=False)
+                minari_files.find(tasks.PUBLIC[dataset][0], download=False)
         p = SimpleNamespace(**vars(self._first.p) | {"dataset": dataset, "source": source})
         self._labs[dataset] = study.Study.open(p, progress, say=lambda text: None)
         return self._labs[dataset]

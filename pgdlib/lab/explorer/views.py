@@ -15,18 +15,17 @@ from pgdlib import measures
 from pgdlib.lab import study
 from pgdlib.lab.figures import guidance, style
 from pgdlib.lab.figures.style import DATA, GUIDED, MODEL, MUTED
-from pgdlib.simulators import pen
 
 ESTIMATORS = {"state reconstructed (ours)": "normalised", "Appendix B (the paper's)": "appendix_b"}
+ESTIMATORS |= {"distance to the data": "distance"}  # where there is no simulator
 ROWS = {
     "log-likelihood": "log_likelihood",
     "error / variance, ours": "normalised",
     "motion": "motion",
     "error, Appendix B": "appendix_b",
+    "distance to the data": "distance",
 }
 SIZE = 5.0, 4.3  # of a picture, inches
-# The rest of an observation is the target, and differences.
-STATES = {name: s for name, s in pen.GROUPS.items() if s.stop <= pen.GROUPS["pen axis"].stop}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +84,7 @@ def cloud(view, fig=None):
     ax.axhline(floor, color="black", linewidth=1, linestyle=":", label="floor: real data")
     ax.axvline(sweep.on_policy, color=MUTED, linewidth=1.2, linestyle="--", label="on-policy")
     ax.set(xlabel="log-likelihood (nats per action dimension)", xlim=x_limits, ylim=y_limits, yscale="log")
-    ax.set_ylabel(f"dynamics error ({guidance.LABELS[view.estimator]})")
+    ax.set_ylabel(guidance.wrongness(view.estimator))
     # The legend stands between the floor and the clouds, where there is room.
     room = floor < 0.02 * _mean(unguided, view.estimator)
     place = dict(loc="center left", bbox_to_anchor=(0, 0.25)) if room else dict(loc="upper left")
@@ -165,7 +164,7 @@ def panel(view):
     upper, lower = fig.subfigures(2, 1, height_ratios=(4.6, 0.6))
     for draw, side in zip((cloud, curve), upper.subfigures(1, 2)):
         draw(view, side)
-    table = numbers(view).T[["log-likelihood", "error / variance, ours", "error, Appendix B"]]
+    table = numbers(view).T.filter([name for name in ROWS if name != "motion"])
     lower.text(0.05, 0.95, table.to_string(), va="top", fontsize="small", family="DejaVu Sans Mono")
     return fig
 
@@ -174,7 +173,7 @@ def numbers(view):
     """A frame of texts: the measures (means with 95% intervals) and counts, at λ = 0 and at this λ."""
     columns = {}
     for lam, point in {0.0: view.sweep.points[0.0], view.lam: view.here}.items():
-        values = {name: measures.interval(point.measures[key]) for name, key in ROWS.items()}
+        values = {name: measures.interval(point.measures[key]) for name, key in ROWS.items() if key in point.measures}
         column = {name: "{:.3g} [{:.3g}, {:.3g}]".format(*v).replace("nan [nan, nan]", "–") for name, v in values.items()}
         columns[f"λ = {lam:.3g}"] = column | {k: f"{n} of {len(point.x)}" for k, n in point.counts.items()}
     return pd.DataFrame(columns)
@@ -204,10 +203,11 @@ def denoising(tracks, steps, title):
     columns = iter(zip(axes[::2].ravel(), axes[1::2].ravel()))
     for (name, track), colour in zip(tracks.items(), (DATA, MODEL, GUIDED)):
         for step, (above, below) in zip(steps, columns):
-            states = track.noised[step][:, : pen.GROUPS["pen axis"].stop].T / np.sqrt(1 + track.sigma[step] ** 2)
+            last = max(s.stop for s in track.states.values())
+            states = track.noised[step][:, :last].T / np.sqrt(1 + track.sigma[step] ** 2)
             image = above.imshow(states, **style.STATES)
             above.set_title(f"{name}, σ = {track.sigma[step]:.3g}", fontsize="medium" if rows == 1 else "x-small")
-            above.set_yticks([s.start for s in STATES.values()], STATES, fontsize="x-small", va="top")
+            above.set_yticks([s.start for s in track.states.values()], track.states, fontsize="x-small", va="top")
             below.plot(track.actions[step][:, 0], color=colour, marker=".", label="denoised action")
             below.plot(track.means[step][:, 0], color="black", linestyle=":", label="the policy's mean there")
             below.set(ylim=(-1.6, 1.6))

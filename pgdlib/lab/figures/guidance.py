@@ -10,8 +10,14 @@ LABELS = {
     "reconstructed": "state reconstructed",
     "appendix_b": "the paper's Appendix B",
     "normalised": "reconstructed, / variance",
+    "distance": "distance to the data (std)",
 }
 TICKS = (0, 0.02, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 10, 20, 30, 50, 100)  # of λ
+
+
+def wrongness(measure, between=" "):
+    """What a measure of wrongness is called: a dynamics error by one estimator, or the distance to the data."""
+    return LABELS[measure] if measure == "distance" else f"dynamics error{between}({LABELS[measure]})"
 
 
 def figure_1(clouds, sweep, floors, on_policy, title, limit=None):
@@ -28,7 +34,7 @@ def figure_1(clouds, sweep, floors, on_policy, title, limit=None):
         lines(left, points, linestyle="", markersize=4, alpha=0.55, markeredgewidth=0)
         left.axhline(floor, color="black", linewidth=1, linestyle=":", label="floor: real data")
         left.axvline(on_policy, color=MUTED, linewidth=1.2, linestyle="--", label="on-policy")
-        left.set(xlabel=LIKELIHOOD, ylabel=f"dynamics error\n({LABELS[estimator]})")
+        left.set(xlabel=LIKELIHOOD, ylabel=wrongness(estimator, "\n"))
         over_lam(right, sweep, estimator, floor, on_policy)
         if limit is not None and limit <= 1.03 * sweep["lam"].max():
             right.axvline(limit, color="black", linewidth=1.2, linestyle="-.", label="predicted limit")

@@ -16,7 +16,7 @@ from pgdlib.lab import artifacts
 from pgdlib.lab.seeds import mean_se, paired_interval
 from pgdlib.lab.sweep.plan import FOLDER
 
-SLUG = re.compile(r"_((?:d4rl|standin)-(?:human|cloned|expert))(?=_|$)")  # the data's, in names of files
+SLUG = re.compile(r"_([a-z0-9.]*-[a-z0-9.-]*)(?=_|$)")  # the data's, in names of files: no other part has a hyphen
 
 
 def tables(folder):
