@@ -13,6 +13,7 @@ from test_minari_files import any_dataset
 from test_study import a_policy, asked
 
 from pgdlib.lab import guide_ppo, load, study, tasks
+from pgdlib.lab.explorer import panel
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import locomotion
 from tools import models as tool
@@ -66,6 +67,22 @@ def test_a_runners_stand_in_is_what_gymnasium_does(assets, kind):
         assert not ends[:-1].any() and ends[-1] == bool(found.raw.terminals[first + n - 1]) and (ends[-1] or n == 1_000)
     if kind == "random":
         assert found.raw.actions.abs().max() <= 1 and abs(found.raw.actions.std() - 3**-0.5) < 0.02
+
+
+@pytest.mark.slow
+def test_a_study_of_a_runner_has_one_ruler_whose_floor_is_rounding(assets):
+    found = load.load_data("hopper-medium-expert", "auto", 2_000, say=QUIET)
+    policy, _ = load.load_guide("shipped", found.task)
+    lab = study.Study(found, Ideal(found.data.spec, 12), policy, asked(horizon=12, dataset="hopper-medium-expert"))
+    lab.denoiser.normaliser.fit(lab.train.packed())
+    points = {lam: lab.point("annealed", lam) for lam in (0.0, 0.5)}
+    errors = points[0.5].measures["normalised"]  # of noise, of which MuJoCo may give up
+    assert lab.rulers == ("normalised",) and lab.floor["normalised"] < 1e-9 < np.nanmin(errors)
+    explorer = panel.Explorer(lab, {"explicit": [0.5]}, {})
+    assert [*explorer._estimator.options.values()] == ["normalised"]
+    assert explorer._dataset.options == tuple(f"hopper-{kind}" for kind in tasks.KINDS)
+    track = study.denoising(lab, "annealed", 0.5)
+    assert [*track.states] == ["root position", "joint angles", "root velocity", "joint velocities"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from os.path import isfile
 from pathlib import Path
 
@@ -94,6 +95,11 @@ class Dataset:
     dropped_steps: int
     made: dict | None = None  # of a stand-in: name, steps, and the policies that act in it
     task: tasks.Task = field(default_factory=lambda: tasks.by_name("pen"))
+
+    @cached_property
+    def sides(self):
+        """(training, validation) episodes: a tenth of the unique episodes is kept back."""
+        return data.split(self.data, 0.1, seed=0)
 
     @property
     def label(self):
@@ -207,5 +213,5 @@ def _called(dataset, folder, made, tensors, say):
 
 
 def train_val(dataset):
-    """(training, validation) episodes: a tenth of the unique episodes is kept back."""
-    return data.split(dataset.data, 0.1, seed=0)
+    """`Dataset.sides`."""
+    return dataset.sides
