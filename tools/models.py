@@ -59,10 +59,14 @@ def train_guide(name):
 
 
 def ship_guide(task, stages, parameters, curve):
-    """Write the guide and the stages (steps, return, policy) of its training into the package."""
+    """Write the guide and the stages (steps, return, policy) of its training into the package.
+
+    `curve` is of mean actions, the card's "training" of sampled ones, as it trained.
+    """
     medium = next(i for i, (_, found, _) in enumerate(stages) if found >= stages[-1][1] / 3)
     taken = [stages[i] for i in np.linspace(0, medium, STAGES).round().astype(int)]
-    policy, card = stages[-1][2], dict(kind="guide", parameters=parameters, curve=curve, machine=machine())
+    policy, training = stages[-1][2], [[steps, round(found)] for steps, found, _ in stages[:: -(-len(stages) // 100)]]
+    card = dict(kind="guide", parameters=parameters, curve=curve, training=training, machine=machine())
     load.save_guide(task.guide, policy, {**card, **guide_ppo.evaluation(task.simulator, policy)})
     tensors = {f"{i}.{k}": t for i, (*_, stage) in enumerate(taken) for k, t in stage.state_dict().items()}
     card |= dict(kind="stages", config=policy.config, steps=[s for s, *_ in taken], returns=[r for _, r, _ in taken])

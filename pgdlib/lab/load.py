@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
 from os.path import isfile
 from pathlib import Path
 
@@ -95,11 +94,7 @@ class Dataset:
     dropped_steps: int
     made: dict | None = None  # of a stand-in: name, steps, and the policies that act in it
     task: tasks.Task = field(default_factory=lambda: tasks.by_name("pen"))
-
-    @cached_property
-    def sides(self):
-        """(training, validation) episodes: a tenth of the unique episodes is kept back."""
-        return data.split(self.data, 0.1, seed=0)
+    sides: tuple | None = None  # of `train_val`, once it was asked for
 
     @property
     def label(self):
@@ -213,5 +208,7 @@ def _called(dataset, folder, made, tensors, say):
 
 
 def train_val(dataset):
-    """`Dataset.sides`."""
+    """(training, validation) episodes: a tenth of the unique episodes is kept back."""
+    if dataset.sides is None:  # it takes a while
+        dataset.sides = data.split(dataset.data, 0.1, seed=0)
     return dataset.sides
