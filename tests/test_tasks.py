@@ -16,6 +16,7 @@ from pgdlib.lab import guide_ppo, load, study, tasks
 from pgdlib.lab.explorer import panel
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import locomotion
+from pgdlib.simulators.episodes import rollout
 from tools import models as tool
 
 QUIET = lambda text: None  # noqa: E731
@@ -96,6 +97,31 @@ def test_ppo_takes_any_simulator():
 def test_data_that_minari_has_not_are_not_asked_for(runs):
     with pytest.raises(ValueError, match=r"source='d4rl' is not allowed for dataset='hopper-random', which Minari has not"):
         load.load_data("hopper-random", "d4rl", 2_000)
+
+
+def test_a_runner_without_a_guide_is_named(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "ASSETS", tmp_path)
+    for kind in ("medium", "expert"):
+        with pytest.raises(
+            ValueError, match=f"dataset='hopper-{kind}' cannot be made: no guide of hopper ships yet; train one"
+        ):
+            load.load_data(f"hopper-{kind}", "local", 2_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(tasks.ASSETS.glob("stages_*")), ids=lambda path: path.stem)
+def test_a_shipped_runner_returns_what_its_cards_say(path):
+    name = path.stem.removeprefix("stages_")
+    task, rng = tasks.by_name(name), np.random.default_rng(5)
+    guide, card = load.load_guide("shipped", task)
+    mean, low, high = (float(v) for v in re.findall(r"-?\d+", card["return, mean action"]))
+    returns = rollout(task.simulator, guide.act, 16, rng, whole=False).returns()
+    assert abs(returns.mean() - mean) < 4 * (returns.std() / 4 + (high - low) / 4) + 1
+    (medium,), (stages, _) = load._behaviour(f"{name}-medium")
+    act = lambda obs: medium.act(obs, torch.Generator().manual_seed(int(rng.integers(2**31))))  # noqa: E731
+    returns = rollout(task.simulator, act, 32, rng, whole=False).returns()
+    assert card["training"][-1][1] / 4 < stages["returns"][-1] < card["training"][-1][1] / 2
+    assert abs(returns.mean() - stages["returns"][-1]) < 4 * returns.std() / 32**0.5 + 0.2 * stages["returns"][-1]
 
 
 # Any dataset by its id

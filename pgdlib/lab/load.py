@@ -171,11 +171,14 @@ def _of_id(dataset, source, steps, progress, say):
 def _behaviour(dataset):
     """(policies, their cards) that act in a stand-in, in order; None acts at random."""
     task, kind = tasks.of_dataset(dataset), dataset.split("-", 1)[-1]
+    if kind == "random":
+        return [None], "random"
+    if not task.guide.is_file():
+        how = f"train one with `python -m tools.models {task.name}`"
+        raise ValueError(f"dataset={dataset!r} cannot be made: no guide of {task.name} ships yet; {how}, or use -random")
     if task.name == "pen" or kind == "expert":
         policy, card = load_guide(task.guide if kind == "expert" else DEMONSTRATOR, task)
         return [policy], card
-    if kind == "random":
-        return [None], "random"
     tensors, card = artifacts.load(tasks.ASSETS / f"stages_{task.name}.safetensors")
     stages = [GaussianPolicy(**card["config"]).requires_grad_(False) for _ in card["steps"]]
     for number, policy in enumerate(stages):
