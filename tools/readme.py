@@ -1,7 +1,7 @@
 """The blocks of README.md that no hand writes: each stands between its two marks.
 
-The parameters are made from `pgdlib.lab.settings`, the models from their cards in the package; the others from files of
-figures/, so by a run.
+The parameters are made from `pgdlib.lab.settings`, the models and guides from their cards in the package; the others from
+files of figures/, so by a run.
 
 `make figures` brings these files from the run: figures/<kind>.json holds, by dataset, what the notebooks have left in
 runs/results/quick/<kind>_<dataset>.json:
@@ -18,7 +18,7 @@ from decimal import Decimal
 import pandas as pd
 from scipy import stats
 
-from pgdlib.lab import artifacts, settings
+from pgdlib.lab import artifacts, settings, tasks
 from pgdlib.lab import claims as verdicts
 from pgdlib.lab.models import ASSETS
 
@@ -143,6 +143,17 @@ def models(figures):
     return table(lines)
 
 
+def guides(figures):
+    """The cards of the policies that ship; of no file of figures/."""
+    lines = [["policy", "environment", "steps of PPO", "return, mean action", "return, sampled actions", "score, mean action"]]
+    for path in sorted(ASSETS.glob("ppo_*.safetensors")):
+        (_, card), task = artifacts.load(path), tasks.by_name(path.stem.split("_")[1])
+        found = [card[f"return, {of}"] for of in ("mean action", "sampled action")]
+        score, p = task.simulator.score(float(found[0].split()[0])), card["parameters"]
+        lines.append([f"`{path.stem}`", task.simulator.name, f"{p.get('ended at', p['steps']):,}", *found, f"{score:.0f}"])
+    return table(lines)
+
+
 def _allowed(kind):
     return kind.__metadata__[-1].replace(f"{2**32 - 1}", "2³² − 1")
 
@@ -152,4 +163,4 @@ def _results(figures, kind):
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-BLOCKS = {block.__name__: block for block in (claims, guidance, benchmark, findings, parameters, models)}
+BLOCKS = {block.__name__: block for block in (claims, guidance, benchmark, findings, parameters, models, guides)}
