@@ -30,11 +30,13 @@ def sample(
     """Draw trajectories `shape` = (B, T, C) with `denoise(x, σ)`; returns them and which have diverged [B].
 
     "heun": Algorithm 2 of Karras et al. with churn, two network evaluations a step, as the paper. "multistep": DPM-Solver++(2M)
-    (Lu et al. 2022), no churn, one. `noise`: a generator, or for each block of the batch one with its size, in a list.
+    (Lu et al. 2022), one; with churn its SDE form, where churn = steps is the reverse SDE of the diffusion itself.
+    `noise`: a generator, or for each block of the batch one with its size, in a list.
     `guide(x, denoised, σ, step)` gives a shift: added to x before the step if `guide.on == "noised"` (then `denoised` is
     None), or to every denoised estimate if "denoised". Values beyond `DIVERGED` std are clamped: such a guide is not fatal.
     """
-    _check(solver, churn)
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is not allowed; it must be one of {', '.join(map(repr, SOLVERS))}")
     noised, shifted = (guide if guide is not None and guide.on == on else None for on in ("noised", "denoised"))
 
     def estimate(x, sigma):
@@ -46,14 +48,16 @@ def sample(
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         x, out_of_range = _clamp(x if noised is None else x + noised(x, None, sigma, step), sigma)
         diverged = diverged | out_of_range
-        # Raise the noise level for a moment (lines 4 to 6), then step from the raised point.
-        sigma_hat, x_hat = sigma * (1 + gamma if S_TMIN <= sigma <= S_TMAX else 1), x
-        if sigma_hat > sigma:
-            x_hat = torch.add(x, _randn(noise, shape, dtype), alpha=math.sqrt(sigma_hat**2 - sigma**2) * S_NOISE)
-        if solver == "heun":
-            x = _heun(x_hat, sigma_hat, sigma_next, estimate)
-        else:
-            x, before = _multistep(x_hat, estimate(x_hat, sigma_hat), sigma_hat, sigma_next, before)
+        if solver == "heun":  # raise the noise level for a moment (lines 4 to 6), then step from the raised point
+            sigma_hat = sigma * (1 + gamma if S_TMIN <= sigma <= S_TMAX else 1)
+            if sigma_hat > sigma:
+                x = torch.add(x, _randn(noise, shape, dtype), alpha=math.sqrt(sigma_hat**2 - sigma**2) * S_NOISE)
+            x = _heun(x, sigma_hat, sigma_next, estimate)
+        else:  # step below the next noise level, then raise it to that
+            sigma_down = sigma_next * (sigma_next / sigma) ** (churn / steps)
+            x, before = _multistep(x, estimate(x, sigma), sigma, sigma_next, sigma_down, before)
+            if sigma_down < sigma_next:
+                x = torch.add(x, _randn(noise, shape, dtype), alpha=math.sqrt(sigma_next**2 - sigma_down**2))
     x, out_of_range = _clamp(x, 0.0)
     return x, diverged | out_of_range
 
@@ -109,13 +113,6 @@ def draw(
     return x, diverged
 
 
-def _check(solver, churn):
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is not allowed; it must be one of {', '.join(map(repr, SOLVERS))}")
-    if solver == "multistep" and churn != 0:
-        raise ValueError(f"churn={churn!r} is not allowed with solver='multistep'; it must be 0")
-
-
 def _randn(noise, shape, dtype):
     blocks = noise if isinstance(noise, list) else [(noise, shape[0])]
     drawn = [torch.randn((n, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g, n in blocks]
@@ -131,10 +128,11 @@ def _heun(x, sigma, sigma_next, estimate):
     return x.add_(euler - estimate(euler, sigma_next), alpha=(sigma_next - sigma) / (2 * sigma_next))
 
 
-def _multistep(x, denoised, sigma, sigma_next, before):
-    """One step of DPM-Solver++(2M) from σ to σ_next: the new x, and what the next step needs to know of this one.
+def _multistep(x, denoised, sigma, sigma_next, sigma_down, before):
+    """One step of DPM-Solver++(2M) from σ to σ_down: the new x, and what the next step needs to know of this one.
 
-    `before` is that of the last step: the denoised estimate is extrapolated along log σ, but on the first and the last step.
+    `before` is that of the last step: the denoised estimate is extrapolated along log σ, to the middle between σ and σ_next,
+    but on the first and the last step.
     """
     if sigma_next == 0:
         return denoised, None
@@ -143,7 +141,7 @@ def _multistep(x, denoised, sigma, sigma_next, before):
     if before is not None:
         denoised_before, width_before = before
         extrapolated = denoised + (denoised - denoised_before) * width / (2 * width_before)
-    ratio = sigma_next / sigma
+    ratio = sigma_down / sigma
     return ratio * x + (1 - ratio) * extrapolated, (denoised, width)
 
 

@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import a_denoiser, draw
 
 from pgdlib import fast, sampler
 
-PAIRS = [("heun", 0.0), ("heun", 5.0), ("multistep", 0.0)]
+PAIRS = [("heun", 0.0), ("heun", 5.0), ("multistep", 0.0), ("multistep", 9.0)]
 
 
 def gaussian_denoiser(x, sigma):
@@ -69,10 +70,14 @@ def test_noise_levels_end_points():
         sampler.noise_levels(1)
 
 
-def test_multistep_is_the_published_update():
-    """DPM-Solver++(2M) in the half-log-SNR l = -log σ: x' = σ'/σ x - (exp(-h) - 1) D, D with its last change over 2r."""
-    levels = sampler.noise_levels(9).tolist()
-    x = 80 * draw(5, 2, 3, 4, dtype=torch.float64)
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_multistep_is_the_published_update(eta):
+    """DPM-Solver++(2M) in the half-log-SNR l = -log σ: x' = σ'/σ x - (exp(-h) - 1) D, D with its last change over 2r; and SDE-
+    DPM-Solver++(2M) for η = 1, with noise.
+    """
+    levels, generator = sampler.noise_levels(9).tolist(), torch.Generator().manual_seed(5)
+    new = lambda: torch.randn((2, 3, 4), generator=generator, dtype=torch.float64)  # noqa: E731
+    x = 80 * new()
     denoised, l_before = [], None
     for sigma, following in zip(levels[:-1], levels[1:-1]):
         denoised.append(torch.tanh(x / (1 + sigma)))
@@ -82,17 +87,38 @@ def test_multistep_is_the_published_update():
             r = (-math.log(sigma) - l_before) / h
             guess = (1 + 1 / (2 * r)) * denoised[-1] - 1 / (2 * r) * denoised[-2]
         l_before = -math.log(sigma)
-        x = following / sigma * x - math.expm1(-h) * guess
+        x = following / sigma * math.exp(-eta * h) * x - math.expm1(-h - eta * h) * guess
+        if eta:
+            x = x + following * math.sqrt(-math.expm1(-2 * eta * h)) * new()
     expected = torch.tanh(x / (1 + levels[-2]))
-    found, _ = drawn((2, 3, 4), 9, seed=5, denoise=lambda x, s: torch.tanh(x / (1 + s)), solver="multistep")
+    found, _ = drawn((2, 3, 4), 9, 9 * eta, 5, denoise=lambda x, s: torch.tanh(x / (1 + s)), solver="multistep")
     torch.testing.assert_close(found, expected)
+
+
+def test_with_noise_multistep_draws_the_right_variance_with_an_error_of_second_order():
+    """Of N(0, 1) data, exactly: each step is linear, so the variance of what it draws follows from those before."""
+
+    def variance(steps, eta):
+        levels, before = sampler.noise_levels(steps).tolist(), None
+        now, last = np.zeros(steps + 1), np.zeros(steps + 1)  # x and the last estimate, as sums of independent N(0, 1)
+        now[0] = levels[0]
+        for k, (sigma, following) in enumerate(zip(levels[:-1], levels[1:-1])):
+            h, guess = math.log(sigma / following), now / (1 + sigma**2)
+            extrapolated = guess if before is None else guess + (guess - last) * h / (2 * before)
+            now, last, before = math.exp(-h - eta * h) * now - math.expm1(-h - eta * h) * extrapolated, guess, h
+            now[k + 1] += following * math.sqrt(-math.expm1(-2 * eta * h))
+        return float(np.square(now / (1 + levels[-2] ** 2)).sum())
+
+    for eta in (0.5, 1.0):
+        found, _ = drawn((1000, 10, 10), 24, 24 * eta, solver="multistep")
+        assert found.var().item() == pytest.approx(variance(24, eta), rel=0.02)
+        errors = [abs(variance(n, eta) - 1) for n in (100, 200, 400)]
+        assert all(math.log2(a / b) == pytest.approx(2, abs=0.4) for a, b in zip(errors, errors[1:])) and errors[-1] < 2e-3
 
 
 def test_solvers_that_cannot_be_are_named():
     with pytest.raises(ValueError, match=r"solver='euler' is not allowed.*'heun', 'multistep'"):
         drawn((1, 1, 1), 8, solver="euler")
-    with pytest.raises(ValueError, match=r"churn=5.0 is not allowed with solver='multistep'"):
-        drawn((1, 1, 1), 8, 5.0, solver="multistep")
 
 
 # Guides
@@ -104,9 +130,9 @@ def test_the_network_is_asked_at_the_noise_levels(solver, churn):
     drawn((1, 1, 1), 12, churn, denoise=lambda x, sigma: asked.append(sigma) or gaussian_denoiser(x, sigma), solver=solver)
     levels = sampler.noise_levels(12)[:-1].tolist()
     raised = [s * (1 + min(churn / 12, math.sqrt(2) - 1)) if 0.05 <= s <= 50 else s for s in levels]
-    if solver == "heun":  # at both ends of each step but the last
-        raised = [s for pair in zip(raised, [*levels[1:], None]) for s in pair][:-1]
-    assert asked == pytest.approx(raised) and len(asked) == sampler.evaluations(solver, 12)
+    both_ends = [s for pair in zip(raised, [*levels[1:], None]) for s in pair][:-1]  # of each step but the last
+    expected = levels if solver == "multistep" else both_ends
+    assert asked == pytest.approx(expected) and len(asked) == sampler.evaluations(solver, 12)
 
 
 class Shift:

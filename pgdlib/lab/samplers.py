@@ -20,7 +20,7 @@ def frame(found, truth):
         relative = bootstrap(ratio_of_means, values["normalised"], values["motion"], paired=True)
         each = {"relative": relative} | {name: interval(values[key]) for name, key in names.items()}
         each["distance"] = [distance] * 3
-        family = "multistep" if solver == "multistep" else "Heun with churn" if churn else "Heun"
+        family = {"heun": "Heun"}.get(solver, solver) + " with churn" * (churn > 0)
         name = f"{solver} {steps}" + f", churn {churn:g}" * bool(churn)
         row = dict(sampler=name, evaluations=sampler.evaluations(solver, steps), family=family)
         row |= {f"{k}.{c}": v for k, of in each.items() for c, v in zip(("mean", "low", "high"), of)}
