@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from pgdlib import calibrate, data, dynamics, fast, guidance, measures, sampler
-from pgdlib.lab import artifacts, budget, load, models
+from pgdlib.lab import artifacts, budget, load, models, tasks
 from pgdlib.lab.parts import Parts
 
 # What is swept of each rule, in natural units; λ = 0 is always in it.
@@ -43,8 +43,7 @@ class Study:
         self.dataset, self.denoiser, self.policy, self.p, self.device = dataset, denoiser, policy, p, torch.device(device)
         self.normaliser, self.spec = denoiser.normaliser, denoiser.normaliser.spec
         self.train, self.val = load.train_val(dataset)
-        self.simulator = dataset.simulator
-        self.variance = self.train.variance
+        self.simulator, self.variance = dataset.simulator, self.train.variance
         self.states = self.train.obs[:: -(-len(self.train.obs) // 4_096)].to(self.device)  # some, evenly spread
         self.on_policy = float(measures.on_policy_log_likelihood(policy, self.states))
         self._most = {}
@@ -53,17 +52,18 @@ class Study:
     def open(cls, p, progress=tqdm, say=print):
         """The study of `p.dataset`; its data and its denoiser are loaded, or made, with the bar `progress`."""
         device = load.device_of(p.device)
+        task = p.dataset in tasks.DATASETS and tasks.of_dataset(p.dataset)
+        policy = task and load.load_guide(p.guide, task)[0]  # one that does not fit is refused before data are made
         dataset = load.load_data(p.dataset, p.source, p.data_steps, progress, say)
-        policy, _ = load.load_guide(p.guide, dataset.task, dataset.data.spec)
+        policy = policy or load.load_guide(p.guide, dataset.task, dataset.data.spec)[0]
         denoiser, *_ = models.load_denoiser(dataset, p, device, progress, say)
         return cls(dataset, denoiser, policy.to(device), p, device)
 
     @property
     def rulers(self):
         """The measures of wrongness that there are, the one to trust first: errors, or without a simulator the distance."""
-        if not self.simulator.states:
-            return ("distance",)
-        return ("normalised", *(name for name in self.simulator.states if name != "reconstructed"))
+        errors = ("normalised", *(name for name in self.simulator.states if name != "reconstructed"))
+        return errors if self.simulator.states else ("distance",)
 
     @cached_property
     def limit(self):
@@ -127,11 +127,11 @@ class Study:
         steps = self.normaliser.denormalise(x.to(self.device))
         alive = measures.alive(steps[..., self.spec.terminal]) if alive is None else alive
         parts = steps[..., self.spec.obs], steps[..., self.spec.actions], alive
-        likelihoods = dict(log_likelihood=measures.log_likelihood, density=measures.mean_density)
-        found = {name: of(self.policy, *parts).cpu().numpy() for name, of in likelihoods.items()}
+        likelihoods = ("log_likelihood", measures.log_likelihood), ("density", measures.mean_density)
+        found = {name: of(self.policy, *parts).cpu().numpy() for name, of in likelihoods}
         if not self.simulator.states:
-            scale = torch.as_tensor(self.variance, device=self.device).sqrt()
-            found["distance"] = measures.nearest(parts[0], self.states, scale, alive).cpu().numpy()
+            where = self.states, torch.as_tensor(self.variance**0.5).to(steps), alive
+            found["distance"] = measures.nearest(parts[0], *where).cpu().numpy()
         else:
             obs, actions, lasts = (v.cpu().numpy() for v in parts)
             how, estimators = (self.simulator, obs, actions, self.variance), estimators or (*self.simulator.states, "still")
@@ -214,8 +214,8 @@ class Study:
 
     def _inputs(self, rule):
         """All that decides a point beside its λ."""
-        p, warmup = self.p, self.p.warmup if rule in guidance.WARMED else 0
-        settings = dict(solver=p.solver, steps=p.steps, churn=p.churn, warmup=warmup)
+        p = self.p
+        settings = dict(solver=p.solver, steps=p.steps, churn=p.churn, warmup=p.warmup if rule in guidance.WARMED else 0)
         return {**self._digests, "sampler": settings, "horizon": p.horizon, "trajectories": p.samples, "seed": p.seed}
 
     @cached_property
