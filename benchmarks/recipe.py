@@ -2,10 +2,10 @@
 
 python -m benchmarks.recipe [--denoiser shipped | --blocks 2 --optimiser adam --train-steps 16000 --data-steps 500000 ...]
 
-What is not given is quick's; what is made is kept in runs/. The noise is none that a notebook draws. Of each sampler
-it prints how far, in std, the samples' states are from those of held-out data; the one-step error over the variance, the same
-of predicting that nothing moves (the samples' motion), and their ratio with its 95% interval, for all samples and for those
-that are no copies: half of *cloned* are copies of 25 demonstrations.
+What is not given is quick's; what is made is kept in runs/. The noise is none that a notebook draws. Of each sampler it prints
+how far, in std, the samples' states are from those of the training data; the one-step error over the variance, the same of
+predicting that nothing moves (the samples' motion), and their ratio with its 95% interval, for all samples and for those that
+are no copies: half of *cloned* are copies of 25 demonstrations.
 """
 
 import time
@@ -40,7 +40,7 @@ def main():
         x, _ = sampler.draw(denoiser, shape, steps, churn, noise, solver=solver, most=p.samples)
         near = torch.cdist(x[..., lab.spec.obs].flatten(1), some).amin(1).cpu() / some.shape[1] ** 0.5
         values, _ = lab.judge(x)
-        states = lab.normaliser.obs(x).cpu(), lab.normaliser.obs(lab.windows(lab.val, p.samples, SEED)[0]).cpu()
+        states = lab.normaliser.obs(x).cpu(), lab.normaliser.obs(lab.windows(lab.train, p.samples, SEED)[0]).cpu()
         away, *_, chance = measures.energy_distance(*states, lab.variance**0.5, torch.Generator().manual_seed(SEED), 100, 8)
         copies = f"{float((near < COPY).float().mean()):.0%} copies"
         print(f"{solver} {steps}, churn {churn:g}: {copies}, {away:.3f} std from the data (chance: up to {chance:.3f})")
