@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Ideal, kept, toy
+from conftest import Ideal, kept, shorter, toy
 
 from pgdlib import pgd, worldmodel
 from pgdlib.agents.iql import IQL
@@ -114,6 +114,7 @@ def small(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(study.Study, "most", lambda lab, n: 32)
     monkeypatch.setattr(standins, "CHUNK", 4)
     monkeypatch.setattr(pen, "D4RL_HORIZON", 10)
+    shorter(monkeypatch, 10)
     return runs
 
 
