@@ -11,6 +11,7 @@ import pytest
 from conftest import kept, shorter
 
 from pgdlib.lab import guide_ppo, load, resumable
+from pgdlib.simulators import pen
 
 FAULTS, MOST = 20, 4  # all, and in one training
 ROLLOUTS, ENVS, STEPS = 20, 8, 16
@@ -62,7 +63,7 @@ def test_a_killed_training_ends_whole(taken, tmp_path, monkeypatch, told):
         policy, card = load.load_guide(str(folder / file))
         points = [steps for steps, *_ in card["curve"]]
         assert file.startswith("guides/") and points == [0, EVERY, 2 * EVERY, ROLLOUTS * STEPS * ENVS]
-        return guide_ppo.evaluation(policy).items() <= card.items()
+        return guide_ppo.evaluation(pen.PEN, policy).items() <= card.items()
 
     began, whole = time.monotonic(), start(tmp_path / "whole")
     whole.join()
