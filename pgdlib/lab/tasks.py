@@ -20,32 +20,31 @@ PUBLIC = {  # name -> Minari's id; of D4RL's, the episodes and steps too
 
 @dataclass(frozen=True)
 class Task:
-    """An environment, as the notebooks see it. `shown`: what figures draw of an observation, label -> (solid, dotted, line):
-    indices, and a height at which something ends."""
+    """An environment, as the lab sees it."""
 
     name: str
     simulator: Simulator  # without states where it cannot be judged here
     guide: Path | None = None  # that ships
-    shown: dict = field(default_factory=dict)
     states: dict = field(default_factory=dict)  # name -> slice of the observation: what says where things are, and how fast
 
 
 def by_name(name):
     """The `Task` "pen", "hopper", "walker2d" or "halfcheetah"."""
     if name == "pen":
-        axes = pen.GROUPS["pen axis"], pen.GROUPS["target axis"], None
-        height = [pen_states.PEN_HEIGHT], [], pen_states.FALL_HEIGHT
-        shown = {"pen axis (dotted: target)": axes, "pen height (m)": height}
         states = {of: s for of, s in pen.GROUPS.items() if s.stop <= pen_states.STATE_DIMS.stop}  # the rest is the target
-        return Task(name, pen.PEN, ASSETS / "ppo_pen.safetensors", shown, states)
-    simulator, forward = locomotion.runner(name), locomotion.FORWARD[name]
-    shown = {"height (m)": ([0], [], None), "speed (m/s)": ([forward], [], None)}
-    return Task(name, simulator, ASSETS / f"ppo_{name}.safetensors", shown, simulator.groups)
+        return Task(name, pen.PEN, ASSETS / "ppo_pen.safetensors", states)
+    simulator = locomotion.runner(name)
+    return Task(name, simulator, ASSETS / f"ppo_{name}.safetensors", simulator.groups)
+
+
+def name_of(dataset):
+    """The name of the task of a dataset in `DATASETS`."""
+    return "pen" if dataset in PEN else dataset.split("-")[0]
 
 
 def of_dataset(dataset):
     """The `Task` of a dataset in `DATASETS`."""
-    return by_name("pen" if dataset in PEN else dataset.split("-")[0])
+    return by_name(name_of(dataset))
 
 
 def of_environment(env_id, spec, horizon):
@@ -55,13 +54,10 @@ def of_environment(env_id, spec, horizon):
         task = by_name(known[env_id])
         if (task.simulator.obs_dim, task.simulator.action_dim) == (spec.obs_dim, spec.action_dim):
             return task
-    shown = {f"observation {i}": ([i], [], None) for i in range(min(2, spec.obs_dim))}
     simulator = unknown(str(env_id or "an unnamed environment"), spec.obs_dim, spec.action_dim, horizon)
-    return Task(simulator.name, simulator, None, shown, simulator.groups)
+    return Task(simulator.name, simulator, None, simulator.groups)
 
 
 def siblings(dataset):
-    """The names of the datasets of the same task."""
-    return (
-        [name for name in DATASETS if of_dataset(name).name == of_dataset(dataset).name] if dataset in DATASETS else [dataset]
-    )
+    """The names of the datasets of the same task; no simulator is made for it."""
+    return [name for name in DATASETS if name_of(name) == name_of(dataset)] if dataset in DATASETS else [dataset]

@@ -135,9 +135,6 @@ RUNNERS = {  # name: environment, whether it goes on, reward for that, cost of a
 }
 
 
-FORWARD = {"hopper": 5, "walker2d": 8, "halfcheetah": 8}  # where the root's velocity along x is observed
-
-
 @cache
 def runner(name: str) -> Simulator:
     """The `Simulator` of "hopper", "walker2d" or "halfcheetah", as version 5 of gymnasium has them.
@@ -146,7 +143,7 @@ def runner(name: str) -> Simulator:
     the way of the root, which is not observed; here it is the mean of its velocities before and after.
     """
     env_id, goes_on, alive, cost, references = RUNNERS[name]
-    forward = FORWARD[name]  # before it stand all positions but the root's x
+    forward = {"hopper": 5}.get(name, 8)  # where the root's velocity along x stands; before it all but the root's x
 
     def reward(obs, actions, next_obs):
         speed = (obs[..., forward] + next_obs[..., forward]) / 2
