@@ -30,7 +30,6 @@ import pgdlib
 from pgdlib import data, edm
 from pgdlib.policies import GaussianPolicy
 from pgdlib.simulators import pen as adroit
-from pgdlib.simulators.episodes import rollout
 
 matplotlib.use("agg")
 # A child that collects a simulation as garbage would wait for its threads, which are not in it.
@@ -57,11 +56,6 @@ def smooth(rng, n, steps, scale=0.8, memory=0.98):
 def still(rng, n, steps):
     """No action at all: the pen stays in the hand."""
     return np.zeros((n, steps, 24))
-
-
-def episodes_of(act, n, rng=None, horizon=adroit.NATIVE_HORIZON, targets=None, threads=None):
-    """Pen's `Episodes`, as long as the native ones."""
-    return rollout(adroit.PEN, act, n, rng, horizon, targets if targets is None else at(targets), threads)
 
 
 def shorter(patch, steps):
@@ -251,7 +245,7 @@ def style():
 def real(request):
     """Sixteen native episodes of one kind of actions, for the reconstruction."""
     rng = np.random.default_rng(2)
-    return episodes_of(replay(request.param(rng, 16, 200)), 16, rng)
+    return adroit.rollout(replay(request.param(rng, 16, 200)), 16, rng)
 
 
 @pytest.fixture(scope="session")
@@ -267,7 +261,7 @@ def guide():
 def guided(request, guide):
     """Sixteen D4RL-scale episodes of the shipped guide, acting by samples or by its mean."""
     generator = torch.Generator().manual_seed(0) if request.param == "sampled" else None
-    return episodes_of(partial(guide.act, generator=generator), 16, np.random.default_rng(0), adroit.D4RL_HORIZON)
+    return adroit.rollout(partial(guide.act, generator=generator), 16, np.random.default_rng(0), adroit.D4RL_HORIZON)
 
 
 @pytest.fixture(scope="session")
@@ -275,7 +269,7 @@ def quiet():
     """Four trajectories of 40 steps, the pen at rest in the hand: obs and actions, not to be changed."""
     rng = np.random.default_rng(0)
     actions = 0.1 * rng.normal(size=(4, 24))
-    return pairs(episodes_of(lambda obs: actions, 4, rng, 40), 4, 40)
+    return pairs(adroit.rollout(lambda obs: actions, 4, rng, 40), 4, 40)
 
 
 @pytest.fixture(scope="session")
@@ -284,7 +278,7 @@ def minari_file(tmp_path_factory):
     from pgdlib.lab import minari_files
 
     rng = np.random.default_rng(0)
-    episodes = episodes_of(replay(white(rng, 3, 6)), 3, rng, 6)
+    episodes = adroit.rollout(replay(white(rng, 3, 6)), 3, rng, 6)
     return minari_files.write_minari(tmp_path_factory.mktemp("minari"), "standin/pen/toy-v0", [episodes], "a toy")
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import episodes_of, kept, wait_for
+from conftest import kept, wait_for
 from torch import nn
 
 from pgdlib import data
 from pgdlib.lab import load, settings, study
 from pgdlib.lab.explorer import panel, views, widgets
+from pgdlib.simulators import pen as adroit
 
 LAMS, SMOOTHED = [0.5, 1.0, 2.5], [0.5]  # the sweeps of two rules, in these tests
 SWEEPS = {"explicit": LAMS, "smoothed": SMOOTHED}
@@ -42,7 +43,7 @@ def parts():
     """(dataset, denoiser, guide) of six real episodes of the guide."""
     guide = load.load_guide()[0]
     act = functools.partial(guide.act, generator=torch.Generator().manual_seed(0))
-    made = episodes_of(act, 6, np.random.default_rng(0), 40, threads=1)
+    made = adroit.rollout(act, 6, np.random.default_rng(0), 40, threads=1)
     columns = made.obs[:, :-1], made.actions.clip(-1, 1), made.rewards, np.zeros((6, 40)), made.obs[:, 1:]
     columns = (torch.tensor(x, dtype=torch.float32).flatten(0, 1) for x in columns)
     episodes = data.Trajectories(*columns, torch.full((6,), 40), "stand-in pen-human")

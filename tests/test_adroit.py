@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import at, episodes_of, replay, smooth, still, white
+from conftest import at, replay, smooth, still, white
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 from gymnasium_robotics.utils import rotations
 
@@ -55,7 +55,7 @@ def mixed():
     actions = np.concatenate([white(rng, 2, 200), smooth(rng, 5, 200), still(rng, 1, 200)])
     targets = adroit.sample_targets(8, rng)
     targets[-1] = rotations.euler2quat([0, 1.3, 0])
-    return episodes_of(replay(actions), 8, None, targets=targets)
+    return adroit.rollout(replay(actions), 8, None, targets=targets)
 
 
 def test_rollout_equals_the_gym_environment(env, mixed):
@@ -110,7 +110,7 @@ def test_named_slices_of_the_observation(env, mixed):
 
 
 def test_the_number_of_threads_changes_nothing(mixed):
-    again = episodes_of(replay(mixed.actions), 8, None, 100, targets=mixed.goals, threads=3)
+    again = adroit.rollout(replay(mixed.actions), 8, None, 100, targets=mixed.goals, threads=3)
     np.testing.assert_array_equal(again.obs, mixed.obs[:, :101])
 
 

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from conftest import episodes_of, pairs, replay, smooth, toy
+from conftest import pairs, replay, smooth, toy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines, counts, run, timing
@@ -100,14 +100,16 @@ def test_iql():
 def test_simulation(env):
     rng = np.random.default_rng(0)
     actions = smooth(rng, 3, 25)
-    expected = episodes_of(replay(actions), 3, rng, 25)
+    expected = adroit.rollout(replay(actions), 3, rng, 25)
     obs, rewards = baselines.play(env, expected.goals, actions)
     np.testing.assert_allclose(obs, expected.obs, rtol=0, atol=1e-9)
     np.testing.assert_allclose(rewards, expected.rewards, rtol=0, atol=1e-9)
 
 
 def test_dynamics_error(env):
-    obs, actions = pairs(episodes_of(replay(smooth(np.random.default_rng(1), 4, 30)), 4, np.random.default_rng(1), 30), 4, 20)
+    obs, actions = pairs(
+        adroit.rollout(replay(smooth(np.random.default_rng(1), 4, 30)), 4, np.random.default_rng(1), 30), 4, 20
+    )
     obs = adroit.pen_states.perturb(obs, 0.05, np.random.default_rng(2), obs.var((0, 1)))
     variance = obs.var((0, 1)) + 1e-3
     expected = dynamics.dynamics_error(adroit.PEN, obs, actions, variance).normalised

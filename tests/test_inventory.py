@@ -7,10 +7,11 @@ import time
 
 import pytest
 import torch
-from conftest import cut, episodes_of, kept, still, wait_for
+from conftest import cut, kept, still, wait_for
 from test_locks import started, unfinished
 
 from pgdlib.lab import artifacts, inventory, locks, minari_files
+from pgdlib.simulators import pen as adroit
 
 DAY, KEY = 86_400, "0123456789ab"
 NOW = time.time()
@@ -187,7 +188,7 @@ def test_a_stand_in_is_one_artifact(runs):
     import numpy as np
 
     rng = np.random.default_rng(0)
-    batch = episodes_of(lambda obs: still(rng, len(obs), 1)[:, 0], 2, rng, 3)
+    batch = adroit.rollout(lambda obs: still(rng, len(obs), 1)[:, 0], 2, rng, 3)
     folder = runs / "minari" / f"human-{KEY}"
     minari_files.write_minari(folder, "standin/pen/human-v0", [batch], "toy")
     (item,) = inventory.items()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import cut, episodes_of, kept, sb3_zip, shorter
+from conftest import cut, kept, sb3_zip, shorter
 
 from pgdlib import edm
 from pgdlib.lab import artifacts, guide_ppo, load, minari_files, standins
@@ -31,7 +31,7 @@ def small_policy(obs_dim=45, action_dim=24):
 def test_the_shipped_guide_returns_3600():
     """THE GUIDE THAT SHIPS, not any guide: 200 D4RL-scale episodes of its mean action, and what its card says of it."""
     policy, card = load.load_guide("shipped")
-    returns = episodes_of(policy.act, 200, np.random.default_rng(2024), adroit.D4RL_HORIZON).returns(100)
+    returns = adroit.rollout(policy.act, 200, np.random.default_rng(2024), adroit.D4RL_HORIZON).returns(100)
     assert returns.mean() >= 3600
     mean, low, high = (float(v) for v in card["return, mean action"].translate(str.maketrans("[,]", "   ")).split())
     assert low >= 3600 and low < mean < high
@@ -172,7 +172,7 @@ def test_the_size_of_a_stand_in_is_part_of_its_name(runs, offline, monkeypatch):
         asked.append((dataset, steps))
         demonstrator, _ = load.load_guide(load.SHIPPED_GUIDE if dataset == "expert" else load.DEMONSTRATOR)
         assert torch.equal(guide[0].log_std, demonstrator.log_std)
-        batch = episodes_of(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(steps), 5)
+        batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(steps), 5)
         return minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", [batch], "toy")
 
     monkeypatch.setattr(standins, "write", write)
@@ -186,7 +186,7 @@ def test_the_key_of_data_names_its_content_not_its_place(tmp_path, offline, monk
     keys = []
     for place, seed in (("a", 0), ("b", 0), ("c", 1)):
         monkeypatch.setenv("PGD_RUNS", str(tmp_path / place))
-        batch = episodes_of(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(seed), 5)
+        batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(seed), 5)
         monkeypatch.setattr(standins, "human", lambda *given, batch=batch: batch)
         keys.append(load.load_data("human", "local", 4_000).key)
     assert keys[0] == keys[1] != keys[2]
@@ -226,7 +226,7 @@ def test_bars_and_words_go_where_they_are_asked_to(runs, offline, monkeypatch, c
     def write(dataset, folder, guide, steps, report):
         for share in (0.25, 0.751, 1.0):
             report(share)
-        batch = episodes_of(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
+        batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
         return minari_files.write_minari(folder, f"standin/pen/{dataset}-v0", [batch], "toy")
 
     monkeypatch.setattr(standins, "write", write)
@@ -248,7 +248,7 @@ def test_a_bar_that_raises_lets_nothing_begin(runs, offline, monkeypatch):
 
 
 def test_a_damaged_stand_in_is_set_aside_and_collected_again(runs, offline, monkeypatch):
-    batch = episodes_of(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
+    batch = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 2, np.random.default_rng(0), 5)
     monkeypatch.setattr(standins, "human", lambda *a: batch)
     first, said = load.load_data("human", "local", 4_000), []
     (file,) = runs.rglob("main_data.hdf5")

@@ -16,19 +16,20 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import cut, episodes_of, kept, replay, white
+from conftest import cut, kept, replay, white
 from minari.data_collector import EpisodeBuffer
 from minari.dataset._storages.hdf5_storage import HDF5Storage
 
 from pgdlib import data
 from pgdlib.lab import artifacts, load, minari_files, minari_steps, standins, tasks
+from pgdlib.simulators import pen as adroit
 
 
 @pytest.fixture(scope="module")
 def episodes():
     """Two batches of short simulated episodes, with actions beyond the limits."""
     rng = np.random.default_rng(0)
-    return [episodes_of(replay(white(rng, n, 20)), n, rng, 20) for n in (3, 2)]
+    return [adroit.rollout(replay(white(rng, n, 20)), n, rng, 20) for n in (3, 2)]
 
 
 @pytest.fixture

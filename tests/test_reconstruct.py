@@ -3,7 +3,7 @@
 import mujoco
 import numpy as np
 import pytest
-from conftest import episodes_of, replay, white
+from conftest import replay, white
 from gymnasium_robotics.envs.adroit_hand import AdroitHandPenEnv
 
 from pgdlib.simulators import pen as adroit
@@ -112,7 +112,7 @@ def with_last(actions):
 
 def test_actions_correct_the_hand_velocity():
     rng = np.random.default_rng(4)
-    played = episodes_of(replay(white(rng, 8, 100)), 8, rng, 100)
+    played = adroit.rollout(replay(white(rng, 8, 100)), 8, rng, 100)
     without, given = (
         np.abs(state_from_observations(played.obs, a)[1] - played.qvel)[..., :24] for a in (None, with_last(played.actions))
     )

@@ -21,10 +21,11 @@ import psutil
 import pytest
 import torch
 from browser import answering, stop
-from conftest import episodes_of, kept, replay, white
+from conftest import kept, replay, white
 from inputs import PATHS, ROOT, no_writes, tried
 
 from pgdlib.lab import artifacts, load, minari_files, models
+from pgdlib.simulators import pen as adroit
 
 UNPICKLE = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}  # modules
 EXECUTE = {"eval", "exec", "compile", "__import__", "execfile"}  # Python's own functions
@@ -127,7 +128,7 @@ def test_a_pickle_in_place_of_a_guide_or_a_denoiser_is_not_executed(bombs, tmp_p
 
 def test_a_pickle_in_place_of_a_dataset_or_an_artifact_is_not_executed(bombs, tmp_path):
     (trace, contents), rng = bombs, np.random.default_rng(0)
-    episodes = [episodes_of(replay(white(rng, 2, 4)), 2, rng, 4)]
+    episodes = [adroit.rollout(replay(white(rng, 2, 4)), 2, rng, 4)]
     for number, content in enumerate(contents):
         for file in ("data/main_data.hdf5", "data/metadata.json"):
             folder = minari_files.write_minari(tmp_path / f"{number}", f"standin/pen/{file[5:7]}-v0", episodes, "a toy")

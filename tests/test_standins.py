@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import episodes_of, shorter
+from conftest import shorter
 
 from pgdlib import data
 from pgdlib.lab import load, minari_files, standins
@@ -52,7 +52,7 @@ def test_cloned_holds_the_demonstrations(files):
 @pytest.mark.parametrize("steps, copies, rollouts", [(4_000, 1, 20), (30_000, 3, 150), (100_000, 10, 500)])
 def test_half_of_cloned_is_copies(files, guide, quick_clone, monkeypatch, tmp_path, steps, copies, rollouts):
     """Below 10,000 steps one copy is already more than half."""
-    demos = episodes_of(lambda obs: np.zeros((len(obs), 24)), 25, np.random.default_rng(0), 200)
+    demos = adroit.rollout(lambda obs: np.zeros((len(obs), 24)), 25, np.random.default_rng(0), 200)
     monkeypatch.setattr(standins, "human", lambda *given: demos)
     monkeypatch.setattr(standins, "_rollouts", lambda simulator, policy, steps, *given: [steps])
     *played, asked = standins.cloned(guide, steps, 0, tmp_path)

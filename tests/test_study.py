@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SPEC, cut, episodes_of, kept, replay, smooth
+from conftest import SPEC, cut, kept, replay, smooth
 from torch import nn
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ def mujoco_log(tmp_path, monkeypatch):
 def episodes():
     """Real episodes, some of which end by a fall."""
     rng = np.random.default_rng(0)
-    return episodes_of(replay(smooth(rng, 12, 40)), 12, rng, 40, threads=1)
+    return pen.rollout(replay(smooth(rng, 12, 40)), 12, rng, 40, threads=1)
 
 
 @pytest.fixture(scope="module")

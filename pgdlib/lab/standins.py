@@ -168,12 +168,13 @@ def _rollouts(simulator, policy, steps, stream, parts, report, whole=True):
 
         def make(first=first, n=n):
             rng = np.random.default_rng([*stream, first])
-            noise = lambda obs: policy.std.numpy() * rng.standard_normal((len(obs), simulator.action_dim))  # noqa: E731
-            act = (
-                (lambda obs: policy.act(obs) + noise(obs))
-                if policy
-                else lambda obs: rng.uniform(-1, 1, (len(obs), simulator.action_dim))
-            )
+
+            def act(obs):
+                shape = len(obs), simulator.action_dim
+                return (
+                    policy.act(obs) + policy.std.numpy() * rng.standard_normal(shape) if policy else rng.uniform(-1, 1, shape)
+                )
+
             batch = rollout(simulator, act, n, rng, whole=whole)
             return {k: torch.from_numpy(v) for k, v in vars(batch).items()}, {}
 

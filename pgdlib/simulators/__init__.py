@@ -41,11 +41,6 @@ class Simulator:
         low, high = self.references or (np.nan, np.nan)
         return 100.0 * (returns - low) / (high - low)
 
-    def return_of(self, score: float) -> float:
-        """The return of a normalised `score`."""
-        low, high = self.references or (np.nan, np.nan)
-        return low + score / 100 * (high - low)
-
 
 def unknown(name: str, obs_dim: int, action_dim: int, horizon: int) -> Simulator:
     """Stands for an environment that cannot be simulated here: it has no batch and no states, and knows no reward or end."""
