@@ -51,6 +51,11 @@ def load_guide(guide="shipped", task=None, spec=None):
     return policy.requires_grad_(False), card
 
 
+def shipped_guide(task):
+    """The policy that ships for the `Task`, or None."""
+    return load_guide("shipped", task)[0] if task.guide and task.guide.is_file() else None
+
+
 def save_guide(path, policy, card):
     """Write a `GaussianPolicy` or `SquashedGaussian` with its card to `path`."""
     card = {**card, "kind": "guide", "config": policy.config, "versions": artifacts.versions()}

@@ -10,10 +10,10 @@ import torch
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from pgdlib.guidance import RULES
+from pgdlib.lab.tasks import DATASETS
 from pgdlib.sampler import SOLVERS
 
 SCALES = ("ci", "quick", "paper")
-DATASETS = ("human", "cloned", "expert")
 
 
 def one_of(*choices):
@@ -44,12 +44,14 @@ TEXT = Annotated[str, Field(min_length=1), "a text that is not empty"]
 NUMBERS = Annotated[list[number(0)], Field(min_length=1), "a list, not empty, of a number of at least 0"]
 TEXTS = Annotated[list[TEXT], Field(min_length=1), "a list, not empty, of texts that are not empty"]
 AUTO_OR_NUMBER = Annotated[Literal["auto"] | number(0), "'auto' or a number of at least 0"]
+NAMED = rf"({'|'.join(DATASETS)}|(\w[\w.-]*/)*\w[\w.-]*-v\d+)"
+DATASET = Annotated[str, Field(pattern=rf"^{NAMED}$"), f"one of {', '.join(map(repr, DATASETS))}, or a Minari dataset's id"]
 YES_OR_NO = Annotated[bool, "one of True, False"]
 
 # fmt: off
 PARAMETERS = {  # name: (what is allowed, what it is)
     "scale": (one_of(*SCALES), "ci, quick or paper: the size of everything"),
-    "dataset": (one_of(*DATASETS), "human, cloned or expert"),
+    "dataset": (DATASET, "human, cloned, expert, hopper-medium and the like, or a Minari id"),
     "source": (one_of("auto", "d4rl", "local"), "d4rl, local (the stand-in), or auto: D4RL's data if they are there"),
     "seed": (whole(0), "seed of all that is random"),
     "device": (one_of("auto", "cpu", "cuda"), "cpu, cuda or auto"),
@@ -72,7 +74,7 @@ PARAMETERS = {  # name: (what is allowed, what it is)
 # `ci` proves that the path runs, `quick` is for a laptop's CPU, `paper` holds the paper's Tables 2 to 4.
 SETTINGS = {  # name: (what is allowed beside None, its values at ci, quick and paper, what it is)
     # human always has 25 episodes of 200 steps; more than 10,000 steps are beyond any episode, and would not fit into memory
-    "data_steps":     (whole(2_000), 4_000, 500_000, 500_000, "steps of the stand-ins cloned and expert"),
+    "data_steps":     (whole(2_000), 4_000, 500_000, 500_000, "steps of the stand-ins, but for human's"),
     "horizon":        (whole(4, 10_000), 16, 32, 128, "steps of a trajectory"),
     # the U-Net and its training (Table 3), where it is trained; on human's 5,000 steps more passes overfit
     "denoiser":       (TEXT, "train", "shipped", "train", "shipped, train (at this scale), or a file of a diffusion model"),

@@ -37,7 +37,7 @@ class Point:
 
 
 class Study:
-    """One dataset, its denoiser and a guide, with the settings `p` that notebook 04 has."""
+    """One dataset, its denoiser and a guide (None: nothing is guided), with the settings `p` that notebook 04 has."""
 
     def __init__(self, dataset, denoiser, policy, p, device="cpu"):
         self.dataset, self.denoiser, self.policy, self.p, self.device = dataset, denoiser, policy, p, torch.device(device)
@@ -45,7 +45,7 @@ class Study:
         self.train, self.val = load.train_val(dataset)
         self.simulator, self.variance = dataset.simulator, self.train.variance
         self.states = self.train.obs[:: -(-len(self.train.obs) // 4_096)].to(self.device)  # some, evenly spread
-        self.on_policy = float(measures.on_policy_log_likelihood(policy, self.states))
+        self.on_policy = float(measures.on_policy_log_likelihood(policy, self.states)) if policy else np.nan
         self._most = {}
 
     @classmethod
@@ -128,16 +128,17 @@ class Study:
         alive = measures.alive(steps[..., self.spec.terminal]) if alive is None else alive
         parts = steps[..., self.spec.obs], steps[..., self.spec.actions], alive
         likelihoods = ("log_likelihood", measures.log_likelihood), ("density", measures.mean_density)
-        found = {name: of(self.policy, *parts).cpu().numpy() for name, of in likelihoods}
+        found = {name: of(self.policy, *parts).cpu().numpy() for name, of in likelihoods if self.policy}
         if not self.simulator.states:
             where = self.states, torch.as_tensor(self.variance**0.5).to(steps), alive
-            found["distance"] = measures.nearest(parts[0], *where).cpu().numpy()
-        else:
-            obs, actions, lasts = (v.cpu().numpy() for v in parts)
-            how, estimators = (self.simulator, obs, actions, self.variance), estimators or (*self.simulator.states, "still")
-            error = {name: dynamics.dynamics_error(*how, name, lasts) for name in estimators}
-            found |= {"normalised": error["reconstructed"].normalised, "motion": error["still"].normalised}
-            found |= {name: error[name].plain for name in estimators if name != "still"}
+            found["distance"], estimators = measures.nearest(parts[0], *where).cpu().numpy(), ("still",)
+        obs, actions, lasts = (v.cpu().numpy() for v in parts)
+        how, estimators = (self.simulator, obs, actions, self.variance), estimators or (*self.simulator.states, "still")
+        error = {name: dynamics.dynamics_error(*how, name, lasts) for name in estimators}
+        if "reconstructed" in error:
+            found["normalised"] = error["reconstructed"].normalised
+        found["motion"] = error["still"].normalised
+        found |= {name: error[name].plain for name in estimators if name != "still"}
         lost = 0 if diverged is None else int(diverged.sum())
         return found, {"diverged": lost, "unjudged": int(np.isnan(found[self.rulers[0]]).sum())}
 

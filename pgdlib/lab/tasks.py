@@ -26,15 +26,20 @@ class Task:
     simulator: Simulator  # without states where it cannot be judged here
     guide: Path | None = None  # that ships
     states: dict = field(default_factory=dict)  # name -> slice of the observation: what says where things are, and how fast
+    shown: dict = field(default_factory=dict)  # label -> index of the observation: a few channels, for figures
+    axes: tuple = ()  # slices of the observation: what should come to point as the other one does
 
 
 def by_name(name):
     """The `Task` "pen", "hopper", "walker2d" or "halfcheetah"."""
     if name == "pen":
         states = {of: s for of, s in pen.GROUPS.items() if s.stop <= pen_states.STATE_DIMS.stop}  # the rest is the target
-        return Task(name, pen.PEN, ASSETS / "ppo_pen.safetensors", states)
+        shown = {"pen height (m)": pen_states.PEN_HEIGHT, "pen turn rate (rad/s)": 31, "pen axis x": 33, "thumb joint (rad)": 20}
+        return Task(name, pen.PEN, ASSETS / "ppo_pen.safetensors", states, shown, (pen.GROUPS["pen axis"], pen.GROUPS["target axis"]))
     simulator = locomotion.runner(name)
-    return Task(name, simulator, ASSETS / f"ppo_{name}.safetensors", simulator.groups)
+    speed = simulator.groups["root velocity"].start
+    shown = {"height (m)": 0, "forward speed (m/s)": speed, "torso angle (rad)": 1, "first joint (rad)": 2}
+    return Task(name, simulator, ASSETS / f"ppo_{name}.safetensors", simulator.groups, shown)
 
 
 def name_of(dataset):
@@ -55,7 +60,8 @@ def of_environment(env_id, spec, horizon):
         if (task.simulator.obs_dim, task.simulator.action_dim) == (spec.obs_dim, spec.action_dim):
             return task
     simulator = unknown(str(env_id or "an unnamed environment"), spec.obs_dim, spec.action_dim, horizon)
-    return Task(simulator.name, simulator, None, simulator.groups)
+    shown = {f"observation {i}": i for i in range(min(4, spec.obs_dim))}
+    return Task(simulator.name, simulator, None, simulator.groups, shown)
 
 
 def siblings(dataset):

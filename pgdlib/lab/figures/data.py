@@ -6,12 +6,12 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pgdlib.lab.figures.style import COLOURS, DATA, MODEL, STATES, figure, finished, interval, lines, looks
-from pgdlib.simulators import pen, pen_states
 
 
 def returns(groups, references, title):
     """Histograms of returns: groups, name -> [n]; references, name -> value, upright lines. What is not finite is left out."""
-    fig, [[ax]] = figure(title, 8.5, 3.2, xlabel="return on D4RL's scale", ylabel="fraction of episodes")
+    scale = " on D4RL's scale" if references else ""
+    fig, [[ax]] = figure(title, 8.5, 3.2, xlabel=f"return{scale}", ylabel="fraction of episodes")
     shown = np.concatenate([*groups.values(), [0.0, *references.values()]])
     shown = shown[np.isfinite(shown)]
     bins = np.linspace(shown.min(), shown.max(), 40)
@@ -23,19 +23,23 @@ def returns(groups, references, title):
     return finished(fig)
 
 
-def episode(obs, rewards, title):
-    """The pen's axis and height and the reward in one episode: obs [T, 45] and rewards [T], in the environment's units."""
+def episode(obs, rewards, task, title):
+    """Some channels and the reward in one episode of the `Task`: obs [T, obs_dim] and rewards [T], in the environment's units.
+
+    The channels are its `axes`, if it has them (dotted: the one to come to), and the first of `shown`.
+    """
     fig = Figure(figsize=(11, 3))  # without pyplot, for a thread may draw it
     axes = fig.subplots(1, 3)
-    t = pen.PEN.dt * np.arange(len(obs))
-    ours, target = obs[:, pen.PEN.groups["pen axis"]], obs[:, pen.PEN.groups["target axis"]]
-    for values, dashes in ((ours, "-"), (target, ":")):
-        lines(axes[0], {name: (t, v) for name, v in zip("xyz", values.T)}, linestyle=dashes, marker="")
-    axes[1].plot(t, obs[:, pen_states.PEN_HEIGHT], color=DATA)
-    axes[1].axhline(pen_states.FALL_HEIGHT, color="black", linestyle="--", linewidth=1, label="fallen below")
-    axes[2].plot(t, rewards, color=DATA)
-    for ax, label in zip(axes, ("pen axis (dotted: target)", "pen height (m)", "reward")):
-        ax.set(xlabel="time (s)", ylabel=label)
+    t = task.simulator.dt * np.arange(len(obs))
+    plain = {label: obs[:, i] for label, i in list(task.shown.items())[: 1 if task.axes else 2]} | {"reward": rewards}
+    for part, dashes in zip(task.axes, ("-", ":")):
+        lines(axes[0], {name: (t, v) for name, v in zip("xyz", obs[:, part].T)}, linestyle=dashes, marker="")
+        axes[0].set(ylabel="axis (dotted: target)")
+    for ax, (label, values) in zip(axes[-len(plain) :], plain.items()):
+        ax.plot(t, values, color=DATA)
+        ax.set(ylabel=label)
+    for ax in axes:
+        ax.set(xlabel="time (s)" if task.simulator.states else "step")
     fig.suptitle(title)
     return finished(fig)
 
@@ -111,13 +115,13 @@ def training(losses, sigmas, train_loss, val_loss, title):
     return finished(fig)
 
 
-def channels(real, generated, names, title):
-    """Some channels over time: `real` and `generated` are lists of [n, T] arrays, one of each of the `names`."""
+def channels(real, generated, names, dt, title):
+    """Some channels over time: `real` and `generated` are lists of [n, T] arrays, `dt` s apart, one of each of the `names`."""
     fig, axes = figure(title, 2.9 * len(names), 4.4, 2, len(names), sharex=True, sharey="col")
     for row, values, colour, label in zip(axes, (real, generated), COLOURS, ("data", "generated")):
         row[0].set_ylabel(label)
         for ax, each in zip(row, values):
-            ax.plot(pen.PEN.dt * np.arange(each.shape[1]), each.T, color=colour, linewidth=0.8, alpha=0.7)
+            ax.plot(dt * np.arange(each.shape[1]), each.T, color=colour, linewidth=0.8, alpha=0.7)
     for ax, name in zip(axes[0], names):
         ax.set_title(name, fontsize="small")
     fig.supxlabel("time (s)")
