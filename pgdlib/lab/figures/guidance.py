@@ -4,7 +4,6 @@ import numpy as np
 
 from pgdlib.lab.figures.style import DATA, LIKELIHOOD, MODEL, MUTED, figure, finished, interval, lines, looks, ring
 from pgdlib.lab.fronts import on_front
-from pgdlib.simulators import pen
 
 LABELS = {
     "reconstructed": "state reconstructed",
@@ -59,7 +58,8 @@ def over_lam(ax, sweep, estimator, floor, on_policy):
     ax.axhline(floor, color=MODEL, linewidth=1, linestyle=":")
     twin.axhline(on_policy, color=DATA, linewidth=1, linestyle="--")
     ax.set(xlabel="guidance weight λ  (red ring: λ = 0)", yscale="log")
-    ax.set_ylabel("dynamics error ■ (dotted: floor)", color=MODEL)
+    what = LABELS["distance"] if estimator == "distance" else "dynamics error"
+    ax.set_ylabel(f"{what} ■ (dotted: floor)", color=MODEL)
     twin.set_ylabel("log-likelihood ● (dashed: on-policy)", color=DATA)
     # Past the threshold the likelihood falls by thousands; the axis keeps to what lies before it.
     likelihood = sweep["log_likelihood.mean"].to_numpy()
@@ -75,14 +75,15 @@ def over_lam(ax, sweep, estimator, floor, on_policy):
     return twin
 
 
-def guided_pair(tracks, observations, title, actions=(0, 9)):
+def guided_pair(tracks, observations, dt, title, actions=(0, 9)):
     """One trajectory for each λ: some actions with the guide's mean (dotted), some observations.
 
-    tracks: λ -> (actions [T, A], means [T, A], obs [T, O]), in the environment's units; observations: label -> its index.
+    tracks: λ -> (actions [T, A], means [T, A], obs [T, O]), in the environment's units, `dt` s apart; observations: label ->
+    its index.
     """
     fig, [axes] = figure(title, 13, 2.9, 1, len(actions) + len(observations), xlabel="time (s)")
     for (lam, (acted, wanted, obs)), look in zip(tracks.items(), looks(tracks).values()):
-        t = pen.PEN.dt * np.arange(len(acted))
+        t = dt * np.arange(len(acted))
         columns = [*acted.T[list(actions)], *obs.T[list(observations.values())]]
         for ax, values in zip(axes, columns):
             ax.plot(t, values, color=look["color"], label=f"λ = {lam:.3g}")
