@@ -13,31 +13,27 @@ from pgdlib import pgd, sampler
 from pgdlib.agents.stack import Learner
 from pgdlib.lab import artifacts, budget, resumable
 from pgdlib.lab.parts import Parts
-from pgdlib.simulators import pen
+from pgdlib.simulators.episodes import rollout
 
 SETTINGS = ("hidden", "polyak", "resample_every", "windows", "real_fraction")  # beside agent_*, draw_*, ...
 LONG = 20.0  # seconds of drawing after which a row's data are kept until the training is over
 
 
-def return_of(score):
-    """The return on D4RL's scale of a normalised score."""
-    return pen.D4RL_RANDOM_RETURN + score / 100 * (pen.D4RL_EXPERT_RETURN - pen.D4RL_RANDOM_RETURN)
-
-
-def evaluate(policy, episodes, horizon, seeds, threads=None, chunk=512):
-    """Returns on D4RL's scale, native returns (NaN if horizon < 200) and falls, [R, episodes] each, of the mean actions.
+def evaluate(simulator, policy, episodes, seeds, threads=None, chunk=512, horizon=None):
+    """Returns on D4RL's scale and whether episodes end by themselves, [R, episodes] each, of the mean actions.
 
     The initial states of a run follow from its seed, of `seeds` [R]: other rows' runs of that seed meet the same ones, while
-    what is common to all seeds, and so in no standard error over seeds, is kept small.
+    what is common to all seeds, and so in no standard error over seeds, is kept small. Episodes have the simulator's `horizon`,
+    or less. NaN where it is `simulators.unknown`.
     """
-    targets, parts = np.stack([pen.sample_targets(episodes, np.random.default_rng([s, 5])) for s in seeds]), []
+    if simulator.batch is None:
+        return np.full((2, policy.runs, episodes), np.nan)
+    begun, parts = [simulator.start(episodes, np.random.default_rng([s, 5])) for s in seeds], []
     most = max(1, chunk // policy.runs)
     for first in range(0, episodes, most):
-        some = targets[:, first : first + most]
-        played = pen.rollout(policy.act, some[..., 0].size, None, horizon, some.reshape(-1, 4), threads)
-        native = played.native_returns if horizon >= pen.NATIVE_HORIZON else np.full(len(played.rewards), np.nan)
-        values = np.stack([played.d4rl_returns, native, played.fallen[:, : pen.D4RL_HORIZON].any(1)])
-        parts.append(values.reshape(3, policy.runs, -1))
+        some = [np.concatenate([each[first : first + most] for each in of]) for of in zip(*begun)]
+        played = rollout(simulator, policy.act, len(some[0]), None, horizon, some, threads, whole=False)
+        parts.append(np.stack([played.returns(), played.ended.any(1)]).reshape(2, policy.runs, -1))
     return np.concatenate(parts, 2)
 
 
@@ -51,7 +47,6 @@ class Result:
     curve: np.ndarray  # [P, R]: the mean of a few returns
     facts: np.ndarray  # [rounds, 6, R]: `pgd.FACTS`, NaN where data are real
     returns: np.ndarray  # [R, n] on D4RL's scale
-    native: np.ndarray  # [R, m]: native returns, of the first m episodes
     falls: np.ndarray  # [R, n]
     diverged_at: np.ndarray  # [R]: the training step, or -1
     policy: torch.nn.Module  # the R trained policies
@@ -76,7 +71,7 @@ class Training:
 
     def __init__(self, learner, rows, sources, p, checkpoint, card):
         self.learner, self.p, self.checkpoint, self.card, self.steps = learner, p, checkpoint, card, learner.steps
-        self.rounds = pgd.Rounds(learner, rows, sources, p.resample_every, self.kept)
+        self.rounds, self.simulator = pgd.Rounds(learner, rows, sources, p.resample_every, self.kept), sources.simulator
         self.marks = [round(p.agent_steps * i / p.curve_points) for i in range(p.curve_points + 1)]
         self.curve = torch.full((len(self.marks), len(learner.seeds)), torch.nan)
 
@@ -97,7 +92,7 @@ class Training:
         """A point of the curve, if a mark is reached and was not before."""
         if self.step in self.marks and (point := self.curve[self.marks.index(self.step)]).isnan().all():
             starts = [10 * seed + 1 for seed in self.learner.seeds]
-            returns, *_ = evaluate(self.learner.agent.policy, self.p.curve_episodes, pen.D4RL_HORIZON, starts)
+            returns, _ = evaluate(self.simulator, self.learner.agent.policy, self.p.curve_episodes, starts)
             point.copy_(torch.as_tensor(returns.mean(1)))
 
     def kept(self, name, make):
@@ -126,9 +121,8 @@ class Training:
     def result(self):
         """The arrays of a `Result` by name, tested at last, and the policy's tensors."""
         policy, p, starts = self.learner.agent.policy, self.p, [10 * seed + 2 for seed in self.learner.seeds]
-        returns, _, falls = evaluate(policy, p.test_episodes, pen.D4RL_HORIZON, starts)
-        native = evaluate(policy, native_episodes(p), pen.NATIVE_HORIZON, starts)[1]
-        arrays = dict(curve=self.curve, facts=self.rounds.facts, returns=returns, native=native, falls=falls)
+        returns, falls = evaluate(self.simulator, policy, p.test_episodes, starts)
+        arrays = dict(curve=self.curve, facts=self.rounds.facts, returns=returns, falls=falls)
         arrays |= {f"policy.{k}": v for k, v in policy.state_dict().items()} | dict(diverged_at=self.learner.diverged_at)
         return {k: torch.as_tensor(v) for k, v in arrays.items()}
 
@@ -167,11 +161,6 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tq
     return Result(rows, list(seeds), loop.marks, **arrays, policy=policy)
 
 
-def native_episodes(p):
-    """Native episodes for each agent: they are twice as long, and stand beside the others only for comparison."""
-    return max(2, p.test_episodes // 5)
-
-
 def announce(make_agent, rows, seeds, sources, p, device, say=print):
     """Say what `train` is to do, and what it takes (`budget.announce`), by one step of each part.
 
@@ -180,7 +169,7 @@ def announce(make_agent, rows, seeds, sources, p, device, say=print):
     runs, diffusion, rounds = len(rows) * len(seeds), sources.diffusion, math.ceil(p.agent_steps / p.resample_every)
     searches = sum(row.lam == "calibrated" for row in rows) * (rounds - 1) * 10 * pgd.CALIBRATION
     draws = len(seeds) * (sum(row.source == "diffusion" for row in rows) * rounds * p.windows + searches)
-    episodes = runs * (p.test_episodes + 2 * native_episodes(p) + (p.curve_points + 1) * p.curve_episodes)
+    episodes, simulator = runs * (p.test_episodes + (p.curve_points + 1) * p.curve_episodes), sources.simulator
     say(f"{len(rows)} rows x {len(seeds)} seeds = {runs} agents, {p.agent_steps:,} steps each, batches of {p.agent_batch}")
     say(f"{rounds} rounds of synthetic data: {draws:,} trajectories in all; {episodes:,} test episodes")
     learner = Learner(make_agent([0] * runs).to(device), [0] * runs, p.agent_steps, p.agent_batch, p.agent_rate)
@@ -189,7 +178,8 @@ def announce(make_agent, rows, seeds, sources, p, device, say=print):
         return Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).timeit(1).mean
 
     training = seconds(lambda: list(learner.train([sources.real] * runs, learner.step + 1))) * p.agent_steps
-    tests = seconds(lambda: evaluate(learner.agent.policy, 8, 10, learner.seeds)) / (80 * runs) * episodes * pen.D4RL_HORIZON
+    few = seconds(lambda: evaluate(simulator, learner.agent.policy, 8, learner.seeds, horizon=10))
+    tests = few / (80 * runs) * episodes * simulator.horizon
     memory = runs * p.windows * diffusion.denoiser.horizon * sources.real[0].nbytes
     works = [("training", f"{p.agent_steps:,} steps", training, memory), ("tests", f"{episodes:,} episodes", tests, 0.0)]
     if hasattr(diffusion.denoiser, "config"):  # else it is no network of ours: a formula
@@ -208,7 +198,7 @@ def save_table(table, name, scale):
     return path
 
 
-def per_seed(result, dataset):
+def per_seed(result, dataset, simulator):
     """The table that everything else follows from: one line for each row and seed (`DataFrame`).
 
     A run that has diverged has no return (NaN), and the step at which it did.
@@ -220,8 +210,7 @@ def per_seed(result, dataset):
         seed=result.seeds * len(result.rows),
         d4rl_return=result.means,
         standard_error=lived * result.returns.std(1, ddof=1) / math.sqrt(n),
-        score=pen.normalised_score(result.means),
-        native_return=lived * result.native.mean(1),
+        score=simulator.score(result.means),
         fell=lived * result.falls.mean(1),
         episodes=n,
         diverged_at=np.where(alive, np.nan, result.diverged_at),

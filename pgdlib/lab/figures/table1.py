@@ -5,7 +5,6 @@ import numpy as np
 from pgdlib import measures
 from pgdlib.lab import seeds
 from pgdlib.lab.figures.style import figure, finished, lines, looks, marks
-from pgdlib.simulators import pen
 
 
 def curves(steps, returns, resamples, title):
@@ -18,11 +17,11 @@ def curves(steps, returns, resamples, title):
     return finished(fig)
 
 
-def table1(rows, behaviour, paper, title):
+def table1(rows, behaviour, paper, score, title):
     """Table 1 as a figure: one line a row with each seed's return, the mean ± SE, and the interval of the IQM.
 
     rows: name -> returns [S] (NaN where diverged); behaviour: (mean, se) of the data's own episodes; paper: name -> (mean,
-    se), the paper's numbers and others' on D4RL's own data, drawn apart below. All on D4RL's scale.
+    se), the paper's numbers and others' on D4RL's own data, drawn apart below. All on D4RL's scale; `score` of a return is D4RL's.
     """
     own = [("behaviour (± over episodes)", behaviour), *((name, seeds.mean_se(values)) for name, values in rows.items())]
     names, measured = zip(*own, *paper.items())
@@ -35,7 +34,7 @@ def table1(rows, behaviour, paper, title):
         error = np.nan_to_num(se)
         marks(ax, [at], [mean], [mean - error], [mean + error], fmt="o" if at < len(own) else "s", color=colour, capsize=3)
         number = f"{mean:,.0f}" + ("" if np.isnan(se) else f" ± {se:,.0f}")
-        number = f"{number:>16}  {pen.normalised_score(mean):6.1f}"
+        number = f"{number:>16}  {score(mean):6.1f}"
         ax.annotate(number, (1.01, at), xycoords=("axes fraction", "data"), va="center", **text)
     for at, colour, values in zip(y[1:], colours[1:], rows.values()):
         ax.plot(values, np.full(len(values), at + 0.22), "|", color=colour, markersize=7)
