@@ -4,6 +4,7 @@ import contextlib
 import functools
 import keyword
 import os
+import re
 import string
 import sys
 from collections import Counter
@@ -25,7 +26,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 RULES = ("explicit", "normalised_linear", "normalised_cosine", "proximal", "smoothed", "annealed")
 CHOICES = dict(
-    dataset=("human", "cloned", "expert"),
     source=("auto", "d4rl", "local"),
     scale=("ci", "quick", "paper"),
     device=("auto", "cpu", "cuda"),
@@ -178,7 +178,13 @@ def allows(name, value):
     """Whether a parameter may be `value`: all rules in one table, without the library's code."""
     if name in CHOICES:
         return type(value) in (str, bool) and any(value is c or value == c for c in CHOICES[name] if type(c) is type(value))
-    if name in FILES:
+    if name == "dataset" and isinstance(value, str):  # a name, or Minari's id of a dataset
+        *folders, last = value.split("/")
+        kinds = ("medium", "medium-replay", "medium-expert", "random", "expert")
+        runners = [f"{runner}-{kind}" for runner in ("hopper", "walker2d", "halfcheetah") for kind in kinds]
+        is_id = all(re.fullmatch(r"\w[\w.-]*", part) for part in folders) and re.fullmatch(r"\w[\w.-]*-v\d+", last)
+        return value in ("human", "cloned", "expert", *runners) or bool(is_id)
+    if name in (*FILES, "dataset"):
         return isinstance(value, str) and value != "" and "\ud800" not in value  # half a character is none
     if name == "sweeps":
         return isinstance(value, list) and value != [] and all(allows("sweep", v) for v in value)

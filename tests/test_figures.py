@@ -10,7 +10,7 @@ import pytest
 from conftest import assert_labelled, drawn
 from matplotlib.figure import Figure
 
-from pgdlib.lab import figures
+from pgdlib.lab import figures, tasks
 from pgdlib.lab.figures import data, guidance, style, sweep, table1
 
 RNG = np.random.default_rng(0)
@@ -20,6 +20,7 @@ SAMPLED = ("error", "motion", "relative", "distance")
 FLOORS = {"normalised": 0.1, "appendix_b": 0.5}
 RULES = ("explicit (the paper)", "explicit, denoised", "linear", "cosine", "cosine, denoised", "proximal", "smoothed")
 SEEDS = np.array([1000.0, 1200.0, 1400.0, 1100.0, 1300.0])
+PEN = tasks.by_name("pen")
 PAPER = {"paper, λ = 0": (2232, 230), "published, IQL": (2436.0, math.nan)}
 MULTIPLES = np.array([0.5, 1.0, 1.5])
 NAN = math.nan
@@ -84,7 +85,7 @@ def each(n):
     bands, far = series(n, lambda k: (1 + k, 0.9 + k, 1.1 + k)), series(n, lambda k: [1.0 + k, 0.5, -0.01, 0.3])
     return {
         data.returns: ((series(n, lambda k: RNG.normal(size=50)), {"random": 96.0}), ["return on D4RL"]),
-        data.episode: ((RNG.normal(size=(T, 45)), RNG.normal(size=T)), ["time (s)"] * 3),
+        data.episode: ((RNG.normal(size=(T, 45)), RNG.normal(size=T), PEN), ["time (s)"] * 3),
         data.restoring: ((RNG.normal(size=(36, T)), *RNG.normal(size=(2, n, 36, T)), np.arange(1, n + 1)), []),
         data.floors: (({g: series(n, lambda k: 10.0**-k) for g in ("hand joints", "pen axis")},), ["one-step squared"]),
         data.coverage: (([4, 8, 12], [1.0, 0.7, 0.2], 8), ["trajectory length"]),
@@ -93,16 +94,19 @@ def each(n):
             ({"short": RNG.random(300) + 0.1, "long": RNG.random(900) + 0.1}, MULTIPLES, [0.2, 0.5, 1], [0.3, 0.6, 1]),
             ["training step", "noise level"],
         ),
-        data.channels: (([RNG.random((3, T))] * n, [RNG.random((4, T))] * n, names), []),
+        data.channels: (([RNG.random((3, T))] * n, [RNG.random((4, T))] * n, names, 0.01), []),
         data.quantiles: ((RNG.normal(size=(99, 71)), RNG.normal(size=(80, 71))), ["data (std)"]),
         data.sharpness: ((RNG.random(24), RNG.random(24)), ["action dimension"]),
         data.sensitivity: ((MULTIPLES, series(n, lambda k: 1 + k + RNG.random(3)), bands), ["injected noise"]),
         data.loss_against_error: ((RNG.random(20), RNG.random(20)), ["denoising loss"]),
         data.sampler_quality: ((samplers(n),), ["network evaluations"] * 4),
         table1.curves: (([0, 10, 20], series(n, lambda k: RNG.random((3, 5))), [5, 10, 15]), ["training step"]),
-        table1.table1: ((series(n, lambda k: SEEDS + k), (1500.0, 25.0), PAPER), ["return on D4RL's scale"]),
+        table1.table1: (
+            (series(n, lambda k: SEEDS + k), (1500.0, 25.0), PAPER, PEN.simulator.score),
+            ["return on D4RL's scale"],
+        ),
         guidance.figure_1: ((clouds(n), lams(), FLOORS, 0.1, 2.0), [x, "guidance weight λ"] * 2),
-        guidance.guided_pair: ((ways, {"turn": 31, "axis": 33}), ["time (s)"] * 4),
+        guidance.guided_pair: ((ways, {"turn": 31, "axis": 33}, 0.01), ["time (s)"] * 4),
         guidance.threshold: ((series(n, lambda k: (MULTIPLES, SEEDS[:3])), shares), ["λ / predicted limit"] * 2),
         guidance.fronts: ((series(n, curve), (-1.0, 0.5), 0.1, "series 0"), [x] * 2),
         guidance.states_over_lam: (([0.0, 0.1, 1.0, 10.0], far, dict.fromkeys(names, 0.02), 0.4), ["guidance weight λ"]),
@@ -176,12 +180,12 @@ def test_no_two_looks_are_alike():
 ONE = {0.0: {m: np.array([NAN]) for m in MEASURES}}
 EDGES = [
     (data.returns, {"a": np.array([1.0, NAN]), "b": np.array([NAN])}, {}),
-    (data.episode, np.full((1, 45), NAN), np.array([NAN])),
+    (data.episode, np.full((1, 45), NAN), np.array([NAN]), PEN),
     (data.floors, {"one group": {"ours": NAN, "theirs": 1.0}}),
     (data.coverage, [4], [NAN], 4),
     (data.learning_curve, [0], [NAN], [NAN], 3077),
     (data.training, {"one": np.array([0.5])}, [1.0], [NAN], [0.5]),
-    (data.channels, [np.full((1, 1), NAN)], [np.zeros((0, 1))], ["none generated"]),
+    (data.channels, [np.full((1, 1), NAN)], [np.zeros((0, 1))], ["none generated"], 0.01),
     (data.quantiles, np.full((1, 71), NAN), np.zeros((1, 71))),
     (data.sharpness, np.full(1, NAN), np.zeros(1)),
     (data.sensitivity, [0.1], {"ours": [NAN], "no band": [1.0]}, {"ours": (1.0, 0.5, 2.0), "no band": (NAN,) * 3}),
@@ -189,10 +193,10 @@ EDGES = [
     (data.loss_against_error, np.array([0.5]), np.array([1.0])),
     (data.sampler_quality, samplers(1).assign(**{"motion.mean": NAN, "relative.low": NAN})),
     (table1.curves, [0, 10, 20], {"one seed": np.ones((3, 1)), "lost": np.full((3, 2), NAN)}, []),
-    (table1.table1, {"one left": np.array([500.0, NAN]), "none": np.full(2, NAN)}, (NAN, NAN), {}),
+    (table1.table1, {"one left": np.array([500.0, NAN]), "none": np.full(2, NAN)}, (NAN, NAN), {}, PEN.simulator.score),
     (guidance.figure_1, ONE, lams((0.0,), (1,), NAN), FLOORS, NAN, NAN),
     (guidance.figure_1, ONE, lams((0.0,), (1,)), {"normalised": NAN}, 0.0, None),
-    (guidance.guided_pair, {0.0: (np.zeros((1, 24)), np.full((1, 24), NAN), np.zeros((1, 45)))}, {"turn": 31}),
+    (guidance.guided_pair, {0.0: (np.zeros((1, 24)), np.full((1, 24), NAN), np.zeros((1, 45)))}, {"turn": 31}, 0.01),
     (guidance.threshold, {"a": (BLIND, BLIND), "b": ([1.0], [0.0])}, {"b": ([1.0], [NAN], [NAN])}),
     (guidance.fronts, {"a": curve(x=[0.0])}, (-1.0, 0.5), 0.1, "a"),
     (guidance.fronts, {"a": curve(), "b": (curve()[0], *[BLIND] * 3)}, (-1.0, 0.5), 0.1, "a"),

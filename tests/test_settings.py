@@ -54,7 +54,7 @@ def test_none_takes_the_scales_own_value(scale):
         ("lam", True, "'auto' or a number of at least 0"),
         ("lam", 10**400, "'auto' or a number of at least 0"),
         ("lam", np.array(1.0), "'auto' or a number of at least 0"),
-        ("dataset", ["human"], "one of 'human', 'cloned', 'expert'"),
+        ("dataset", "hopper", settings.PARAMETERS["dataset"][0].__metadata__[-1]),
         ("seed", 1.0, "a whole number from 0 to 4294967295"),
         ("guide", "", "a text that is not empty"),
         ("lams", [1.0, math.nan], "a list, not empty, of a number of at least 0"),

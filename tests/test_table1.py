@@ -18,7 +18,7 @@ from pgdlib.fast import generator
 from pgdlib.lab import artifacts, budget, resumable, settings, table1
 from pgdlib.lab.table1 import Result, evaluate, per_seed
 from pgdlib.pgd import FACTS, Row
-from pgdlib.simulators import pen
+from pgdlib.simulators import pen, unknown
 
 CPU = torch.device("cpu")
 KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC}
@@ -40,6 +40,8 @@ def make_agent(seeds, kind=IQL):
 class Random:
     """Sources of random data, other ones for each row, run, round and policy; interrupted, if asked, where they draw `at`."""
 
+    simulator = pen.PEN
+
     def __init__(self, at=None):
         self.calls, self.at = [], at
 
@@ -56,19 +58,19 @@ class Random:
         return made, None if row.source == "real" else batch
 
 
-def fake_evaluate(policy, episodes, horizon, seeds, threads=None, chunk=512):
+def fake_evaluate(simulator, policy, episodes, seeds, threads=None, chunk=512, horizon=None):
     """Numbers that tell runs, episodes, horizons and seeds apart, without a simulator."""
     own = policy.net.biases[-1].detach().sum((1, 2)).numpy()[:, None] + np.arange(episodes)
     assert len(seeds) == policy.runs
     falls = np.tile(np.arange(episodes) % 2, (policy.runs, 1))
-    return np.stack([own + np.array(seeds)[:, None], own + 1000 + horizon, falls]).astype(np.float64)
+    return np.stack([own + np.array(seeds)[:, None], falls]).astype(np.float64)
 
 
 @pytest.fixture
 def evaluations(monkeypatch):
     """What was asked of `evaluate`, which a fake takes the place of."""
     calls = []
-    monkeypatch.setattr(table1, "evaluate", lambda policy, *a: calls.append(a) or fake_evaluate(policy, *a))
+    monkeypatch.setattr(table1, "evaluate", lambda sim, policy, *a, **k: calls.append(a) or fake_evaluate(sim, policy, *a))
     return calls
 
 
@@ -94,7 +96,7 @@ def train(p=None, kind="iql", rows=ROWS, seeds=SEEDS, sources=None, inputs=None,
 
 def assert_same(a, b):
     assert (a.rows, a.seeds, a.marks) == (b.rows, b.seeds, b.marks)
-    for name in ("curve", "facts", "returns", "native", "falls", "diverged_at"):
+    for name in ("curve", "facts", "returns", "falls", "diverged_at"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
     for (name, x), y in zip(a.policy.state_dict().items(), b.policy.state_dict().values(), strict=True):
         assert torch.equal(x, y), name
@@ -121,7 +123,7 @@ def test_agents_are_trained_once(runs, evaluations, trainings):
 
 
 def test_what_is_trained_and_tested(runs, evaluations, trainings):
-    """Row by row, with all seeds in each; scored on the curve's episodes, tested on others, the native ones alone."""
+    """Row by row, with all seeds in each; scored on the curve's episodes, tested on others."""
     p, sources = asked(seed=3, curve_episodes=3, test_episodes=15), Random()
     result = train(p, sources=sources)
     learner = trainings[0].learner
@@ -129,14 +131,13 @@ def test_what_is_trained_and_tested(runs, evaluations, trainings):
     assert sources.calls == [(name, k) for k in (0, 1) for name in "abc"]
     assert result.marks == [0, 3, 6] and result.curve.shape == (3, 6) and result.facts.shape == (2, 6, 6)
     own, others = [41, 91] * 3, [42, 92] * 3  # the states that a run starts from are those of its seed
-    curve, test, native = (3, 100, own), (15, 100, others), (3, 200, others)
-    assert evaluations == [curve] * 3 + [test, native]
+    curve, test = (3, own), (15, others)
+    assert evaluations == [curve] * 3 + [test]
     policy = learner.agent.policy
-    np.testing.assert_array_equal(result.returns, fake_evaluate(policy, *test)[0])
-    np.testing.assert_array_equal(result.native, fake_evaluate(policy, *native)[1])
-    np.testing.assert_array_equal(result.falls, fake_evaluate(policy, *test)[2])
+    np.testing.assert_array_equal(result.returns, fake_evaluate(None, policy, *test)[0])
+    np.testing.assert_array_equal(result.falls, fake_evaluate(None, policy, *test)[1])
     for point, scored in ((-1, policy), (0, make_agent(SEEDS * 3).policy)):
-        np.testing.assert_allclose(result.curve[point], fake_evaluate(scored, *curve)[0].mean(1), rtol=1e-6)
+        np.testing.assert_allclose(result.curve[point], fake_evaluate(None, scored, *curve)[0].mean(1), rtol=1e-6)
     assert (result.diverged_at == -1).all() and result.facts[1, :, 2:].T.tolist() == [[10.0, 11, 12, 13, 14, 15]] * 4
     card = artifacts.load(runs / kept(runs)[0])[1]
     assert card["stack"] == SEEDS * 3 and card["kind"] == "iql" and card["rows"] == [vars(r) for r in ROWS]
@@ -293,59 +294,52 @@ def a_policy(runs):
 @pytest.fixture
 def played(monkeypatch):
     """The targets of all rollouts that took place."""
-    targets, rollout = [], pen.rollout
+    targets, rollout = [], table1.rollout
 
-    def spied(act, n, rng, horizon, start, threads):
-        assert len(start) == n
-        targets.append(start)
-        return rollout(act, n, rng, horizon, start, threads)
+    def spied(simulator, act, n, rng, horizon, start, *how, **more):
+        assert [len(part) for part in start] == [n] * 3
+        targets.append(start[2])
+        return rollout(simulator, act, n, rng, horizon, start, *how, **more)
 
-    monkeypatch.setattr(pen, "rollout", spied)
+    monkeypatch.setattr(table1, "rollout", spied)
     return targets
 
 
 def test_evaluation_is_that_of_each_run_alone_from_the_states_of_its_seed(played):
     policy = a_policy(3)
-    values = evaluate(policy, 4, 40, [1, 2, 1])
-    assert [v.shape for v in values] == [(3, 4)] * 3 and np.isnan(values[1]).all()
+    values = evaluate(pen.PEN, policy, 4, [1, 2, 1], horizon=40)
+    assert values.shape == (2, 3, 4)
     starts = played[0].reshape(3, 4, 4)
     assert (starts[0] == starts[2]).all() and not (starts[0] == starts[1]).all(-1).any()
     for r in range(3):
         alone = pen.rollout(policy.select([r]).act, 4, None, 40, starts[r], 1)
-        np.testing.assert_allclose(values[0][r], alone.d4rl_returns, rtol=1e-3)
-        np.testing.assert_array_equal(values[2][r], alone.fallen.any(1))
+        np.testing.assert_allclose(values[0][r], alone.returns(), rtol=1e-3)
+        np.testing.assert_array_equal(values[1][r], alone.ended.any(1))
     assert len(np.unique(values[0])) == 12
-    evaluate(policy, 2, 2, [2, 2, 1])
+    evaluate(pen.PEN, policy, 2, [2, 2, 1], horizon=2)
     again = played[-1].reshape(3, 2, 4)
     assert (again[0] == starts[1, :2]).all() and (again[2] == starts[0, :2]).all()  # fewer are the first of more
 
 
 def test_chunks_do_not_change_an_evaluation(played):
     policy = a_policy(3)
-    reference = evaluate(policy, 5, 10, [0, 1, 2])
+    reference = evaluate(pen.PEN, policy, 5, [0, 1, 2], horizon=10)
     for chunk, batches in ((1, 5), (6, 3), (9, 2), (15, 1)):
         played.clear()
-        np.testing.assert_allclose(evaluate(policy, 5, 10, [0, 1, 2], chunk=chunk), reference, rtol=1e-4)
+        found = evaluate(pen.PEN, policy, 5, [0, 1, 2], chunk=chunk, horizon=10)
+        np.testing.assert_allclose(found, reference, rtol=1e-4)
         assert len(played) == batches and all(len(t) <= max(chunk, 3) for t in played)
 
 
-def test_native_returns_take_whole_episodes_and_falls_d4rls(monkeypatch):
-    def fake(act, n, rng, horizon, targets, threads):
-        fallen = np.zeros((n, horizon), dtype=bool)
-        fallen[0, 150:], fallen[1, 99:] = True, True
-        nothing = np.zeros((n, horizon + 1, 1))
-        return pen.Episodes(nothing, nothing, np.ones((n, horizon)), fallen, nothing, nothing, targets)
-
-    monkeypatch.setattr(pen, "rollout", fake)
-    d4rl, native, falls = evaluate(a_policy(1), 3, 200, [0])
-    assert falls.tolist() == [[0, 1, 0]] and d4rl.tolist() == [[100] * 3] and native.tolist() == [[200] * 3]
+def test_agents_of_an_unknown_environment_have_no_returns():
+    assert np.isnan(evaluate(unknown("mine", 45, 24, 10), a_policy(3), 4, [0, 1, 2])).all()
 
 
 def test_a_nan_policy_has_nan_returns_and_leaves_the_others_untouched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where MuJoCo would leave its log
-    clean, broken = evaluate(a_policy(3), 3, 20, [0, 1, 2]), a_policy(3)
+    clean, broken = evaluate(pen.PEN, a_policy(3), 3, [0, 1, 2], horizon=20), a_policy(3)
     broken.net.biases[0].data[1] = math.nan
-    values = evaluate(broken, 3, 20, [0, 1, 2])
+    values = evaluate(pen.PEN, broken, 3, [0, 1, 2], horizon=20)
     assert np.isnan(values[0][1]).all() and not (tmp_path / "MUJOCO_LOG.TXT").exists()
     for found, expected in zip(values, clean, strict=True):
         np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
@@ -366,7 +360,6 @@ def a_result():
         curve=np.arange(8.0).reshape(2, 4),
         facts=facts,
         returns=RETURNS,
-        native=np.array([[1.0, 2.0], [3.0, 5.0], [0.0, 0.0], [-4.0, -6.0]]),
         falls=np.array([[0, 0, 1], [0, 0, 0], [1, 1, 1], [1, 1, 0]], dtype=bool),
         diverged_at=np.array([-1, -1, 40, -1]),
         policy=None,
@@ -375,7 +368,7 @@ def a_result():
 
 def test_the_table_has_a_line_for_each_row_and_seed():
     """The third run has diverged: its episodes still gave returns, and none of them counts."""
-    table = per_seed(a_result(), "stand-in pen-toy")
+    table = per_seed(a_result(), "stand-in pen-toy", pen.PEN)
     assert table.dataset.tolist() == ["stand-in pen-toy"] * 4
     assert table.row.tolist() == ["real", "real", "guided", "guided"] and table.seed.tolist() == [7, 8, 7, 8]
     assert table.source.tolist() == ["real"] * 2 + ["diffusion"] * 2
@@ -384,19 +377,17 @@ def test_the_table_has_a_line_for_each_row_and_seed():
     errors = [np.sqrt(((v - v.mean()) ** 2).sum() / 2 / 3) for v in RETURNS]
     np.testing.assert_allclose(table.standard_error, [*errors[:2], np.nan, errors[3]])
     np.testing.assert_allclose(table.score, (table.d4rl_return - 96.262799) / (3076.833073 - 96.262799) * 100)
-    np.testing.assert_allclose(table.native_return, [1.5, 4, np.nan, -5])
     np.testing.assert_allclose(table.fell, [1 / 3, 0, np.nan, 2 / 3])
     assert table.episodes.tolist() == [3] * 4
     np.testing.assert_array_equal(table.diverged_at, [np.nan, np.nan, 40, np.nan])
     for i, name in enumerate(FACTS):
         np.testing.assert_array_equal(table[f"data_{name}"], [np.nan, np.nan, 36 + i, 42 + i])
-    assert table1.return_of(0.0) == 96.262799 and pen.normalised_score(table1.return_of(78.5)) == pytest.approx(78.5)
     parts = a_result().by_row(a_result().curve)
     assert parts["real"].tolist() == [[0, 1], [4, 5]] and parts["guided"].tolist() == [[2, 3], [6, 7]]
 
 
 def test_the_table_is_saved(runs):
-    table = per_seed(a_result(), "toy")
+    table = per_seed(a_result(), "toy", pen.PEN)
     path = table1.save_table(table, "table1_toy", "ci")
     assert path == runs / "results" / "ci" / "table1_toy.csv" and kept(runs) == ["results/ci/table1_toy.csv"]
     pd.testing.assert_frame_equal(pd.read_csv(path), table, check_dtype=False)
@@ -407,7 +398,7 @@ def test_the_table_is_saved(runs):
 
 def all_sources(denoiser=None, chunk=512):
     model = synthetic.Diffusion(denoiser or Ideal(), "multistep", 5, 0.0, 1, chunk)
-    return pgd.Sources(toy([40]).transitions(), model, None, None, 8, 0.0, SEEDS)
+    return pgd.Sources(toy([40]).transitions(), model, None, None, 8, 0.0, SEEDS, pen.PEN)
 
 
 def test_the_announcement_tells_what_is_to_come_and_leaves_no_trace(runs, evaluations):
@@ -418,7 +409,7 @@ def test_the_announcement_tells_what_is_to_come_and_leaves_no_trace(runs, evalua
         assert torch.equal(torch.get_rng_state(), state) and vars(p) == before and torch.equal(sources.real, real)
         n = len(rows)
         # 2 seeds, 2 rows of 3 rounds of 8; and for the calibrated row two searches of 10 draws of 32.
-        drawn, episodes = 2 * (2 * 3 * 8 + 2 * 10 * 32) if n > 1 else 0, 2 * n * (4 + 2 * 2 + 3 * 2)
+        drawn, episodes = 2 * (2 * 3 * 8 + 2 * 10 * 32) if n > 1 else 0, 2 * n * (4 + 3 * 2)
         assert said == [
             f"{n} rows x 2 seeds = {2 * n} agents, 3,000 steps each, batches of 4",
             f"3 rounds of synthetic data: {drawn:,} trajectories in all; {episodes:,} test episodes",
@@ -435,7 +426,7 @@ def test_the_estimate_is_what_each_part_takes(runs, evaluations, monkeypatch):
     model = Denoiser(45, 24, 10, 8, 1)
     table1.announce(make_agent, ROWS, SEEDS, all_sources(model), p, CPU, lambda text: None)
     seconds = {name: each for name, _, each, _ in works}
-    drawn, episodes = 2 * (2 * 2 * 8 + 10 * 32), 6 * (10 + 2 * 2 + 2 * 2)  # of native episodes each counts twice
+    drawn, episodes = 2 * (2 * 2 * 8 + 10 * 32), 6 * (10 + 2 * 2)
     expected = {"training": 2.0 * 100, "data": 3.0 * 5 * drawn, "tests": 2.0 / 80 / 6 * 100 * episodes}
     assert seconds == pytest.approx(expected) and list(seconds) == list(expected)
 

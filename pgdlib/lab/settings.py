@@ -10,8 +10,9 @@ import torch
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from pgdlib.guidance import RULES
-from pgdlib.lab.tasks import DATASETS
+from pgdlib.lab.tasks import DATASETS, KINDS, PEN
 from pgdlib.sampler import SOLVERS
+from pgdlib.simulators.locomotion import RUNNERS
 
 SCALES = ("ci", "quick", "paper")
 
@@ -44,8 +45,9 @@ TEXT = Annotated[str, Field(min_length=1), "a text that is not empty"]
 NUMBERS = Annotated[list[number(0)], Field(min_length=1), "a list, not empty, of a number of at least 0"]
 TEXTS = Annotated[list[TEXT], Field(min_length=1), "a list, not empty, of texts that are not empty"]
 AUTO_OR_NUMBER = Annotated[Literal["auto"] | number(0), "'auto' or a number of at least 0"]
+ONES = f"one of {', '.join(map(repr, PEN))}, a runner's ({', '.join(RUNNERS)}) with -{', -'.join(KINDS)}"
 NAMED = rf"({'|'.join(DATASETS)}|(\w[\w.-]*/)*\w[\w.-]*-v\d+)"
-DATASET = Annotated[str, Field(pattern=rf"^{NAMED}$"), f"one of {', '.join(map(repr, DATASETS))}, or a Minari dataset's id"]
+DATASET = Annotated[str, Field(pattern=rf"^{NAMED}$"), f"{ONES}, or a Minari dataset's id"]
 YES_OR_NO = Annotated[bool, "one of True, False"]
 
 # fmt: off

@@ -127,17 +127,16 @@ class Study:
         steps = self.normaliser.denormalise(x.to(self.device))
         alive = measures.alive(steps[..., self.spec.terminal]) if alive is None else alive
         parts = steps[..., self.spec.obs], steps[..., self.spec.actions], alive
-        likelihoods = ("log_likelihood", measures.log_likelihood), ("density", measures.mean_density)
-        found = {name: of(self.policy, *parts).cpu().numpy() for name, of in likelihoods if self.policy}
+        likelihoods = {"log_likelihood": measures.log_likelihood, "density": measures.mean_density} if self.policy else {}
+        found = {name: of(self.policy, *parts).cpu().numpy() for name, of in likelihoods.items()}
         if not self.simulator.states:
             where = self.states, torch.as_tensor(self.variance**0.5).to(steps), alive
             found["distance"], estimators = measures.nearest(parts[0], *where).cpu().numpy(), ("still",)
         obs, actions, lasts = (v.cpu().numpy() for v in parts)
         how, estimators = (self.simulator, obs, actions, self.variance), estimators or (*self.simulator.states, "still")
         error = {name: dynamics.dynamics_error(*how, name, lasts) for name in estimators}
-        if "reconstructed" in error:
-            found["normalised"] = error["reconstructed"].normalised
-        found["motion"] = error["still"].normalised
+        names = dict(reconstructed="normalised", still="motion")
+        found |= {names[name]: error[name].normalised for name in names if name in error}
         found |= {name: error[name].plain for name in estimators if name != "still"}
         lost = 0 if diverged is None else int(diverged.sum())
         return found, {"diverged": lost, "unjudged": int(np.isnan(found[self.rulers[0]]).sum())}

@@ -34,8 +34,9 @@ def by_name(name):
     """The `Task` "pen", "hopper", "walker2d" or "halfcheetah"."""
     if name == "pen":
         states = {of: s for of, s in pen.GROUPS.items() if s.stop <= pen_states.STATE_DIMS.stop}  # the rest is the target
-        shown = {"pen height (m)": pen_states.PEN_HEIGHT, "pen turn rate (rad/s)": 31, "pen axis x": 33, "thumb joint (rad)": 20}
-        return Task(name, pen.PEN, ASSETS / "ppo_pen.safetensors", states, shown, (pen.GROUPS["pen axis"], pen.GROUPS["target axis"]))
+        shown = {"pen height (m)": 26, "pen turn rate (rad/s)": 31, "pen axis x": 33, "thumb joint (rad)": 20}
+        axes = pen.GROUPS["pen axis"], pen.GROUPS["target axis"]
+        return Task(name, pen.PEN, ASSETS / "ppo_pen.safetensors", states, shown, axes)
     simulator = locomotion.runner(name)
     speed = simulator.groups["root velocity"].start
     shown = {"height (m)": 0, "forward speed (m/s)": speed, "torso angle (rad)": 1, "first joint (rad)": 2}

@@ -21,7 +21,7 @@ def table1(rows, behaviour, paper, score, title):
     """Table 1 as a figure: one line a row with each seed's return, the mean ± SE, and the interval of the IQM.
 
     rows: name -> returns [S] (NaN where diverged); behaviour: (mean, se) of the data's own episodes; paper: name -> (mean,
-    se), the paper's numbers and others' on D4RL's own data, drawn apart below. All on D4RL's scale; `score` of a return is D4RL's.
+    se), the paper's numbers and others' on D4RL's own data, drawn apart below. All on D4RL's scale; `score` gives D4RL's score.
     """
     own = [("behaviour (± over episodes)", behaviour), *((name, seeds.mean_se(values)) for name, values in rows.items())]
     names, measured = zip(*own, *paper.items())
