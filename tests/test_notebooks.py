@@ -65,7 +65,7 @@ GOOD = {
     "03 trained anew": ("anew", ROOT, "notebooks/03_ppo_guide.ipynb", "-p retrain True -p seed 3 -p episodes 5"),
 }
 # Another task, and data of an environment that nothing is known of
-FILES = "01_data 02_diffusion 03_ppo_guide 04_guidance 05_iql_benchmark 06_world_model 08_rules".split()
+FILES = ["01_data", "02_diffusion", "03_ppo_guide", "04_guidance", "05_iql_benchmark", "06_world_model", "08_rules"]
 MORE = {
     "04": " -y lams:\xa0[0.5,2.5]",
     "05": " -p seeds 2 -y lams:\xa0[0,1.5]",
@@ -189,8 +189,8 @@ def started(request, tmp_path_factory):
     whole = load.SHIPPED_GUIDE.read_bytes()
     (base / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     shutil.copy(tasks.by_name("hopper").guide, base / "own.safetensors")
-    random = lambda obs, rng=np.random.default_rng(0): rng.uniform(-1, 1, (len(obs), 3))  # noqa: E731
-    played = episodes.rollout(locomotion.runner("hopper"), random, 300, np.random.default_rng(0), 60)
+    rng = np.random.default_rng(0)
+    played = episodes.rollout(locomotion.runner("hopper"), lambda obs: rng.uniform(-1, 1, (len(obs), 3)), 300, rng, 60)
     minari_files.write_minari(base / "own" / NO_DATA, "my/own-v0", [played], "of nothing that is known", whole=False)
     wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -81,12 +81,12 @@ def cloud(view, fig=None):
     if view.picked is not None and view.picked < len(x):
         ring = dict(color="black", markersize=11, markerfacecolor="none", markeredgewidth=2, label=f"no. {view.picked}")
         ax.plot(x[view.picked], y[view.picked], "o", **ring)
-    ax.axhline(floor, color="black", linewidth=1, linestyle=":", label="floor: real data")
+    guidance.draw_floor(ax, floor, sweep.frame[f"{view.estimator}.mean"])
     ax.axvline(sweep.on_policy, color=MUTED, linewidth=1.2, linestyle="--", label="on-policy")
     ax.set(xlabel="log-likelihood (nats per action dimension)", xlim=x_limits, ylim=y_limits, yscale="log")
     ax.set_ylabel(guidance.wrongness(view.estimator))
     # The legend stands between the floor and the clouds, where there is room.
-    room = floor < 0.02 * _mean(unguided, view.estimator)
+    room = y_limits[0] < floor < 0.02 * _mean(unguided, view.estimator)
     place = dict(loc="center left", bbox_to_anchor=(0, 0.25)) if room else dict(loc="upper left")
     ax.legend(fontsize="x-small", frameon=True, framealpha=0.85, edgecolor="none", **place)
     _plain_log(ax)
@@ -114,7 +114,7 @@ def _limits(view):
     x, y = (np.concatenate([p.measures[name] for p in sane]) for name in ("log_likelihood", view.estimator))
     x, y = x[np.isfinite(x) & (x > lowest)], y[np.isfinite(y) & (y > 0)]
     x = np.append(np.quantile(x, [0.002, 1.0]) if len(x) else [], sweep.on_policy)
-    y = np.append(np.quantile(y, [0.002, 0.998]) if len(y) else [], floor if floor > 0 else [])
+    y = np.append(np.quantile(y, [0.002, 0.998]) if len(y) else [], floor if floor > 1e-4 * np.min(y, initial=np.inf) else [])
     y = y if len(y) else np.ones(1)
     margin = 0.06 * np.ptp(x) + 1e-3
     return (x.min() - margin, x.max() + margin), (0.7 * y.min(), 1.6 * y.max())

@@ -124,7 +124,7 @@ def channels(real, generated, names, dt, title):
             ax.plot(dt * np.arange(each.shape[1]), each.T, color=colour, linewidth=0.8, alpha=0.7)
     for ax, name in zip(axes[0], names):
         ax.set_title(name, fontsize="small")
-    fig.supxlabel("time (s)")
+    fig.supxlabel("step" if dt == 1 else "time (s)")
     return fig
 
 

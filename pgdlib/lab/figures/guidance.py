@@ -31,13 +31,21 @@ def figure_1(clouds, sweep, floors, on_policy, title, limit=None):
     for (left, right), (estimator, floor) in zip(axes, floors.items()):
         points = {f"λ = {lam:.3g}": (v["log_likelihood"], v[estimator]) for lam, v in clouds.items()}
         lines(left, points, linestyle="", markersize=4, alpha=0.55, markeredgewidth=0)
-        left.axhline(floor, color="black", linewidth=1, linestyle=":", label="floor: real data")
+        draw_floor(left, floor, sweep[f"{estimator}.mean"])
         left.axvline(on_policy, color=MUTED, linewidth=1.2, linestyle="--", label="on-policy")
         left.set(xlabel=LIKELIHOOD, ylabel=wrongness(estimator, "\n"))
         over_lam(right, sweep, estimator, floor, on_policy)
         if limit is not None and limit <= 1.03 * sweep["lam"].max():
             right.axvline(limit, color="black", linewidth=1.2, linestyle="-.", label="predicted limit")
     return finished(fig)
+
+
+def draw_floor(ax, floor, errors, colour="black"):
+    """The error of real data as a dotted line. That of an exact ruler, far below all errors, would squeeze them: told alone."""
+    if floor > 1e-4 * np.nanmin(errors):
+        ax.axhline(floor, color=colour, linewidth=1, linestyle=":", label="floor: real data")
+    else:
+        ax.plot([], [], color=colour, linewidth=1, linestyle=":", label=f"floor: real data, {floor:.0e}")
 
 
 def over_lam(ax, sweep, estimator, floor, on_policy):
@@ -55,7 +63,7 @@ def over_lam(ax, sweep, estimator, floor, on_policy):
         axis.fill_between(lams, low, high, color=colour, alpha=0.25, linewidth=0)
         axis.plot(lams, mean, color=colour, marker=marker, markersize=4)
         ring(axis, lams[0], mean[0])
-    ax.axhline(floor, color=MODEL, linewidth=1, linestyle=":")
+    draw_floor(ax, floor, sweep[f"{estimator}.mean"], MODEL)
     twin.axhline(on_policy, color=DATA, linewidth=1, linestyle="--")
     ax.set(xlabel="guidance weight λ  (red ring: λ = 0)", yscale="log")
     what = LABELS["distance"] if estimator == "distance" else "dynamics error"
@@ -81,7 +89,7 @@ def guided_pair(tracks, observations, dt, title, actions=(0, 9)):
     tracks: λ -> (actions [T, A], means [T, A], obs [T, O]), in the environment's units, `dt` s apart; observations: label ->
     its index.
     """
-    fig, [axes] = figure(title, 13, 2.9, 1, len(actions) + len(observations), xlabel="time (s)")
+    fig, [axes] = figure(title, 13, 2.9, 1, len(actions) + len(observations), xlabel="step" if dt == 1 else "time (s)")
     for (lam, (acted, wanted, obs)), look in zip(tracks.items(), looks(tracks).values()):
         t = dt * np.arange(len(acted))
         columns = [*acted.T[list(actions)], *obs.T[list(observations.values())]]
