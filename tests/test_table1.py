@@ -1,6 +1,7 @@
 """Table 1: trained once for its inputs, gone on with after a kill, tested, announced without a trace, and its table by hand."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -230,7 +231,7 @@ def test_killed_at_the_end_nothing_is_trained_again(runs, evaluations, monkeypat
     save = artifacts.save
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if where == "tests":
-            patch.setattr(table1, "native_episodes", killed)
+            patch.setattr(table1.Training, "result", killed)
         else:
             patch.setattr(artifacts, "save", lambda path, *a: killed() if path.parent.name == "agents" else save(path, *a))
         train()
@@ -272,16 +273,15 @@ def test_a_diverged_run_in_the_simulator_itself(runs, tmp_path, monkeypatch):
             return made, batch
 
     monkeypatch.chdir(tmp_path)  # MuJoCo leaves its log where it stands
-    for name, steps in (("D4RL_HORIZON", 20), ("NATIVE_HORIZON", 40)):
-        monkeypatch.setattr(pen, name, steps)
+    monkeypatch.setattr(Random, "simulator", replace(pen.PEN, horizon=20))
     p = asked(curve_points=1, curve_episodes=1, test_episodes=2)
     clean, result = (train(p, rows=ROWS[:2], sources=s, inputs=dict(i=i)) for i, s in enumerate((Random(), Poisoned())))
     assert result.diverged_at.tolist() == [-1, -1, 1, -1]
-    for name in ("curve", "returns", "native", "falls"):
+    for name in ("curve", "returns", "falls"):
         axis = -1 if name == "curve" else 0
         np.testing.assert_array_equal(*(np.delete(getattr(each, name), 2, axis) for each in (clean, result)))
-    table = per_seed(result, "toy")
-    assert table.d4rl_return.isna().tolist() == table.native_return.isna().tolist() == [False, False, True, False]
+    table = per_seed(result, "toy", pen.PEN)
+    assert table.d4rl_return.isna().tolist() == table.fell.isna().tolist() == [False, False, True, False]
 
 
 # Tests in the simulator

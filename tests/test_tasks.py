@@ -155,7 +155,7 @@ def test_a_dataset_of_ones_own_is_judged_by_its_distance_to_the_data(own):
     assert lab.rulers == ("distance",)
     x, diverged = lab.draw("annealed", 0.5)
     values, counts = lab.judge(x, diverged)
-    assert set(values) == {"log_likelihood", "density", "distance"} and counts == {"diverged": 0, "unjudged": 0}
+    assert set(values) == {"log_likelihood", "density", "distance", "motion"} and counts == {"diverged": 0, "unjudged": 0}
     steps, std = lab.normaliser.denormalise(x).numpy(), lab.variance**0.5
     for found, step in zip(values["distance"], steps):
         last = np.flatnonzero(step[:, lab.spec.terminal] > 0.5)[:1]

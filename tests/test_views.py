@@ -116,13 +116,18 @@ def test_limits_do_not_move_with_the_weight(estimator):
     assert bottom < FLOOR[estimator] < top and low < -0.6 < high
 
 
-@pytest.mark.parametrize("floor, on_policy", [(1e-6, 5.0), (1e3, -30.0)])
+@pytest.mark.parametrize("floor, on_policy", [(1e-5, 5.0), (1e3, -30.0)])
 def test_floor_and_on_policy_are_in_view_wherever_they_are(floor, on_policy):
     ax = cloud(a_view(floor={"normalised": floor}, on_policy=on_policy)).axes[0]
     (low, high), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     assert 0 < bottom < floor < top and low < on_policy < high
     points = of(a_view().here)
     assert (points > (low, bottom)).all() and (points < (high, top)).all()
+
+
+def test_the_floor_of_an_exact_ruler_is_told_and_squeezes_nothing():
+    ax = cloud(a_view(floor={"normalised": 1e-14})).axes[0]
+    assert ax.get_ylim()[0] > 1e-4 and "floor: real data, 1e-14" in [t.get_text() for t in ax.get_legend().get_texts()]
 
 
 def test_what_lies_beyond_the_axes_is_counted():

@@ -81,7 +81,7 @@ def cloud(view, fig=None):
     if view.picked is not None and view.picked < len(x):
         ring = dict(color="black", markersize=11, markerfacecolor="none", markeredgewidth=2, label=f"no. {view.picked}")
         ax.plot(x[view.picked], y[view.picked], "o", **ring)
-    guidance.draw_floor(ax, floor, sweep.frame[f"{view.estimator}.mean"])
+    guidance.draw_floor(ax, floor, y_limits)
     ax.axvline(sweep.on_policy, color=MUTED, linewidth=1.2, linestyle="--", label="on-policy")
     ax.set(xlabel="log-likelihood (nats per action dimension)", xlim=x_limits, ylim=y_limits, yscale="log")
     ax.set_ylabel(guidance.wrongness(view.estimator))

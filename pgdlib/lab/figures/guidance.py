@@ -42,7 +42,8 @@ def figure_1(clouds, sweep, floors, on_policy, title, limit=None):
 
 def draw_floor(ax, floor, errors, colour="black"):
     """The error of real data as a dotted line. That of an exact ruler, far below all errors, would squeeze them: told alone."""
-    if floor > 1e-4 * np.nanmin(errors):
+    known = [error for error in errors if np.isfinite(error)]
+    if not known or floor > 1e-4 * min(known):
         ax.axhline(floor, color=colour, linewidth=1, linestyle=":", label="floor: real data")
     else:
         ax.plot([], [], color=colour, linewidth=1, linestyle=":", label=f"floor: real data, {floor:.0e}")
