@@ -24,7 +24,6 @@ from pgdlib import pgd, worldmodel
 from pgdlib.agents.iql import IQL
 from pgdlib.lab import artifacts, load, models, resumable, standins, study, table1
 from pgdlib.policies import GaussianPolicy
-from pgdlib.simulators import pen
 
 pytestmark = pytest.mark.faults
 fork = multiprocessing.get_context("fork")
@@ -76,6 +75,8 @@ def agents():
         facts = SimpleNamespace(**{name: torch.full((policy.runs,), float(number)) for name in pgd.FACTS})
         return [toy([30], seed=10 * number + seed).transitions() for seed in seeds], facts
 
+    sources.simulator = None
+
     def make(stack):
         return IQL(real.spec, stack, torch.zeros(45), torch.ones(45), (16, 16))
 
@@ -113,7 +114,6 @@ def small(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(table1, "evaluate", score)
     monkeypatch.setattr(study.Study, "most", lambda lab, n: 32)
     monkeypatch.setattr(standins, "CHUNK", 4)
-    monkeypatch.setattr(pen, "D4RL_HORIZON", 10)
     shorter(monkeypatch, 10)
     return runs
 
