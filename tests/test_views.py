@@ -116,7 +116,7 @@ def test_limits_do_not_move_with_the_weight(estimator):
     assert bottom < FLOOR[estimator] < top and low < -0.6 < high
 
 
-@pytest.mark.parametrize("floor, on_policy", [(1e-5, 5.0), (1e3, -30.0)])
+@pytest.mark.parametrize("floor, on_policy", [(1e-6, 5.0), (1e3, -30.0)])
 def test_floor_and_on_policy_are_in_view_wherever_they_are(floor, on_policy):
     ax = cloud(a_view(floor={"normalised": floor}, on_policy=on_policy)).axes[0]
     (low, high), (bottom, top) = ax.get_xlim(), ax.get_ylim()

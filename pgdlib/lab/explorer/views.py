@@ -114,7 +114,9 @@ def _limits(view):
     x, y = (np.concatenate([p.measures[name] for p in sane]) for name in ("log_likelihood", view.estimator))
     x, y = x[np.isfinite(x) & (x > lowest)], y[np.isfinite(y) & (y > 0)]
     x = np.append(np.quantile(x, [0.002, 1.0]) if len(x) else [], sweep.on_policy)
-    y = np.append(np.quantile(y, [0.002, 0.998]) if len(y) else [], floor if floor > 1e-4 * np.min(y, initial=np.inf) else [])
+    y = np.append(
+        np.quantile(y, [0.002, 0.998]) if len(y) else [], floor if floor > guidance.FAR * np.min(y, initial=np.inf) else []
+    )
     y = y if len(y) else np.ones(1)
     margin = 0.06 * np.ptp(x) + 1e-3
     return (x.min() - margin, x.max() + margin), (0.7 * y.min(), 1.6 * y.max())

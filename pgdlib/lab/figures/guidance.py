@@ -11,6 +11,7 @@ LABELS = {
     "normalised": "reconstructed, / variance",
     "distance": "distance to the data (std)",
 }
+FAR = 1e-6  # times the errors: a floor below it is that of an exact ruler
 TICKS = (0, 0.02, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 10, 20, 30, 50, 100)  # of λ
 
 
@@ -43,7 +44,7 @@ def figure_1(clouds, sweep, floors, on_policy, title, limit=None):
 def draw_floor(ax, floor, errors, colour="black"):
     """The error of real data as a dotted line. That of an exact ruler, far below all errors, would squeeze them: told alone."""
     known = [error for error in errors if np.isfinite(error)]
-    if not known or floor > 1e-4 * min(known):
+    if not known or floor > FAR * min(known):
         ax.axhline(floor, color=colour, linewidth=1, linestyle=":", label="floor: real data")
     else:
         ax.plot([], [], color=colour, linewidth=1, linestyle=":", label=f"floor: real data, {floor:.0e}")
