@@ -140,10 +140,8 @@ def test_settings_fit_together_at_every_scale():
         assert (p.train_steps is None) != (p.epochs is None)
         assert p.warmup < p.steps and p.features % 8 == 0
         assert all(length % 2 ** (p.blocks - 1) == 0 for length in (p.horizon, p.long)) and p.long >= p.horizon
-        assert p.solver == "heun" or p.churn == 0  # multistep takes no churn
-        assert p.draw_solver == "heun" or p.draw_churn == 0
     for name, (_, *values, _) in settings.SETTINGS.items():
-        assert len(set(values)) > 1 or name in ("blocks", "solver"), f"{name} has one value: no setting, but for users"
+        assert len(set(values)) > 1 or name == "blocks", f"{name} has one value: no setting, but for users"
 
 
 def test_the_paper_scale_is_the_papers():

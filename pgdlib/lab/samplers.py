@@ -24,13 +24,17 @@ def frame(found, truth, ruler="normalised"):
         each = {"relative": relative} | {name: interval(values[key]) for name, key in names.items() if key in values}
         each["distance"] = [distance] * 3
         family = {"heun": "Heun"}.get(solver, solver) + " with churn" * (churn > 0)
-        name = f"{solver} {steps}" + f", churn {churn:g}" * bool(churn)
-        row = dict(sampler=name, evaluations=sampler.evaluations(solver, steps), family=family)
+        row = dict(sampler=label(solver, steps, churn), evaluations=sampler.evaluations(solver, steps), family=family)
         row |= {f"{k}.{c}": v for k, of in each.items() for c, v in zip(("mean", "low", "high"), of)}
         real = dict(error=truth[ruler], relative=np.nan, motion=truth["motion"], distance=chance)
         row |= {"chance": chance} | {f"{k}.real": v for k, v in real.items()}
         rows.append(row | {"as good": as_good(values, (distance, p, chance), *base, truth, ruler)})
     return pd.DataFrame(rows)
+
+
+def label(solver, steps, churn):
+    """A sampler's name in tables and sentences."""
+    return f"{solver} {steps}" + f", churn {churn:g}" * bool(churn)
 
 
 def as_good(values, distance, base, base_distance, truth, ruler="normalised"):
