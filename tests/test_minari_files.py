@@ -368,10 +368,30 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(d4rl, monkeypat
 
 # Of any environment
 
-BOX, REACH = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64), gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+def box(size, dtype=np.float64):
+    return gymnasium.spaces.Box(-np.inf, np.inf, (size,), dtype)
+
+
+BOX, REACH = box(3), gymnasium.spaces.Box(-1, 1, (2,), np.float32)
 GOAL = gymnasium.spaces.Dict(
-    observation=BOX, achieved_goal=gymnasium.spaces.Box(-9, 9, (2,), np.float32), height=gymnasium.spaces.Box(0, 9, ())
+    achieved_goal=gymnasium.spaces.Box(-9, 9, (2,), np.float32), height=gymnasium.spaces.Box(0, 9, ()), observation=BOX
 )
+MAZE, KITCHEN = dict(achieved_goal=box(2), desired_goal=box(2)), gymnasium.spaces.Dict(kettle=box(7), microwave=box(1))
+FORMS = {  # of Minari's other namespaces: the observation, with names in order, as gymnasium joins them; how many actions
+    "mujoco/ant": (box(105), 8),
+    "D4RL/door": (box(39, np.float32), 28),
+    "D4RL/hammer": (box(46), 26),
+    "D4RL/relocate": (box(39), 30),
+    "D4RL/pointmaze": (gymnasium.spaces.Dict(**MAZE, observation=box(4)), 2),
+    "D4RL/antmaze": (gymnasium.spaces.Dict(**MAZE, observation=box(27)), 8),
+    "D4RL/kitchen": (gymnasium.spaces.Dict(achieved_goal=KITCHEN, desired_goal=KITCHEN, observation=box(59)), 9),
+    "a single number": (GOAL, 2),
+}
+
+
+def stacked(drawn):
+    return {k: stacked([o[k] for o in drawn]) for k in drawn[0]} if isinstance(drawn[0], dict) else np.stack(drawn)
 
 
 def any_dataset(root, observation=BOX, action=REACH, lengths=(4, 1, 7), change=lambda buffer: None):
@@ -380,11 +400,12 @@ def any_dataset(root, observation=BOX, action=REACH, lengths=(4, 1, 7), change=l
     for i, n in enumerate(lengths):
         observation.seed(i), action.seed(i)
         drawn = [observation.sample() for _ in range(n + 1)]
-        joined = {k: np.stack([o[k] for o in drawn]) for k in observation} if isinstance(drawn[0], dict) else np.array(drawn)
         ended = [False] * (n - 1) + [i > 0]
         cut_off = [False] * (n - 1) + [i == 0]
         how = dict(rewards=list(np.arange(n, dtype=float)), terminations=ended, truncations=cut_off)
-        buffers.append(EpisodeBuffer(id=i, observations=joined, actions=np.array([action.sample() for _ in range(n)]), **how))
+        buffers.append(
+            EpisodeBuffer(id=i, observations=stacked(drawn), actions=np.array([action.sample() for _ in range(n)]), **how)
+        )
         change(buffers[-1])
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning):
         patch.setenv("MINARI_DATASETS_PATH", str(root))
@@ -405,16 +426,22 @@ def test_any_box_is_read_with_its_ends_and_actions_of_any_range(tmp_path):
     assert read.rewards.tolist() == [*range(4), 0, *range(7)]
 
 
-def test_boxes_of_a_dict_are_joined_in_the_order_of_their_names(tmp_path):
-    folder, buffers = any_dataset(tmp_path, GOAL)
+def test_boxes_of_a_dict_are_named_in_the_order_of_their_names():
     found = minari_steps.boxes(GOAL)
     assert found == {("achieved_goal",): slice(0, 2), ("height",): slice(2, 3), ("observation",): slice(3, 6)}
     deep = gymnasium.spaces.Dict(b=BOX, a=gymnasium.spaces.Dict(z=BOX, y=BOX))
     assert [*minari_steps.boxes(deep)] == [("a", "y"), ("a", "z"), ("b",)] and minari_steps.boxes(BOX) == {(): slice(0, 3)}
-    read = minari_files.from_minari(folder, "mine")
-    for (key,), where in found.items():
-        expected = np.concatenate([b.observations[key][:-1].reshape(-1, where.stop - where.start) for b in buffers])
-        np.testing.assert_allclose(read.obs[:, where], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_forms_of_other_namespaces_are_read_as_gymnasium_flattens_them(tmp_path, form):
+    observation, actions = FORMS[form]
+    folder, buffers = any_dataset(tmp_path, observation, gymnasium.spaces.Box(-1, 1, (actions,), np.float32))
+    read, iterate = minari_files.from_minari(folder, "mine"), gymnasium.vector.utils.iterate
+    flat = [[gymnasium.spaces.flatten(observation, o) for o in iterate(observation, b.observations)] for b in buffers]
+    np.testing.assert_allclose(read.obs, np.concatenate([each[:-1] for each in flat]), rtol=1e-6)
+    np.testing.assert_allclose(read.next_obs, np.concatenate([each[1:] for each in flat]), rtol=1e-6)
+    assert (read.spec.obs_dim, read.spec.action_dim) == (gymnasium.spaces.flatdim(observation), actions)
 
 
 @pytest.mark.parametrize(

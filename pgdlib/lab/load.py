@@ -51,15 +51,6 @@ def load_guide(guide="shipped", task=None, spec=None):
     return policy.requires_grad_(False), card
 
 
-def task_of(dataset):
-    """The `Task` of a dataset's name; ValueError for one that is not in `tasks.DATASETS`, of which only the data would tell."""
-    if dataset in tasks.DATASETS:
-        return tasks.of_dataset(dataset)
-    raise ValueError(
-        f"dataset={dataset!r} is not allowed here: no simulator is known for it; it must be one of {', '.join(tasks.DATASETS)}"
-    )
-
-
 def shipped_guide(task):
     """The policy that ships for the `Task`, or None."""
     return load_guide("shipped", task)[0] if task.guide and task.guide.is_file() else None

@@ -142,7 +142,7 @@ def check(namespace, **own):
     `number(0)`. Raises ValueError that names the parameter, its value and what is allowed; also for a name that papermill
     injected but that the cell has not: papermill itself only warns, and runs on with the defaults.
     """
-    known = own | {name: row[0] for name, row in (PARAMETERS | SETTINGS).items()}
+    known = {name: row[0] for name, row in (PARAMETERS | SETTINGS).items()} | own
     injected, cells = [], []  # of IPython's history; papermill's cell begins with a comment
     for cell in namespace.get("In", []):
         (injected if cell.startswith("# Parameters\n") else cells).append(_assigned(cell))
@@ -168,7 +168,7 @@ def _require(name, value, kind):
     if value is None and name in SETTINGS:
         return
     try:
-        (ADAPTERS.get(name) or TypeAdapter(kind)).validate_python(value, strict=True)
+        TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError:
         words = kind.__metadata__[-1] + ", or None for the scale's own value" * (name in SETTINGS)
         hint = _hint(value) if "a number" in words else ""
@@ -192,6 +192,3 @@ def _shown(value):
     except (ValueError, RecursionError):  # Python writes no number of thousands of digits, and no list that deep
         return f"({type(value).__name__}, too large to be shown)"
     return text if len(text) <= 500 else f"{text[:500]}... ({len(text):,} characters)"
-
-
-ADAPTERS = {name: TypeAdapter(row[0]) for name, row in (PARAMETERS | SETTINGS).items()}

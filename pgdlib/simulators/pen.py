@@ -15,11 +15,6 @@ D4RL_HORIZON, NATIVE_HORIZON = 100, 200  # steps
 D4RL_RANDOM_RETURN, D4RL_EXPERT_RETURN = 96.262799, 3076.833073  # D4RL's reference returns of pen-*-v1
 
 
-def normalised_score(d4rl_return: float | np.ndarray) -> float | np.ndarray:
-    """D4RL's score (0 random, 100 expert) of a return on D4RL's scale. It has no meaning for a native return."""
-    return PEN.score(d4rl_return)
-
-
 @cache
 def _gym_env():
     import_mujoco()
@@ -89,22 +84,13 @@ class PenBatch(Batch):
         return np.concatenate(parts, -1)
 
 
-class Episodes(episodes.Episodes):
-    """Rollouts of whole native episodes; D4RL's returns follow from them."""
-
-    fallen = property(lambda self: self.ended)  # [n, T]
-    native_returns = property(lambda self: self.rewards.sum(1))  # [n]
-    d4rl_lengths = property(lambda self: self.lengths(D4RL_HORIZON))  # [n]
-    d4rl_returns = property(lambda self: self.returns(D4RL_HORIZON))  # [n]
-
-
 def rollout(
     act: Callable, n: int, rng: np.random.Generator | None, horizon: int = NATIVE_HORIZON,
     targets: np.ndarray | None = None, threads: int | None = None,
-) -> Episodes:  # fmt: skip
+) -> episodes.Episodes:  # fmt: skip
     """`episodes.rollout` of the pen: `n` episodes of `horizon` steps, with `targets` [n, 4] or those that `rng` draws."""
     begun = None if targets is None else (*start(n, np.random.default_rng(0))[:2], targets)
-    return Episodes(**vars(episodes.rollout(PEN, act, n, rng, horizon, begun, threads)))
+    return episodes.rollout(PEN, act, n, rng, horizon, begun, threads)
 
 
 def within_reach(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
