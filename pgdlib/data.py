@@ -30,8 +30,8 @@ class Spec:
 
 
 def transitions(obs: Tensor, actions: Tensor, rewards: Tensor, terminals: Tensor, next_obs: Tensor) -> Tensor:
-    """Packed transitions [N, transition_width] of tensors [N, ...] in environment space; actions clipped to [-1, 1]."""
-    return torch.cat([obs, actions.clamp(-1, 1), rewards[:, None], terminals[:, None], next_obs], -1)
+    """Packed transitions [..., transition_width] of tensors in environment space, [...] or [..., n]; actions clipped to ±1."""
+    return torch.cat([obs, actions.clamp(-1, 1), rewards[..., None], terminals[..., None], next_obs], -1)
 
 
 @dataclass

@@ -33,7 +33,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Denoise x [B, T, width] at noise levels sigma [B] or a number, all above zero (Eq. 7, Table 1 of Karras et al.)."""
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1)  # one number stays one, which is cheaper
+        # One number stays one, which is cheaper. It is filled in: a copy to a GPU would wait for it.
+        sigma = sigma.to(x).reshape(-1) if isinstance(sigma, Tensor) else x.new_full((1,), sigma)
         s, d = sigma[:, None, None], self.SIGMA_DATA
         c_skip = d**2 / (s**2 + d**2)
         c_out = s * d / (s**2 + d**2).sqrt()
@@ -89,16 +90,16 @@ class Recipe:
 class Training:
     """The training of a denoiser on windows: iterate it, and the number of steps that are done comes after each of them.
 
-    `denoiser` is trained in place, `ema` is what to use, `losses` [steps] are those of every step. A step's randomness depends
-    only on the seed and its number; `state` and `step` are all that the next one depends on, so that a training whose state
-    was kept and copied back goes on to the same weights.
+    `denoiser` is trained in place, `ema` is what to use, `losses` [steps], on its device, are those of every step. A step's
+    randomness depends only on the seed and its number; `state` and `step` are all that the next one depends on, so that a
+    training whose state was kept and copied back goes on to the same weights.
     """
 
     def __init__(self, denoiser: Denoiser, windows: Windows, recipe: Recipe):
         self.denoiser, self.windows, self.recipe = denoiser, windows, recipe
         self.ema = copy.deepcopy(denoiser).requires_grad_(False)
         self.optimisers = _optimisers(denoiser.net, recipe)
-        self.step, self.steps, self.losses = 0, recipe.steps, torch.zeros(recipe.steps)
+        self.step, self.steps, self.losses = 0, recipe.steps, torch.zeros(recipe.steps, device=windows.steps.device)
         self.card = dict(recipe=vars(recipe), config=denoiser.config)
 
     def __iter__(self) -> Iterator[int]:

@@ -47,12 +47,13 @@ class Guide:
             raise ValueError(f"units='natural' is not allowed for rule={rule!r} and a policy without a std; use 'raw'")
         self.rule, self.policy, self.normaliser, self.units, self.on = rule, policy, normaliser, units, on
         self.steps, self.warmup = steps, warmup
+        self._idle, self.lam = not self.lam.any(), self.lam.to(normaliser.mean.device)  # in every step a GPU would wait
 
     @torch.no_grad()
     def __call__(self, x: Tensor, denoised: Tensor | None, sigma: float, step: int) -> Tensor:
         """The shift [B, T, width] of x or of the denoised estimate at noise level `sigma` and `step`."""
         shift = torch.zeros_like(x)
-        if step < self.warmup or not self.lam.any():
+        if step < self.warmup or self._idle:
             return shift
         at, lam = x if self.on == "noised" else denoised, self.lam.to(x)
         lam = lam[:, None, None] if lam.ndim else lam

@@ -78,7 +78,7 @@ class Sources:
     def _unguided(self, row, policy):
         """Runs of one seed start alike, so these are the same for every row."""
         start = torch.cat([p.detach().flatten() for p in policy.parameters()])
-        if not (self._first and torch.equal(self._first[0], start)):
+        if not (self._first and torch.equal(self._first[0], start)):  # waits for a GPU, in the first round alone
             zero = torch.zeros(policy.runs)
             self._first[:] = start, self.diffusion.generate(policy, row.rule, zero, self.windows, self.seeds, 0)
         return self._first[1]

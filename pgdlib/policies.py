@@ -91,7 +91,7 @@ class GaussianPolicy(nn.Module):
         other = copy.deepcopy(self).requires_grad_(False)
         other.runs = len(runs)
         for parameter in other.parameters():
-            parameter.data = parameter.data[list(runs)]
+            parameter.data = torch.stack([parameter.data[r] for r in runs])  # a list of indices would be copied to the device
         return other
 
 

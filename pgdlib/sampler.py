@@ -150,4 +150,6 @@ def _clamp(x, sigma):
     limit = DIVERGED * math.sqrt(sigma**2 + 1)
     values = x.flatten(1)
     out_of_range = ~(torch.maximum(values.amax(1), -values.amin(1)) <= limit)  # NaN too
-    return (x.nan_to_num(0.0).clamp(-limit, limit) if out_of_range.any() else x), out_of_range
+    # To ask a GPU whether any was would be to wait for it, in every step: there a clamp that may change nothing costs less.
+    needed = x.device.type != "cpu" or out_of_range.any()
+    return (x.nan_to_num(0.0).clamp(-limit, limit) if needed else x), out_of_range

@@ -74,7 +74,7 @@ class Diffusion:
         likelihood = torch.where(diverged, torch.nan, likelihood)
         facts = [kept.float().mean(1), ended.float(), diverged.float(), likelihood]
         runs = [v.unflatten(0, (policy.runs, n)) for v in (steps, alive, diverged)]
-        return _batch(policy, [cut(spec, s[~d], a[~d]) for s, a, d in zip(*runs)], facts, lam)
+        return _batch(policy, [cut(spec, s, a * ~d[:, None]) for s, a, d in zip(*runs)], facts, lam)
 
     def log_likelihoods(self, policy: GaussianPolicy, rule: str, lam: Tensor, n: int, seeds: list, number: int) -> Tensor:
         """The mean log-likelihood of n trajectories for each run under its policy, [R], nats per action dimension.
@@ -106,12 +106,13 @@ def cut(spec: Spec, steps: Tensor, alive: Tensor) -> Tensor:
     taken, obs = successors(spec, steps, alive), steps[..., spec.obs]
     terminal = (steps[..., spec.terminal] > 0.5).float()
     following = torch.where(terminal[..., None] > 0, obs, obs.roll(-1, -2))
-    return transitions(*(v[taken] for v in (obs, steps[..., spec.actions], steps[..., spec.reward], terminal, following)))
+    # How many are taken decides a shape, for which a GPU is waited for: once.
+    return transitions(obs, steps[..., spec.actions], steps[..., spec.reward], terminal, following)[taken]
 
 
 def _batch(policy, data, facts, lam):
     """A `Batch` of `data`, with the means of the facts of each trajectory [R n]: kept, ended, diverged, log_likelihood."""
-    means = (v.unflatten(0, (policy.runs, -1)).nanmean(1).float().cpu() for v in facts)
+    means = torch.stack([v.unflatten(0, (policy.runs, -1)).nanmean(1).float() for v in facts]).cpu()  # one wait for a GPU
     on_policy = measures.on_policy_log_likelihood(policy).cpu()
     return Batch(data, *means, on_policy, torch.as_tensor(lam, dtype=torch.float32).cpu())
 
@@ -128,7 +129,7 @@ def from_world_model(
     round.
     """
 
-    def own(of, *tensors):  # a function of the simulator
+    def own(of, *tensors):  # a function of the simulator: on the CPU, so that a GPU is waited for
         found = of(*(v.double().cpu().numpy() for v in tensors))
         return torch.as_tensor(found, device=starts.device)
 
@@ -146,7 +147,7 @@ def from_world_model(
     facts = [taken.float().mean(1), (ends & taken).any(1).float(), made.diverged.float(), likelihood]
     whole = [made.obs, made.actions, rewards, ends.float(), made.next_obs, taken]
     runs = zip(*(v.unflatten(0, (policy.runs, n)) for v in whole))
-    data = [transitions(*(v[of_run] for v in parts)) for *parts, of_run in runs]
+    data = [transitions(*parts)[of_run] for *parts, of_run in runs]
     return _batch(policy, data, facts, torch.full((policy.runs,), torch.nan))
 
 

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pgdlib import measures
 from pgdlib.data import Trajectories
 from pgdlib.fast import adam, generator, has_bfloat16, optimiser_state
 
@@ -123,7 +125,7 @@ class Training:
         groups = [dict(params=[weight], weight_decay=d) for weight, d in zip(ensemble.weights, recipe.weight_decay)]
         groups.append(dict(params=[*ensemble.biases, ensemble.max_log_var, ensemble.min_log_var]))
         self.optimiser = adam(groups, recipe.learning_rate)
-        self.step, self.steps, self.losses = 0, recipe.steps, torch.zeros(recipe.steps)
+        self.step, self.steps, self.losses = 0, recipe.steps, torch.zeros(recipe.steps, device=self.inputs.device)
         self.card = dict(config=ensemble.config, recipe={**vars(recipe), "weight_decay": list(recipe.weight_decay)})
 
     def __iter__(self) -> Iterator[int]:
@@ -140,7 +142,7 @@ class Training:
             group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         draw, shape = generator(device, "training", recipe.seed, self.step), (len(ensemble.max_log_var), recipe.batch_size)
         ids = torch.randint(len(self.inputs), shape, generator=draw, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+        with torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else nullcontext():
             mean, log_var = ensemble(self.inputs[ids])
         value = nll(mean, log_var, self.outputs[ids]).mean((1, 2))
         bounds = (ensemble.max_log_var - ensemble.min_log_var).sum((1, 2))
@@ -177,15 +179,14 @@ def rollout(
 
     Each step of each trajectory is drawn from the Gaussian of an elite chosen at random (MBPO, Alg. 2). The uncertainty is
     the largest norm of a member's std, over all members and normalised outputs (MOPO, Sec. 4.3). A trajectory ends where
-    `ended(next_obs)` [B] says so. Values beyond `DIVERGED` std are clamped: a model that explodes is counted, not fatal.
+    `ended(next_obs)` [B, T] says so. Values beyond `DIVERGED` std are clamped: a model that explodes is counted, not fatal.
     """
     if horizon < 1:
         raise ValueError(f"horizon={horizon} is not allowed; it must be 1 or more")
     if obs.ndim != 2 or obs.shape[1] != ensemble.obs_dim:
         raise ValueError(f"obs of shape {tuple(obs.shape)} is not allowed; it must be (B, {ensemble.obs_dim})")
-    channels = [*range(ensemble.obs_dim), -1]  # observation and reward
-    centre, reach = ensemble.mean[channels], DIVERGED * ensemble.std[channels]
-    alive, diverged = torch.ones_like(obs[:, 0]), torch.zeros_like(obs[:, 0], dtype=torch.bool)
+    centre, spread = (torch.cat([v[: ensemble.obs_dim], v[-1:]]) for v in (ensemble.mean, ensemble.std))  # of obs and reward
+    reach = DIVERGED * spread
     rows, steps = torch.arange(len(obs), device=obs.device), []
     for _ in range(horizon):
         actions = policy.sample(obs, noise)
@@ -193,10 +194,12 @@ def rollout(
         member = ensemble.elites[torch.randint(len(ensemble.elites), rows.shape, generator=noise, device=obs.device)]
         drawn = std[member, rows] * torch.randn(std.shape[1:], generator=noise, device=obs.device)
         new = torch.cat([next_obs, reward[..., None]], -1)[member, rows] + drawn
-        diverged |= ~((new - centre).abs() <= reach).all(-1) & (alive > 0)
+        out_of_range = ~((new - centre).abs() <= reach).all(-1)
         new = torch.where(new.isnan(), centre, new).clamp(centre - reach, centre + reach)
         uncertainty = (std / ensemble.std[ensemble.out]).norm(dim=-1).amax(0).nan_to_num(nan=DIVERGED)
-        steps.append((obs, actions, new[:, -1], new[:, :-1], uncertainty, alive))
+        steps.append((obs, actions, new[:, -1], new[:, :-1], uncertainty, out_of_range))
         obs = new[:, :-1]
-        alive = alive if ended is None else alive * ~ended(obs)
-    return Rollout(*(torch.stack(x, 1) for x in zip(*steps)), diverged)
+    *made, out_of_range = (torch.stack(x, 1) for x in zip(*steps))
+    # Asked once, of all steps: a simulator answers on the CPU, and a GPU would wait for it in each of them.
+    alive = measures.alive(torch.zeros_like(out_of_range) if ended is None else ended(made[3])).to(obs)
+    return Rollout(*made, alive, (out_of_range & (alive > 0)).any(1))

@@ -233,7 +233,7 @@ HEIGHT = 5  # the observation whose fall below 0.075 ends a trajectory, where on
 
 
 def fallen(obs):
-    return obs[:, HEIGHT] < 0.075
+    return obs[..., HEIGHT] < 0.075
 
 
 def noiseless(spec=SMALL, members=2, elites=2):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,8 +20,6 @@ class SquashedGaussian(GaussianPolicy):
 
     is_gaussian = False
 
-    NODES, WEIGHTS = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(16))  # of a mean over N(0, 1)
-
     def __init__(
         self, obs_dim: int, action_dim: int, hidden: Sequence = (256, 256), activation: str = "relu", obs_clip: float = 10.0
     ):
@@ -37,8 +36,8 @@ class SquashedGaussian(GaussianPolicy):
 
     def _mean_of(self, function, obs):
         """The mean [B, ..., action_dim] of function(u), dimension by dimension."""
-        (mean, log_std), weights = self.latent(obs), self.WEIGHTS.to(obs) / self.WEIGHTS.sum()
-        return (function(mean[..., None] + log_std.exp()[..., None] * self.NODES.to(obs)) * weights).sum(-1)
+        (mean, log_std), (nodes, weights) = self.latent(obs), _quadrature(obs.device, obs.dtype)
+        return (function(mean[..., None] + log_std.exp()[..., None] * nodes) * weights).sum(-1)
 
     def forward(self, obs: Tensor, low: bool | None = None) -> tuple[Tensor, Tensor]:
         """Mean and std of the actions, both [B, ..., action_dim], at obs [B, ..., obs_dim]."""
@@ -72,6 +71,13 @@ class SquashedGaussian(GaussianPolicy):
         """As `GaussianPolicy.act`, but for the mean action tanh(μ) stands, as in SAC's tests."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device)
         return (self.latent(obs)[0].tanh() if generator is None else self.sample(obs, generator)).cpu().numpy()
+
+
+@cache
+def _quadrature(device, dtype):
+    """Nodes and weights of a mean over N(0, 1); kept, for a copy to a GPU waits for it."""
+    nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(16))
+    return nodes.to(device, dtype), weights.to(device, dtype) / weights.sum()
 
 
 def _log_slope(actions):
