@@ -90,9 +90,9 @@ class Recipe:
 class Training:
     """The training of a denoiser on windows: iterate it, and the number of steps that are done comes after each of them.
 
-    `denoiser` is trained in place, `ema` is what to use, `losses` [steps], on its device, are those of every step. A step's
-    randomness depends only on the seed and its number; `state` and `step` are all that the next one depends on, so that a
-    training whose state was kept and copied back goes on to the same weights.
+    `denoiser` is trained in place, `ema` is what to use, `losses` [steps] are those of every step, at the end on the CPU. A
+    step's randomness depends only on the seed and its number; `state` and `step` are all that the next one depends on, so that
+    a training whose state was kept and copied back goes on to the same weights.
     """
 
     def __init__(self, denoiser: Denoiser, windows: Windows, recipe: Recipe):
@@ -106,6 +106,7 @@ class Training:
         while self.step < self.steps:
             self.advance()
             yield self.step
+        self.losses = self.losses.cpu()  # to be drawn
 
     def advance(self) -> None:
         """One step."""

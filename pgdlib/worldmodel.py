@@ -134,6 +134,7 @@ class Training:
             yield self.step
         error = validation_error(self.ensemble, self.val_data).mean(1)
         self.ensemble.elites.copy_(error.argsort()[: len(self.ensemble.elites)])
+        self.losses = self.losses.cpu()
 
     def advance(self) -> None:
         """One step."""
