@@ -10,13 +10,15 @@ from conftest import SMALL, Ideal, a_policy, assert_same, toy
 
 from pgdlib import fast, pgd, synthetic, worldmodel
 from pgdlib.agents.bc import BC
+from pgdlib.agents.bcq import BCQ
 from pgdlib.agents.iql import IQL
+from pgdlib.agents.sac import SAC
 from pgdlib.agents.stack import Learner
 from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.fast import generator
 from pgdlib.pgd import FACTS, Row, Sources
 
-KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC}
+KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC, "sac": SAC, "bcq": BCQ}
 MEAN, STD = torch.linspace(-1, 1, 7), torch.linspace(0.5, 2, 7)
 ROWS = [Row("a", "real"), Row("b", "diffusion", "explicit", 0.5), Row("c", "diffusion", "annealed", "calibrated")]
 WORLD = Row("w", "world model")
@@ -32,8 +34,7 @@ def learner(kind="bc", rows=ROWS, steps=STEPS):
 
 def looked_at(policy):
     """[R, 2, 3]: the mean actions of each run at `PLACES`."""
-    with torch.no_grad():
-        return policy(PLACES.repeat(policy.runs, 1))[0].unflatten(0, (policy.runs, 2))
+    return torch.as_tensor(policy.act(PLACES.repeat(policy.runs, 1).numpy())).unflatten(0, (policy.runs, 2))
 
 
 class Noted:
