@@ -17,7 +17,6 @@ class Policy(nn.Module):
     """R policies as one module, each with a block of the batch: the first B/R rows belong to the first.
 
     Observations and actions are in environment space; (s - obs_mean) / obs_std, clipped to ±obs_clip, enters the networks.
-    Of every parameter the first axis is runs, or networks times runs. One that can guide has `log_prob` and `entropy`, too.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, runs: int = 1, obs_clip: float = 10.0):
@@ -38,11 +37,17 @@ class Policy(nn.Module):
 
     def select(self, runs: Sequence[int]) -> "Policy":
         """The policies of the `runs` (indices) as a stack of their own, a copy without gradients."""
-        other = copy.deepcopy(self).requires_grad_(False)
+        other = selected(self, runs, self.runs)
         other.runs = len(runs)
-        for p in other.parameters():
-            p.data = p.data.unflatten(0, (-1, self.runs))[:, list(runs)].flatten(0, 1)
         return other
+
+
+def selected(module: nn.Module, runs: Sequence[int], of: int) -> nn.Module:
+    """A copy without gradients of the `runs` (indices) of a module whose parameters are those of `of` runs, [n of, ...]."""
+    other = copy.deepcopy(module).requires_grad_(False)
+    for p in other.parameters():
+        p.data = p.data.unflatten(0, (-1, of))[:, list(runs)].flatten(0, 1)
+    return other
 
 
 class GaussianPolicy(Policy):

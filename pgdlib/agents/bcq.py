@@ -72,7 +72,7 @@ class BCQ(nn.Module):
         self.policy = BestOfSamples(spec, hidden, drawn)
         self.policy.load_state_dict(dict(obs_mean=obs_mean, obs_std=obs_std), strict=False)
         self.encoder = StackedMLP([spec.obs_dim + spec.action_dim, *hidden, 2 * self.policy.latent_dim], drawn)
-        self.target = copy.deepcopy(self.policy).requires_grad_(False)
+        self.target, self.q = copy.deepcopy(self.policy).requires_grad_(False), self.policy.q
 
     def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[dict[str, Tensor], Tensor]:
         """Those of the VAE, Q and the perturbation (Algorithm 1), [R] each, and the mean Q [R]; batch [R, B, ...]."""
