@@ -25,7 +25,7 @@ from pgdlib.simulators import Simulator
 
 FACTS = ("lam", "log_likelihood", "on_policy", "kept", "ended", "diverged")  # of `synthetic.Batch`, kept for every round
 PLACES = 256  # real states, evenly spread, in which a policy's own likelihood is taken, if it depends on them
-FOREIGN = 0.01  # std between the means of a world model's data and of others
+FOREIGN = 0.2  # std between the means of a world model's data and of others; a part of the same data is nearer
 CALIBRATION = 32  # trajectories of each run for one step of the search for its λ
 
 
