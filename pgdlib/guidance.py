@@ -40,6 +40,8 @@ class Guide:
         for name, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not allowed; it must be one of {', '.join(map(repr, allowed))}")
+        if not hasattr(policy, "log_prob"):
+            raise ValueError(f"policy={type(policy).__name__} is not allowed as a guide; it must have a density (log_prob)")
         self.lam = torch.as_tensor(lam, dtype=torch.float32)
         if self.lam.ndim > 1 or not (self.lam.isfinite() & (self.lam >= 0)).all():
             raise ValueError(f"lam={lam!r} is not allowed; it must be one number or one a trajectory, finite and at least 0")

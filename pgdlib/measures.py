@@ -14,8 +14,10 @@ BLOCK = 32  # trajectories whose distances to all others are held at once
 def log_likelihood(policy: nn.Module, obs: Tensor, actions: Tensor, alive: Tensor | None = None) -> Tensor:
     """The mean over steps of log π(a|s) per action dimension, in nats: [B], for obs [B, T, ...], actions [B, T, action_dim].
 
-    `alive` [B, T] is 1 on the steps that count (all by default). Environment space.
+    `alive` [B, T] is 1 on the steps that count (all by default). Environment space. NaN for a policy without a density.
     """
+    if not hasattr(policy, "log_prob"):
+        return obs.new_full(obs.shape[:1], torch.nan, dtype=torch.float64)
     return _masked_mean(policy.log_prob(obs, actions).double() / actions.shape[-1], alive)
 
 
@@ -31,8 +33,10 @@ def mean_density(policy: nn.Module, obs: Tensor, actions: Tensor, alive: Tensor 
 def on_policy_log_likelihood(policy: nn.Module, obs: Tensor | None = None) -> Tensor:
     """-H(π) per action dimension, in nats: what trajectories of the policies themselves [R] have, in the mean.
 
-    It is that in the states obs [B, obs_dim], for policies whose entropy depends on them.
+    It is that in the states obs [B, obs_dim], for policies whose entropy depends on them. NaN for one without a density.
     """
+    if not hasattr(policy, "log_prob"):
+        return torch.full((policy.runs,), torch.nan)
     return -policy.entropy(obs) / policy.action_dim
 
 

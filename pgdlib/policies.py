@@ -1,4 +1,4 @@
-"""Gaussian policies that carry their observation normalisation, one or a stack of them."""
+"""Policies that carry their observation normalisation, one or a stack of them: what all share, and Gaussian ones."""
 
 import copy
 import math
@@ -13,13 +13,50 @@ from pgdlib.fast import StackedMLP, tanh
 ACTIVATIONS = {"tanh": tanh, "relu": torch.relu_}
 
 
-class GaussianPolicy(nn.Module):
+class Policy(nn.Module):
+    """R policies as one module, each with a block of the batch: the first B/R rows belong to the first.
+
+    Observations and actions are in environment space; (s - obs_mean) / obs_std, clipped to ±obs_clip, enters the networks.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, runs: int = 1, obs_clip: float = 10.0):
+        super().__init__()
+        self.runs, self.action_dim, self.obs_clip = runs, action_dim, obs_clip
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+
+    def normalise(self, obs: Tensor) -> Tensor:
+        """Observations [..., obs_dim] as the networks see them."""
+        return ((obs - self.obs_mean) / self.obs_std).clamp(-self.obs_clip, self.obs_clip)
+
+    def blocks(self, obs: Tensor) -> Tensor:
+        """Normalised observations [R, n, obs_dim] of obs [B, ..., obs_dim]; ValueError if B is no multiple of R."""
+        if self.runs > 1 and len(obs) % self.runs:
+            raise ValueError(f"batch={len(obs)} is not allowed; it must be a multiple of the {self.runs} stacked policies")
+        return self.normalise(obs).reshape(self.runs, -1, obs.shape[-1])
+
+    def select(self, runs: Sequence[int]) -> "Policy":
+        """The policies of the `runs` (indices) as a stack of their own, a copy without gradients."""
+        other = selected(self, runs, self.runs)
+        other.runs = len(runs)
+        return other
+
+
+def selected(module: nn.Module, runs: Sequence[int], of: int) -> nn.Module:
+    """A copy without gradients of the `runs` (indices) of a module whose parameters are those of `of` runs, [n of, ...]."""
+    other = copy.deepcopy(module).requires_grad_(False)
+    for p in other.parameters():
+        each = p.data.unflatten(0, (-1, of)).unbind(1)
+        p.data = torch.stack([each[r] for r in runs], 1).flatten(0, 1)  # a list of indices would be copied to the device
+    return other
+
+
+class GaussianPolicy(Policy):
     """R policies π(a|s) = N(μ(s), diag(std²)): an MLP mean, a std that does not depend on the state. R = 1 by default.
 
-    As a target of guidance a stack is one policy for a batch whose blocks belong to its runs: the first B/R rows to the first.
-    Observations and actions are in environment space; (s - obs_mean) / obs_std, clipped to ±obs_clip, enters the network.
-    Actions are not squashed: the environment clips them. `squash`: the mean is a tanh. `low`: hidden layers in bfloat16 where
-    the device multiplies it, in likelihoods too. `generators`, one a run, give the initial weights.
+    As a target of guidance a stack is one policy for a batch whose blocks belong to its runs. Actions are not squashed: the
+    environment clips them. `squash`: the mean is a tanh. `low`: hidden layers in bfloat16 where the device multiplies it, in
+    likelihoods too. `generators`, one a run, give the initial weights.
     """
 
     is_gaussian = True  # a call gives mean and std
@@ -28,15 +65,11 @@ class GaussianPolicy(nn.Module):
         self, obs_dim: int, action_dim: int, hidden: Sequence = (256, 256), activation: str = "tanh", obs_clip: float = 10.0,
         squash: bool = False, low: bool = False, log_std_range: tuple = (-math.inf, math.inf), generators=(None,),
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(obs_dim, action_dim, len(generators), obs_clip)
         self.config = dict(obs_dim=obs_dim, action_dim=action_dim, hidden=list(hidden), activation=activation)
         self.config |= dict(obs_clip=obs_clip, squash=squash, low=low)
-        self.log_std_range = log_std_range
-        self.runs, self.action_dim = len(generators), action_dim
-        self.obs_clip, self.squash, self.low = obs_clip, squash, low
+        self.log_std_range, self.squash, self.low = log_std_range, squash, low
         self.net = StackedMLP([obs_dim, *hidden, action_dim], generators, ACTIVATIONS[activation])
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
         self.log_std = nn.Parameter(torch.zeros(self.runs, 1, action_dim))
 
     @property
@@ -48,16 +81,9 @@ class GaussianPolicy(nn.Module):
     def _log_std(self):
         return self.log_std.clamp(*self.log_std_range)
 
-    def normalise(self, obs: Tensor) -> Tensor:
-        """Observations [..., obs_dim] as the networks see them."""
-        return ((obs - self.obs_mean) / self.obs_std).clamp(-self.obs_clip, self.obs_clip)
-
     def forward(self, obs: Tensor, low: bool | None = None) -> tuple[Tensor, Tensor]:
         """Mean and std, both [B, ..., action_dim], at obs [B, ..., obs_dim]; ValueError if B is no multiple of R."""
-        if self.runs > 1 and len(obs) % self.runs:
-            raise ValueError(f"batch={len(obs)} is not allowed; it must be a multiple of the {self.runs} stacked policies")
-        inputs = self.normalise(obs).reshape(self.runs, -1, obs.shape[-1])
-        mean = self.net(inputs, low=self.low if low is None else low)
+        mean = self.net(self.blocks(obs), low=self.low if low is None else low)
         mean, std = mean.tanh() if self.squash else mean, self._log_std.exp().expand_as(mean)
         shape = (*obs.shape[:-1], self.action_dim)
         return mean.reshape(shape), std.reshape(shape)
@@ -85,14 +111,6 @@ class GaussianPolicy(nn.Module):
     def widen(self, factor: float) -> None:
         """Multiply the std by `factor`, in place."""
         self.log_std += math.log(factor)
-
-    def select(self, runs: Sequence[int]) -> "GaussianPolicy":
-        """The policies of the `runs` (indices) as a stack of their own, a copy without gradients."""
-        other = copy.deepcopy(self).requires_grad_(False)
-        other.runs = len(runs)
-        for parameter in other.parameters():
-            parameter.data = torch.stack([parameter.data[r] for r in runs])  # a list of indices would be copied to the device
-        return other
 
 
 def is_gaussian(policy: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +12,13 @@ from conftest import SMALL, Ideal, a_policy, assert_same, toy
 from pgdlib import fast, pgd, synthetic, worldmodel
 from pgdlib.agents.bc import BC
 from pgdlib.agents.iql import IQL
+from pgdlib.agents.sac import SAC
 from pgdlib.agents.stack import Learner
 from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.fast import generator
 from pgdlib.pgd import FACTS, Row, Sources
 
-KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC}
+KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC, "sac": SAC}
 MEAN, STD = torch.linspace(-1, 1, 7), torch.linspace(0.5, 2, 7)
 ROWS = [Row("a", "real"), Row("b", "diffusion", "explicit", 0.5), Row("c", "diffusion", "annealed", "calibrated")]
 WORLD = Row("w", "world model")
@@ -32,8 +34,7 @@ def learner(kind="bc", rows=ROWS, steps=STEPS):
 
 def looked_at(policy):
     """[R, 2, 3]: the mean actions of each run at `PLACES`."""
-    with torch.no_grad():
-        return policy(PLACES.repeat(policy.runs, 1))[0].unflatten(0, (policy.runs, 2))
+    return torch.as_tensor(policy.act(PLACES.repeat(policy.runs, 1).numpy())).unflatten(0, (policy.runs, 2))
 
 
 class Noted:
@@ -323,9 +324,11 @@ def test_the_world_model_follows_the_cloned_policies_first(ensemble):
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("own", [False, True], ids=["of all", "of the row"])
 @pytest.mark.parametrize("row", [ROWS[1], WORLD], ids=lambda r: r.source)
-def test_the_share_of_real_transitions(row, fraction, ensemble):
-    made, batch = sources(ensemble, fraction)(row, stack(), 1)
+def test_the_share_of_real_transitions(row, own, fraction, ensemble):
+    row = replace(row, real_fraction=fraction) if own else row
+    made, batch = sources(ensemble, 0.7 if own else fraction)(row, stack(), 1)
     for mine, generated in zip(made, batch.data, strict=True):
         is_real = (mine[:, None] == REAL).all(-1).any(1)
         assert is_real.float().mean().item() == pytest.approx(fraction, abs=0.5 / len(mine) + 1e-6)

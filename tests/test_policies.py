@@ -182,10 +182,28 @@ def test_a_squashed_gaussian_by_its_samples():
     assert abs(on_policy + surprise.mean() / 3) < 5 * error.max() / 3
 
 
+def test_squashed_gaussians_in_a_stack_are_each_its_own():
+    made = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    stack, (obs, actions) = SquashedGaussian(7, 3, (16,), generators=made).double(), pair(6, 4)
+    whole = [stack.log_prob(obs, actions.tanh()), *stack(obs), stack.sample(obs, torch.Generator().manual_seed(0))]
+    entropies = stack.entropy(obs)
+    assert entropies.shape == (3,) and len(entropies.unique()) == 3
+    for run in range(3):
+        own, rows = stack.select([run]), slice(2 * run, 2 * run + 2)
+        found = [own.log_prob(obs[rows], actions[rows].tanh()), *own(obs[rows])]
+        for a, b in zip(found, whole):
+            torch.testing.assert_close(a, b[rows])
+        torch.testing.assert_close(own.entropy(obs[rows])[0], entropies[run])
+        assert not torch.allclose(stack.select([run - 1])(obs[rows])[0], found[1], atol=1e-2)
+    with pytest.raises(ValueError, match="batch=5 is not allowed; it must be a multiple of the 3 stacked policies"):
+        stack.log_prob(obs[:5], actions[:5])
+
+
+@pytest.mark.parametrize("runs", [1, 2])
 @pytest.mark.parametrize("rule", guidance.RULES)
-def test_every_rule_pushes_toward_a_squashed_gaussian(rule):
-    torch.manual_seed(0)
-    policy, spec = SquashedGaussian(7, 3, (16,)), SMALL
+def test_every_rule_pushes_toward_a_squashed_gaussian(rule, runs):
+    made = [torch.Generator().manual_seed(seed) for seed in range(runs)]
+    policy, spec = SquashedGaussian(7, 3, (16,), generators=made), SMALL
     normaliser = data.Normaliser(spec).fit(toy([40], spec=spec).packed())
     x = 0.3 * draw(3, 4, 6, spec.width)
     moved = x + guidance.Guide(rule, policy, normaliser, 0.1, 10)(x, x, 0.5, 3)

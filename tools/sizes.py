@@ -8,17 +8,21 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).resolve().parent.parent
+FURTHER = "penalties.py"  # other model-based methods
+FIRST = {"__init__.py", "stack.py", "squashed.py", "bc.py", "iql.py", "td3_bc.py"}  # agents that count as core
 LIMITS = {
-    "lines of the core": 3_255,  # to come: 2,600
+    "lines of the core": 3_362,  # to come: 2,600
+    "lines of the longest further agent": 110,
+    "lines of the further model-based methods": 140,
     "lines of pgdlib/lab": 5_991,  # to come: 3,600
-    "rooms on the first level of pgdlib": 16,
+    "rooms on the first level of pgdlib": 17,
     "modules on a circle of imports": 0,
     "imports from core to lab": 0,
     "lines of the longest file": 260,  # data: one subject, a checked dataset and its windows
     "functions over 40 lines": 0,
     "public functions of the core without types or docstring": 0,
     "lines of pgdlib that pgdlib.guidance loads": 800,
-    "lines of tests": 18_565,  # to come: 13,000
+    "lines of tests": 19_178,  # to come: 13,000
 }
 
 
@@ -38,6 +42,7 @@ def unexplained(path):
 def measured():
     """In the order of `LIMITS`: a number and, where it is of things with names, these; None is their number."""
     lab = sorted((ROOT / "pgdlib/lab").rglob("*.py"))
+    agents = [path for path in sorted((ROOT / "pgdlib/agents").glob("*.py")) if path.name not in FIRST]
     core = [path for path in sorted((ROOT / "pgdlib").rglob("*.py")) if path not in lab]
     rooms = [p for p in (ROOT / "pgdlib").iterdir() if (p / "__init__.py").exists() or p.match("[!_]*.py")]
     functions = {
@@ -48,7 +53,10 @@ def measured():
     importlib.import_module("pgdlib.guidance")
     loaded = [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "pgdlib"]
     longest = max(core + lab, key=lines)
-    yield lines(*core), []
+    further = ROOT / "pgdlib" / FURTHER
+    yield lines(*core) - lines(*agents, further), []
+    yield max(map(lines, agents)), [max(agents, key=lines).stem]
+    yield lines(further), []
     yield lines(*lab), []
     yield None, [p.stem for p in rooms]
     yield None, [m for m in imported if any(graph.chain_exists(importer=i, imported=m) for i in imported[m])]

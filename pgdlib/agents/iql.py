@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pgdlib.agents.stack import Twins, generators, policies
+from pgdlib.agents.stack import Critics, generators, policies
 from pgdlib.data import Spec
 from pgdlib.fast import StackedMLP
 
@@ -24,7 +24,7 @@ class IQL(nn.Module):
         super().__init__()
         self.spec, self.polyak, drawn = spec, polyak, generators(seeds)
         self.policy = policies(spec, drawn, obs_mean, obs_std, hidden)
-        self.q, self.v = Twins(spec, hidden, drawn), StackedMLP([spec.obs_dim, *hidden, 1], drawn)
+        self.q, self.v = Critics(spec, hidden, drawn), StackedMLP([spec.obs_dim, *hidden, 1], drawn)
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
 
     def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[dict[str, Tensor], Tensor]:

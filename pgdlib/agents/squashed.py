@@ -1,4 +1,4 @@
-"""The policy of SAC: a Gaussian whose draws pass through tanh."""
+"""The policy of SAC: a Gaussian whose draws pass through tanh, one or a stack."""
 
 import math
 from collections.abc import Sequence
@@ -12,25 +12,27 @@ from pgdlib.policies import GaussianPolicy
 
 
 class SquashedGaussian(GaussianPolicy):
-    """tanh(u), u ~ N(μ(s), diag(σ(s)²)), of one MLP that ends in μ and log σ: the policy of SAC (Haarnoja et al. 2018).
+    """tanh(u), u ~ N(μ(s), diag(σ(s)²)), of an MLP that ends in μ and log σ: the policy of SAC (Haarnoja et al. 2018).
 
     Its log-likelihood is exact, with the change of variables. A call gives mean and std of the actions, by quadrature, which
-    say little of the density: of a wide σ it is highest at -1 and 1. Observations as in `GaussianPolicy`.
+    say little of the density: of a wide σ it is highest at -1 and 1. Observations, stacks, `low` and `generators` as in
+    `GaussianPolicy`.
     """
 
     is_gaussian = False
 
     def __init__(
-        self, obs_dim: int, action_dim: int, hidden: Sequence = (256, 256), activation: str = "relu", obs_clip: float = 10.0
-    ):
-        super().__init__(obs_dim, 2 * action_dim, hidden, activation, obs_clip)
+        self, obs_dim: int, action_dim: int, hidden: Sequence = (256, 256), activation: str = "relu", obs_clip: float = 10.0,
+        low: bool = False, generators=(None,),
+    ):  # fmt: skip
+        super().__init__(obs_dim, 2 * action_dim, hidden, activation, obs_clip, low=low, generators=generators)
         del self.log_std
         self.config = {k: self.config[k] for k in ("obs_dim", "hidden", "activation", "obs_clip")} | dict(action_dim=action_dim)
         self.action_dim = action_dim
 
     def latent(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """μ and log σ, both [B, ..., action_dim], at obs [B, ..., obs_dim]; log σ within SAC's bounds."""
-        mean, log_std = self.net(self.normalise(obs).reshape(1, -1, obs.shape[-1]), low=False).chunk(2, -1)
+        mean, log_std = self.net(self.blocks(obs), low=self.low).chunk(2, -1)
         shape = (*obs.shape[:-1], self.action_dim)
         return mean.reshape(shape), log_std.clamp(-20, 2).reshape(shape)
 
@@ -52,9 +54,9 @@ class SquashedGaussian(GaussianPolicy):
         return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi) - _log_slope(actions)).sum(-1)
 
     def entropy(self, obs: Tensor) -> Tensor:
-        """H(π) [1], in nats, the mean over the states obs [B, obs_dim]."""
+        """H(π) of each run [R], in nats, the mean over the states obs [B, obs_dim], of which each run has its block."""
         gaussian = self.latent(obs)[1] + 0.5 * math.log(2 * math.pi * math.e)
-        return (gaussian + self._mean_of(lambda u: _log_slope(u.tanh()), obs)).sum(-1).mean()[None].detach()
+        return (gaussian + self._mean_of(lambda u: _log_slope(u.tanh()), obs)).sum(-1).reshape(self.runs, -1).mean(1).detach()
 
     def sample(self, obs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One action [B, ..., action_dim] for every observation."""

@@ -7,7 +7,7 @@ the sum is trained, and a mean value [R] or None, and `after_step()`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,27 +29,37 @@ def policies(
     """
     how = dict(squash=True, low=True, log_std_range=(-5, 2), generators=drawn)
     made = GaussianPolicy(spec.obs_dim, spec.action_dim, hidden, "relu", **how)
-    with torch.no_grad():
-        made.obs_mean.copy_(obs_mean)
-        made.obs_std.copy_(obs_std)
-        made.log_std.fill_(log_std)
+    scales = dict(obs_mean=obs_mean, obs_std=obs_std)
+    made.load_state_dict({**scales, "log_std": torch.full_like(made.log_std, log_std)}, strict=False)
     return made
 
 
-def generators(seeds: list) -> list[torch.Generator]:
-    """A generator for the initial weights of each run; runs of one seed start alike."""
-    return [generator("cpu", "weights", seed) for seed in seeds]
+def generators(seeds: list, *key: int) -> list[torch.Generator]:
+    """A generator for the initial weights of each run; runs of one seed start alike. `key`: of further networks."""
+    return [generator("cpu", "weights", seed, *key) for seed in seeds]
 
 
-class Twins(StackedMLP):
-    """Two Q networks of each run, [2, R, B] at pairs [R, B, obs_dim + action_dim] of normalised observations and actions."""
+def draws(batch: Tensor, step: int, seeds: list, n: int, width: int, *key: int) -> Tensor:
+    """N(0, 1) [n, R, B, width] for a batch [R, B, ...], each run's by its seed, the step and the `key` alone."""
+    shape, device = (n, batch.shape[1], width), batch.device
+    drawn = [torch.randn(shape, generator=generator(device, "targets", s, step, *key), device=device) for s in seeds]
+    return torch.stack(drawn, 1).to(batch.dtype)
 
-    def __init__(self, spec: Spec, hidden: tuple, drawn: list):
-        super().__init__([spec.obs_dim + spec.action_dim, *hidden, 1], drawn + drawn)  # first all first twins, then the second
+
+class Critics(StackedMLP):
+    """N = `count` Q networks of each run, two by default: [N, R, B] at pairs [R, B, obs_dim + action_dim] of normalised
+    observations and actions, or at pairs [N R, B, ...], for each network its own.
+    """
+
+    def __init__(self, spec: Spec, hidden: tuple, drawn: list, count: int = 2, activation: Callable = torch.relu_):
+        # The first networks of all runs come first, then the second.
+        super().__init__([spec.obs_dim + spec.action_dim, *hidden, 1], drawn * count, activation)
+        self.count = count
 
     def forward(self, pairs: Tensor, frozen: bool = False) -> Tensor:
         """As described; frozen: no gradient reaches the weights."""
-        return super().forward(pairs.repeat(2, 1, 1), frozen).reshape(2, *pairs.shape[:2])
+        each = pairs if len(pairs) == len(self.weights[0]) else pairs.repeat(self.count, 1, 1)
+        return super().forward(each, frozen).reshape(self.count, -1, pairs.shape[1])
 
 
 class Learner:
@@ -66,7 +76,7 @@ class Learner:
         critic = [p for p in agent.parameters() if id(p) not in known]
         groups = [dict(params=[p for p in group if p.requires_grad]) for group in (actor, critic)]
         self.optimiser = adam(groups, learning_rate)
-        self.diverged_at = torch.full((len(self.seeds),), -1, device=agent.policy.log_std.device)
+        self.diverged_at = torch.full((len(self.seeds),), -1, device=agent.policy.obs_mean.device)
 
     def train(self, data: list[Tensor], until: int | None = None) -> Iterator[int]:
         """Go on to step `until` (the last) on `data`, packed transitions [N, transition_width] for each run (which may share

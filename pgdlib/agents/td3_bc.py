@@ -6,9 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pgdlib.agents.stack import Twins, generators, policies
+from pgdlib.agents.stack import Critics, draws, generators, policies
 from pgdlib.data import Spec
-from pgdlib.fast import generator
 
 
 class TD3BC(nn.Module):
@@ -19,20 +18,20 @@ class TD3BC(nn.Module):
     """
 
     alpha, discount, polyak, noise, noise_clip, delay, guide_std = 2.5, 0.99, 0.005, 0.2, 0.5, 2, 0.2
+    activation = staticmethod(torch.relu_)  # of the critics
 
     def __init__(self, spec: Spec, seeds: list, obs_mean: Tensor, obs_std: Tensor, hidden: tuple = (256, 256)):
         super().__init__()
         self.spec, self.moves, drawn = spec, False, generators(seeds)
         self.policy = policies(spec, drawn, obs_mean, obs_std, hidden, math.log(self.guide_std))
         self.policy.log_std.requires_grad_(False)
-        self.q = Twins(spec, hidden, drawn)
+        self.q = Critics(spec, hidden, drawn, activation=self.activation)
         self.target_q, self.target_policy = (copy.deepcopy(m).requires_grad_(False) for m in (self.q, self.policy))
 
     def target_noise(self, batch: Tensor, step: int, seeds: list) -> Tensor:
         """The clipped noise on the target's actions [R, B, action_dim], each run's own."""
-        shape, device = (batch.shape[1], self.spec.action_dim), batch.device
-        drawn = [torch.randn(shape, generator=generator(device, "targets", s, step), device=device) for s in seeds]
-        return (self.noise * torch.stack(drawn)).clamp(-self.noise_clip, self.noise_clip)
+        drawn = draws(batch, step, seeds, 1, self.spec.action_dim)[0]
+        return (self.noise * drawn).clamp(-self.noise_clip, self.noise_clip)
 
     def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[dict[str, Tensor], Tensor]:
         """Those of Q and, every `delay` steps, of the policy, [R] each, and the mean Q [R]; batch [R, B, ...]."""
