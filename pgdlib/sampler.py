@@ -46,7 +46,12 @@ def sample(
     sigmas, gamma = noise_levels(steps).tolist(), min(churn / steps, math.sqrt(2) - 1)
     x, before, diverged = _randn(noise, shape, dtype) * sigmas[0], None, False
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
-        x, out_of_range = _clamp(x if noised is None else x + noised(x, None, sigma, step), sigma)
+        if noised is not None:
+            shift = noised(x, None, sigma, step)
+            x = x + shift
+            if before is not None:  # the last estimate moves with x, as it would for data N(0, 1): a shift is no trend
+                before = before[0] + shift / (sigma**2 + 1), before[1]
+        x, out_of_range = _clamp(x, sigma)
         diverged = diverged | out_of_range
         if solver == "heun":  # raise the noise level for a moment (lines 4 to 6), then step from the raised point
             sigma_hat = sigma * (1 + gamma if S_TMIN <= sigma <= S_TMAX else 1)

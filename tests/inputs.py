@@ -18,7 +18,7 @@ import torch
 from hypothesis import strategies as st
 from papermill.translators import PythonTranslator
 
-from pgdlib.lab import settings
+from pgdlib.lab import settings, tasks
 from tools import promote
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,12 +32,15 @@ CHOICES = dict(
     transform=("raw", "arctanh"),
     units=("natural", "raw"),
     retrain=(True, False),
-    agent=("iql", "td3_bc"),
     rule=RULES,
     calibrated_rule=RULES,
     solver=("heun", "multistep"),
     draw_solver=("heun", "multistep"),
     optimiser=("adam", "muon"),
+)
+LISTS = dict(
+    agents=("iql", "td3_bc", "rebrac", "cql", "edac", "bcq"),
+    sources=("real", "synther", "pgd", "mbpo", "mopo", "morel", "rambo"),
 )
 FILES = ("guide", "denoiser", "sweep", "verdicts", "benchmark")
 REAL = dict(churn=(0, None), draw_churn=(0, None), real_fraction=(0, 1), agent_rate=(1e-8, 1), polyak=(1e-6, 1))
@@ -129,18 +132,24 @@ class Checked:
         notebook = nbformat.read(path, 4)
         self.defaults = promote.parameters(notebook)
         self.cell, *later = (c.source for c in promote.code_cells(notebook))
-        assert [line for cell in later for line in cell.splitlines() if ".check(" in line] == ["p = settings.check(globals())"]
+        self.own = (
+            dict(dataset=settings.one_of(*tasks.DATASETS)) if path.stem.startswith("03") else {}
+        )  # that a guide may be of
+        own = ", dataset=settings.one_of(*tasks.DATASETS)" * bool(self.own)
+        checks = [line for cell in later for line in cell.splitlines() if ".check(" in line]
+        assert checks == [f"p = settings.check(globals(){own})"]
 
     def check(self, given=None, injected=None):
         """The parameters where some are `given`, or `injected` by papermill; raises what the check does."""
         cell, before = PythonTranslator.codify(injected or {}), {}
         exec(cell, before)
         namespace = {**before, **self.defaults, **(given or {})}
-        return settings.check({**namespace, "In": ["", self.cell, *([cell] if injected else [])]})
+        return settings.check({**namespace, "In": ["", self.cell, *([cell] if injected else [])]}, **self.own)
 
     def outcome(self, name, value):
         """Of the parameter `name` with a value: "accepted" or "refused", as `ALLOWED` says; AssertionError otherwise."""
         allowed = (value is None and self.defaults[name] is None) or allows(name, value)
+        allowed &= name not in self.own or not (isinstance(value, str) and "-v" in value)  # no Minari id
         try:
             with no_writes():
                 p = self.check({name: value})
@@ -188,8 +197,11 @@ def allows(name, value):
         return isinstance(value, str) and value != "" and "\ud800" not in value  # half a character is none
     if name == "sweeps":
         return isinstance(value, list) and value != [] and all(allows("sweep", v) for v in value)
-    if name == "lams":
-        return isinstance(value, list) and value != [] and all(within(v, 0, None) for v in value)
+    if name in ("lams", "conservatism"):
+        range_ = (0, None) if name == "lams" else (Fraction(0.001), 1000)
+        return isinstance(value, list) and value != [] and all(within(v, *range_) for v in value)
+    if name in LISTS:
+        return isinstance(value, list) and value != [] and all(isinstance(v, str) and v in LISTS[name] for v in value)
     if name == "lam":
         return within(value, 0, None) or (type(value) is str and value == "auto")
     if name in REAL:

@@ -370,6 +370,37 @@ def test_states_shift_toward_the_policys(p, before, after, verdict):
     assert math.isnan(claim.low) and math.isnan(claim.high) and "0.020" in claim.measure and f"{p:.3f}" in claim.measure
 
 
+# C10
+
+
+def peaked(best, noise, seed):
+    """Returns [5, 8] at `WEIGHTS` that are highest at the weight `best`."""
+    mean = -20 * np.abs(np.log2(WEIGHTS) - np.log2(best))
+    return mean[:, None] + noise * np.random.default_rng(seed).normal(size=(5, 8))
+
+
+WEIGHTS = np.array([0.25, 0.5, 1.0, 2.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    "guided, noise, verdict, effect",
+    [(0.5, 5, REPRODUCED, -1), (0.25, 5, REPRODUCED, -2), (1.0, 5, NOT, 0), (2.0, 5, NOT, 1), (0.5, 40, PARTLY, None)],
+)
+def test_less_conservatism_is_a_lower_best_weight(guided, noise, verdict, effect):
+    one, other = ((peaked(1.0, noise, 2 * i), peaked(guided, noise, 2 * i + 1)) for i in range(2))
+    claim = claims.less_conservatism({"A": one, "B": other}, WEIGHTS)
+    expected = np.mean([np.log2(WEIGHTS[np.argmax(g.mean(1))] / WEIGHTS[np.argmax(u.mean(1))]) for u, g in (one, other)])
+    assert claim.id == "C10" and "A, B" in claim.measure and claim.effect == pytest.approx(expected)
+    assert claim.verdict == verdict and claim.low <= claim.effect <= claim.high and (effect is None or claim.effect == effect)
+
+
+def test_a_run_that_diverged_is_its_agents_worst():
+    unguided, guided = peaked(1.0, 1, 0), peaked(1.0, 1, 1)
+    guided[2, :6] = math.nan  # at the best weight most diverge
+    claim = claims.less_conservatism({"A": (unguided, guided)}, WEIGHTS)
+    assert abs(claim.effect) == 1 and claims.less_conservatism({"A": (unguided, peaked(1.0, 1, 1))}, WEIGHTS).effect == 0
+
+
 # All with an interval
 
 

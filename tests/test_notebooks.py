@@ -55,11 +55,12 @@ GOOD = {
     "09": ("shared", ROOT, "notebooks/09_quality.ipynb", ""),
     "06": ("shared", NOTEBOOKS, "06_world_model.ipynb", "-p dataset human -p model_steps 40 -p long 12 -p rule smoothed"),
     "05": ("shared", NOTEBOOKS, "05_iql_benchmark.ipynb", "-p dataset human -y lams:\xa0[0,\xa02] -p seeds 2"),
-    "05 td3_bc": (
+    "05 all agents": (
         "shared",
         ROOT,
         "notebooks/05_iql_benchmark.ipynb",
-        "-p agent td3_bc -p dataset human -p seeds 1 -p real_fraction 0.0625 -p real_steps 50 -y lams:\xa0[1.0]",
+        "-p dataset human -p seeds 2 -p real_fraction 0.0625 -p real_steps 50 -y lams:\xa0[1.0] -y conservatism:\xa0[0.5,1,2] "
+        "-y agents:\xa0[td3_bc,edac,bcq] -y sources:\xa0[real,synther,pgd,mopo,morel,rambo]",
     ),
     "03 of a zip": ("zip", ROOT, "notebooks/03_ppo_guide.ipynb", "-p guide GUIDES/ppo.zip -p episodes 7"),
     "03 trained anew": ("anew", ROOT, "notebooks/03_ppo_guide.ipynb", "-p retrain True -p seed 3 -p episodes 5"),
@@ -106,7 +107,11 @@ BAD = {
     ),
     "no λ at all": ("05_iql_benchmark", "-y lams:\xa0[]", "parameter lams=[] is not allowed; it must be a list, not empty"),
     "no seed": ("05_iql_benchmark", "-p seeds 0", "parameter seeds=0 is not allowed; it must be a whole number from 1 to 1000"),
-    "agent": ("05_iql_benchmark", "-p agent sac", "parameter agent='sac' is not allowed; it must be one of 'iql', 'td3_bc'"),
+    "agent": (
+        "05_iql_benchmark",
+        "-y agents:\xa0[sac]",
+        "parameter agents=['sac'] is not allowed; it must be a list, not empty, of",
+    ),
     "fraction": (
         "05_iql_benchmark",
         "-p real_fraction 1.5",
@@ -392,11 +397,17 @@ def test_05_fills_table_1(run):
     assert len(run.files("agents/iql-ci-*")) == 1
 
 
-@named("05 td3_bc")
-def test_05_takes_another_agent_and_real_data(run):
-    table = run.table("05_table1_td3_bc_standin-human_1seeds")
-    assert len(table) == 6 and {"TD3+BC, explicit rule, λ = 1", "TD3+BC, real data, 50 steps"} <= set(table["row"])
-    assert not any("unguided" in row for row in table["row"]) and table["d4rl_return"].notna().all()
+@named("05 all agents")
+def test_05_takes_other_agents_and_other_data(run):
+    table = run.table("05_table1_td3_bc_standin-human_2seeds")
+    rows = set(table["row"])
+    guided, *others = "explicit rule, λ = 1", "SynthER", "MOPO", "MOReL", "RAMBO"
+    for agent in ("TD3+BC", "EDAC", "BCQ"):
+        assert {f"{agent}, {data}" for data in ("real data", *others)} <= rows
+        assert (f"{agent}, {guided}" in rows) == (agent != "BCQ"), "what has no density guides nothing"
+    assert "TD3+BC, real data, 50 steps" in rows and not any("unguided" in row for row in rows)
+    found = verdicts(run, "human")["C10"]
+    assert "TD3+BC, EDAC" in found["measure"] and found["verdict"] in claims.VERDICTS
 
 
 @named("04")

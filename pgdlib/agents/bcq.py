@@ -65,6 +65,7 @@ class BCQ(nn.Module):
     """
 
     discount, polyak, least = 0.99, 0.005, 0.75  # least: the weight λ of the lesser of the twins, of the greater 1 - λ
+    q = property(lambda self: self.policy.q)  # no module of its own: what is saved holds every tensor once
 
     def __init__(self, spec: Spec, seeds: list, obs_mean: Tensor, obs_std: Tensor, hidden: tuple = (256, 256)):
         super().__init__()
@@ -72,7 +73,7 @@ class BCQ(nn.Module):
         self.policy = BestOfSamples(spec, hidden, drawn)
         self.policy.load_state_dict(dict(obs_mean=obs_mean, obs_std=obs_std), strict=False)
         self.encoder = StackedMLP([spec.obs_dim + spec.action_dim, *hidden, 2 * self.policy.latent_dim], drawn)
-        self.target, self.q = copy.deepcopy(self.policy).requires_grad_(False), self.policy.q
+        self.target = copy.deepcopy(self.policy).requires_grad_(False)
 
     def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[dict[str, Tensor], Tensor]:
         """Those of the VAE, Q and the perturbation (Algorithm 1), [R] each, and the mean Q [R]; batch [R, B, ...]."""

@@ -26,6 +26,7 @@ CLAIMS = {
     "C7": "C1 and C2 hold although the guide is far better than the data's policy",
     "C8": "Trajectories likely under the behaviour model have lower dynamics error",
     "C9": "States shift too, although only actions are guided",
+    "C10": "Guidance reduces the need for conservatism",
 }
 
 
@@ -167,6 +168,27 @@ def states_shift(shifted, unguided_to_policy, guided_to_policy):
     return _judged("C9", measure, rule, (value, math.nan, math.nan), p <= 0.05 and closer, p <= 0.05)
 
 
+def less_conservatism(returns, weights):
+    """C10 from returns, agent -> (unguided, guided), [C, S] each: of S seeds at `weights` [C] of what holds it to the data.
+
+    The best weight has the highest mean return. The effect is by how many powers of two guidance lowers it (then below zero),
+    the mean over agents. A run that diverged, NaN, counts as its agent's worst.
+    """
+    best, cells = np.log2(weights), []
+    for pair in map(np.asarray, returns.values()):
+        cells += [*np.where(np.isnan(pair), np.nanmin(pair), pair).reshape(-1, pair.shape[-1])]
+
+    def change(*cells):
+        means = np.stack([v.mean(-1) for v in cells], -1)
+        unguided, guided = np.moveaxis(best[means.reshape(*means.shape[:-1], -1, 2, len(best)).argmax(-1)], -1, 0)
+        return (guided - unguided).mean(-1)
+
+    found = bootstrap(change, *cells, paired=True)
+    measure = f"powers of two by which the best weight on staying near the data changes ({', '.join(returns)})"
+    rule = "reproduced if surely below zero, partly if below zero but not surely"
+    return _judged("C10", measure, rule, found, found[2] < 0, found[0] < 0)
+
+
 def record(claims, dataset, slug, scale):
     """Add `claims` to runs/results/<scale>/claims_<slug>.json; those of the same id are replaced. Returns the path."""
     path = artifacts.root() / "results" / scale / f"claims_{slug}.json"
@@ -226,7 +248,7 @@ def table(rows):
             "verdict": row["verdict"],
             **({"each time the model's error halves": row.get("trend", "")} if with_trend else {}),
         }
-        for row in sorted([*rows.values(), *untested], key=lambda row: row["id"])
+        for row in sorted([*rows.values(), *untested], key=lambda row: (int(row["id"].split()[0][1:]), row["id"]))
     ]
 
 

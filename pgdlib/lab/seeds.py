@@ -24,8 +24,14 @@ PAPER_TABLE_1 = {
 PAPER_GAINS = {name: guided - unguided for name, ((unguided, _), (guided, _)) in PAPER_TABLE_1.items()}
 PAPER_SEEDS = 5  # the std over seeds is a standard error times √5
 
-# IQL on the real data, D4RL's pen-*-v1: D4RL-normalised score of the last checkpoint, as CORL reports it (Tarasov et al. 2022).
-PUBLISHED_IQL = {"human": 78.5, "cloned": 83.4, "expert": 128.1}
+# On the real data, D4RL's pen-*-v1: D4RL-normalised score of the last checkpoint, as CORL reports it (Tarasov et al. 2022).
+PUBLISHED = {
+    "IQL": {"human": 78.5, "cloned": 83.4, "expert": 128.1},
+    "TD3+BC": {"human": -3.9, "cloned": 5.1, "expert": 122.5},
+    "ReBRAC": {"human": 103.2, "cloned": 102.8, "expert": 152.2},
+    "CQL": {"human": 13.7, "cloned": 1.0, "expert": -1.4},
+    "EDAC": {"human": 5.1, "cloned": 12.0, "expert": -1.6},
+}
 
 FLIPS = 2**16  # up to 16 pairs the sign-flip test goes through all flips, beyond it draws so many
 

@@ -22,6 +22,11 @@ def one_of(*choices):
     return Annotated[Literal[choices], f"one of {', '.join(map(repr, choices))}"]
 
 
+def several(*choices):
+    """Lists of these texts."""
+    return Annotated[list[Literal[choices]], Field(min_length=1), f"a list, not empty, of {', '.join(map(repr, choices))}"]
+
+
 def whole(low, high=2**32 - 1):
     """Whole numbers from `low` to `high`."""
     return Annotated[int, Field(ge=low, le=high), f"a whole number from {low} to {high}"]
@@ -43,7 +48,10 @@ def _number(value):
 # A type, and in the end, in words, what it allows.
 TEXT = Annotated[str, Field(min_length=1), "a text that is not empty"]
 NUMBERS = Annotated[list[number(0)], Field(min_length=1), "a list, not empty, of a number of at least 0"]
+WEIGHTS = Annotated[list[number(0.001, 1000)], Field(min_length=1), "a list, not empty, of a number from 0.001 to 1000"]
 TEXTS = Annotated[list[TEXT], Field(min_length=1), "a list, not empty, of texts that are not empty"]
+AGENTS = "iql", "td3_bc", "rebrac", "cql", "edac", "bcq"
+DATA = "real", "synther", "pgd", "mbpo", "mopo", "morel", "rambo"
 AUTO_OR_NUMBER = Annotated[Literal["auto"] | number(0), "'auto' or a number of at least 0"]
 ONES = f"one of {', '.join(map(repr, PEN))}, a runner's ({', '.join(RUNNERS)}) with -{', -'.join(KINDS)}"
 NAMED = rf"({'|'.join(DATASETS)}|(\w[\w.-]*/)*\w[\w.-]*-v\d+)"
@@ -65,7 +73,9 @@ PARAMETERS = {  # name: (what is allowed, what it is)
     "units": (one_of("natural", "raw"), "natural or raw: units of λ"),
     "lam": (AUTO_OR_NUMBER, "strength of guidance, or auto: the calibrated λ of each rule"),
     "lams": (NUMBERS, "several λ"),
-    "agent": (one_of("iql", "td3_bc"), "iql or td3_bc"),
+    "agents": (several(*AGENTS), f"{', '.join(AGENTS)}; the first one is shown in full"),
+    "sources": (several(*DATA), f"{', '.join(DATA)}: what they learn from"),
+    "conservatism": (WEIGHTS, "weights of staying near the data, over an agent's own"),
     "seeds": (whole(1, 1000), "agents of each row"),
     "real_fraction": (number(0, 1), "share of real data in synthetic batches"),
     "sweep": (TEXT, "Parquet file of a sweep of 08, shipped, or newest at this scale"),

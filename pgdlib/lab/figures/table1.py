@@ -17,6 +17,18 @@ def curves(steps, returns, resamples, title):
     return finished(fig)
 
 
+def conservatism(weights, returns, title):
+    """Mean returns ± SE at the `weights` [C] of staying near the data: agent -> (unguided, guided), [C, S] each."""
+    axis = dict(xscale="log", xlabel="weight of staying near the data", ylabel="return, D4RL's scale (± SE)")
+    fig, [axes] = figure(title, 1.5 + 3.3 * len(returns), 3.2, 1, len(returns), **axis)
+    for ax, (agent, pair) in zip(axes, returns.items()):
+        found = [np.array([seeds.mean_se(of_weight) for of_weight in each]).T for each in pair]
+        named = zip(("unguided data", "data guided toward the agent"), found)
+        lines(ax, {name: (weights, mean, mean - error, mean + error) for name, (mean, error) in named})
+        ax.set_title(agent, fontsize="medium")
+    return finished(fig)
+
+
 def table1(rows, behaviour, paper, score, title):
     """Table 1 as a figure: one line a row with each seed's return, the mean ± SE, and the interval of the IQM.
 
