@@ -40,9 +40,9 @@ class Row:
     source: str  # "real", "diffusion", or of `penalties.METHODS`: "world model" (MBPO), "mopo", "morel", "rambo"
     rule: str | None = None
     lam: float | str | None = None  # a weight, or "calibrated"
-    penalty: float | None = None  # the weight of mopo's or rambo's λ, or what morel's halt costs; None is the method's own
-    length: int | None = None  # steps of a rollout; None is the method's own
-    real_fraction: float | None = None  # share of real transitions; None is that of the sources
+    penalty: float | None = None  # λ of mopo or rambo, or what morel's halt costs; None: the method's own
+    length: int | None = None  # steps of a rollout; None: the method's own
+    real_fraction: float | None = None  # share of real transitions; None: that of the sources
 
     def __post_init__(self):
         sources = ("real", "diffusion", *METHODS)

@@ -9,19 +9,21 @@ import pytest
 import torch
 from conftest import SMALL, Ideal, a_policy, assert_same, toy
 
-from pgdlib import fast, pgd, synthetic, worldmodel
+from pgdlib import fast, penalties, pgd, synthetic, worldmodel
 from pgdlib.agents.bc import BC
 from pgdlib.agents.iql import IQL
 from pgdlib.agents.sac import SAC
-from pgdlib.agents.stack import Learner
+from pgdlib.agents.stack import Critics, Learner, generators
 from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.fast import generator
 from pgdlib.pgd import FACTS, Row, Sources
+from pgdlib.policies import selected
 
 KINDS = {"bc": BC, "iql": IQL, "td3_bc": TD3BC, "sac": SAC}
 MEAN, STD = torch.linspace(-1, 1, 7), torch.linspace(0.5, 2, 7)
 ROWS = [Row("a", "real"), Row("b", "diffusion", "explicit", 0.5), Row("c", "diffusion", "annealed", "calibrated")]
-WORLD = Row("w", "world model")
+IMAGINED = [Row("w", method) for method in penalties.METHODS]
+WORLD = IMAGINED[0]
 SEEDS = [4, 9]
 STEPS, EVERY = 14, 5
 PLACES = MEAN + STD * torch.randn(2, 7, generator=torch.Generator().manual_seed(0))  # where policies are looked at
@@ -264,19 +266,20 @@ def test_a_calibrated_weight_makes_trajectories_as_likely_as_the_policys_own_act
 
 
 @pytest.mark.parametrize("number", [0, 2])
-@pytest.mark.parametrize("row", [*ROWS[1:], WORLD], ids=["explicit", "calibrated", "world model"])
-def test_a_run_is_given_what_it_is_given_alone(row, number, ensemble):
+@pytest.mark.parametrize("row", [*ROWS[1:], *IMAGINED], ids=lambda row: row.rule or row.source)
+def test_a_run_is_given_what_it_is_given_alone(row, number, ensemble, monkeypatch):
     """Between other runs, in any order, with real transitions among them.
 
     Rollouts and real transitions are the same bit for bit, and so are unguided trajectories; guided ones to float precision.
     """
-    policy, whole = stack(3), sources(ensemble, 0.4, [4, 9, 2])
-    made, batch = whole(row, policy, number)
-    exact = dict(rtol=0, atol=0) if row is WORLD or number == 0 else dict(rtol=1e-3, atol=1e-2)
+    monkeypatch.setattr(penalties, "UPDATES", 2)
+    policy, whole, critics = stack(3), sources(ensemble, 0.4, [4, 9, 2]), Critics(SMALL, (4,), generators([4, 9, 2]))
+    made, batch = whole(row, policy, number, critics)
+    exact = dict(rtol=0, atol=0) if row in IMAGINED or number == 0 else dict(rtol=1e-3, atol=1e-2)
     for order in ([0], [1], [2], [2, 0, 1]):
         behaviour, seeds = whole.behaviour.select(order), [whole.seeds[r] for r in order]
         ours = Sources(REAL, whole.diffusion, ensemble, behaviour, WINDOWS, 0.4, seeds, OUTCOME)
-        found, facts = ours(row, policy.select(order), number)
+        found, facts = ours(row, policy.select(order), number, selected(critics, order, 3))
         for i, r in enumerate(order):
             torch.testing.assert_close(found[i], made[r], **exact)
             count = len(batch.data[r])
@@ -336,16 +339,18 @@ def test_the_share_of_real_transitions(row, own, fraction, ensemble):
     assert fraction != 0.4 or not torch.equal(made[0][-5:], made[1][-5:])  # not the same ones for all runs
 
 
-def test_a_run_without_data_is_marked_as_diverged_and_leaves_the_others_untouched(ensemble):
+@pytest.mark.parametrize("imagined", IMAGINED, ids=lambda row: row.source)
+def test_a_run_without_data_is_marked_as_diverged_and_leaves_the_others_untouched(imagined, ensemble, monkeypatch):
     """All its trajectories diverge once its policy is NaN: there is nothing to train on, which must end no other run."""
-    rows, results = [ROWS[1], WORLD], []
+    monkeypatch.setattr(penalties, "UPDATES", 2)
+    rows, results = [ROWS[1], imagined], []
     for broken in (False, True):
         agent, ours = learner("iql", rows, 8), sources(ensemble)
 
-        def spoil(row, policy, number, broken=broken, agent=agent, ours=ours):
+        def spoil(row, policy, number, *critics, broken=broken, agent=agent, ours=ours):
             if broken and number == 0:
                 agent.agent.policy.net.weights[0].data[[0, 3]] = math.nan
-            return ours(row, policy, number)
+            return ours(row, policy, number, *critics)
 
         results.append(run(agent, spoil, rows, 3))
     assert_others_are_untouched(results[1], results[0], [1, 2])
