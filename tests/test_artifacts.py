@@ -407,7 +407,7 @@ def test_two_users_share_a_folder_or_are_told_what_it_takes(monkeypatch, umask, 
         assert heard[0] == ["", f"no artifact at {second}", ""]
         at_once, read, made = heard[1]
         assert [at_once == "", read == "", made == ""] == [fits, seen, fits]
-        for text, of in ((at_once, "guides cannot be written"), (read, f"{first} cannot be read"), (made, f"{second} cannot be")):
+        for text, of in ((at_once, "guides cannot be written"), (read, f"{first} cannot be read"), (made, f"{second} cannot")):
             assert text == "" or (of in text and "Permission denied. PGD_RUNS can name another" in text and "umask 002" in text)
 
 
