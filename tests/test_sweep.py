@@ -164,10 +164,13 @@ def test_cuda_is_left_to_the_machine_that_runs_the_point(toy, monkeypatch):
         plan.check(toy, planned(toy, "device: gpu"), elsewhere=True)
 
 
-def test_a_notebook_whose_first_cells_fail_is_refused(tmp_path, runs):
+def test_a_notebook_whose_first_cells_fail_is_refused(toy, tmp_path, monkeypatch):
     notebook = plan.Notebook(write(tmp_path / "toy.ipynb", check="nowhere\n" + CHECK))
     with pytest.raises(plan.BadSweep, match="toy fails before it checks its parameters: NameError: name 'nowhere'"):
         plan.check(notebook, planned(notebook))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(plan.BadSweep, match=r"^\[Errno 13\] .* cannot be written: .* PGD_RUNS can name another"):
+        plan.check(toy, planned(toy))
 
 
 def test_a_notebook_that_checks_nothing_is_swept_by_names_alone(tmp_path, runs):

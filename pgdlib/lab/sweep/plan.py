@@ -149,7 +149,7 @@ def check(notebook, points, elsewhere=False):
             for i, cell in enumerate(notebook.code[: last + 1]):
                 exec(cell, namespace)
                 namespace.update(given if i == notebook.parameters else {})
-        except ValueError as e:
+        except (ValueError, artifacts.NotSaved) as e:
             wrong[str(e)] = None
         except Exception as e:
             raise BadSweep(f"{notebook.name} fails before it checks its parameters: {type(e).__name__}: {e}") from e
