@@ -117,7 +117,7 @@ def test_an_artifact_is_made_once(path, tmp_path):
     assert_same(first, {"x": torch.tensor([1.0])})
     assert_same(second, first)
     assert card == again == {"value": 1.0, "versions": artifacts.versions()}
-    assert card["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(card["versions"]["torch"])
 
 
 def test_a_damaged_artifact_is_set_aside_and_made_again(path, tmp_path):

@@ -52,7 +52,7 @@ def test_a_saved_guide_is_loaded(tmp_path):
     policy, card = load.load_guide(str(tmp_path / "mine.safetensors"))
     obs = torch.randn(5, 45)
     assert torch.equal(policy(obs)[0], mine(obs)[0]) and not policy.log_std.requires_grad
-    assert card["note"] == "toy" and card["versions"]["torch"] == torch.__version__
+    assert card["note"] == "toy" and torch.__version__.startswith(card["versions"]["torch"])
 
 
 def test_a_stable_baselines3_zip_is_loaded(tmp_path):
