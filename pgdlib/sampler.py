@@ -46,11 +46,7 @@ def sample(
     sigmas, gamma = noise_levels(steps).tolist(), min(churn / steps, math.sqrt(2) - 1)
     x, before, diverged = _randn(noise, shape, dtype) * sigmas[0], None, False
     for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
-        if noised is not None:
-            shift = noised(x, None, sigma, step)
-            x = x + shift
-            if before is not None:  # the last estimate moves with x, as it would for data N(0, 1): a shift is no trend
-                before = before[0] + shift / (sigma**2 + 1), before[1]
+        x, before = (x, before) if noised is None else _shifted(x, noised(x, None, sigma, step), sigma, before)
         x, out_of_range = _clamp(x, sigma)
         diverged = diverged | out_of_range
         if solver == "heun":  # raise the noise level for a moment (lines 4 to 6), then step from the raised point
@@ -148,6 +144,14 @@ def _multistep(x, denoised, sigma, sigma_next, sigma_down, before):
         extrapolated = denoised + (denoised - denoised_before) * width / (2 * width_before)
     ratio = sigma_down / sigma
     return ratio * x + (1 - ratio) * extrapolated, (denoised, width)
+
+
+def _shifted(x, shift, sigma, before):
+    """x after a shift, and `before` of `_multistep`: its estimate moves along, as it would for data N(0, 1).
+
+    Else the jump would pass for a trend of the estimates and be extrapolated, and guidance explode sooner than its own limit.
+    """
+    return x + shift, before and (before[0] + shift / (sigma**2 + 1), before[1])
 
 
 def _clamp(x, sigma):

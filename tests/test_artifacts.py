@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from pgdlib.lab import artifacts
+from pgdlib.lab import artifacts, settings
 
 CARD = {"kind": "toy", "list": [1, 2.5, None, True], "text": "λ ≈ 2", "nested": {"b": 1, "a": []}}
 TENSORS = {
@@ -116,7 +117,7 @@ def test_an_artifact_is_made_once(path, tmp_path):
     assert_same(first, {"x": torch.tensor([1.0])})
     assert_same(second, first)
     assert card == again == {"value": 1.0, "versions": artifacts.versions()}
-    assert card["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(card["versions"]["torch"])
 
 
 def test_a_damaged_artifact_is_set_aside_and_made_again(path, tmp_path):
@@ -370,6 +371,53 @@ def test_what_a_killed_save_left_is_removed_by_the_next(path):
     assert len(names(path.parent)) == 2
     artifacts.save(path, TENSORS, CARD)
     assert names(path.parent) == ["other.safetensors", "toy.safetensors"]
+
+
+def as_user(uid, umask, others, told):
+    """What the user `uid` of a group is told, of the folder, of another's artifact, and on the way to one of their own."""
+    os.setgroups([20_001])
+    os.setgid(20_001)
+    os.setuid(uid)
+    os.umask(umask)
+    own = artifacts.root() / "guides" / f"{uid}.safetensors"
+    make = dict(make=lambda: ({"x": torch.zeros(1)}, {}))
+    for call in (artifacts.require_writable, lambda: artifacts.load(others), lambda: artifacts.artifact(own, **make)):
+        try:
+            call()
+            told.send("")
+        except OSError as e:
+            told.send(str(e))
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can be two users")
+@pytest.mark.parametrize("umask, fits, seen", [(0o002, True, True), (0o022, False, True), (0o077, False, False)])
+def test_two_users_share_a_folder_or_are_told_what_it_takes(monkeypatch, umask, fits, seen):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        monkeypatch.setenv("PGD_RUNS", folder)
+        os.chown(folder, 0, 20_001)
+        os.chmod(folder, 0o2775)
+        first, second = (f"{folder}/guides/{uid}.safetensors" for uid in (20_001, 20_002))
+        heard = []
+        for uid, others in ((20_001, second), (20_002, first)):
+            listen, told = fork.Pipe(False)
+            p = fork.Process(target=as_user, args=(uid, umask, others, told))
+            p.start()
+            p.join(60)
+            heard.append([listen.recv() for _ in range(3)])
+        assert heard[0] == ["", f"no artifact at {second}", ""]
+        at_once, read, made = heard[1]
+        assert [at_once == "", read == "", made == ""] == [fits, seen, fits]
+        for text, of in ((at_once, "guides cannot be written"), (read, f"{first} cannot be read"), (made, f"{second} cannot")):
+            assert text == "" or (of in text and "Permission denied. PGD_RUNS can name another" in text and "umask 002" in text)
+
+
+def test_a_root_that_cannot_be_written_is_refused_at_once(runs, monkeypatch):
+    artifacts.require_writable()  # it can be made
+    assert not runs.exists()
+    runs.mkdir()
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != runs)
+    with pytest.raises(artifacts.NotSaved, match=f"{runs} cannot be written: .*PGD_RUNS can name another"):
+        settings.check({})
 
 
 def test_an_artifact_in_a_folder_that_is_read_only_is_found(path, tmp_path, monkeypatch):

@@ -140,9 +140,16 @@ def test_a2c_is_read_as_ppo_is(path):
     torch.testing.assert_close(policy.log_prob(obs, actions), theirs, rtol=1e-5, atol=1e-4)
 
 
-def normalised(path, name, obs_dim=OBS, **how):
+class Halved(VecNormalize):
+    """Another normalisation, with the same attributes."""
+
+    def normalize_obs(self, obs):
+        return super().normalize_obs(obs) / 2
+
+
+def normalised(path, name, obs_dim=OBS, of=VecNormalize, **how):
     """A `VecNormalize` with random moments, saved beside the zip."""
-    env = VecNormalize(DummyVecEnv([lambda: Nothing(obs_dim)]), clip_obs=2.0, epsilon=1e-3, **how)
+    env = of(DummyVecEnv([lambda: Nothing(obs_dim)]), clip_obs=2.0, epsilon=1e-3, **how)
     rng = np.random.default_rng(0)
     if how.get("norm_obs", True):
         env.obs_rms.mean, env.obs_rms.var = rng.normal(size=obs_dim), rng.uniform(0.05, 4, obs_dim)
@@ -181,6 +188,9 @@ def test_a_vecnormalize_of_another_kind(path, capsys):
     assert "VecNormalize" not in capsys.readouterr().out
     normalised(path, "vecnormalize.pkl", OBS + 2)
     refused(path, f"vecnormalize.pkl, is of {OBS + 2} observations")
+    for how in ({}, dict(norm_obs=False)):
+        normalised(path, "vecnormalize.pkl", of=Halved, **how)
+        refused(path, r"vecnormalize.pkl, cannot be used: .* holds a test_guide_zip.Halved; known are only stable_base")
     path.with_name("vecnormalize.pkl").write_bytes(b"no pickle")
     refused(path, "the VecNormalize beside it, vecnormalize.pkl, cannot be used: UnpicklingError")
 
@@ -273,6 +283,10 @@ def test_policies_that_do_not_fit(path):
     refused(path, "continuous actions.*log_std")
     sb3_ppo(path, Nothing(action_space=gymnasium.spaces.Box(-0.4, 0.4, (ACTIONS,), np.float32)))
     refused(path, r"its actions go from \{'-0.4'\} to \{'0.4'\}; needed are -1 to 1")
+    one_hot = Nothing()
+    one_hot.observation_space = gymnasium.spaces.Discrete(OBS)
+    sb3_ppo(path, one_hot)
+    refused(path, r"its observations have the shape \[\]; needed is a Box")
     SAC("MlpPolicy", Nothing(), use_sde=True, buffer_size=10, device="cpu").save(path)
     refused(path, "state-dependent")
 

@@ -208,6 +208,12 @@ def test_a_folder_that_is_not_there_or_no_folder_is_an_error(runs, command, caps
         assert inventory.main(command) == 2 and str(runs) in capsys.readouterr().err
 
 
+def test_an_empty_folder_as_of_a_disk_that_is_not_mounted_verifies_nothing(runs, capsys):
+    runs.mkdir()
+    assert inventory.main(["verify"]) == 2 and f"{runs} holds no artifact; is its disk" in capsys.readouterr().err
+    assert inventory.main(["list"]) == 0
+
+
 def test_a_folder_that_cannot_be_read_is_an_error_and_one_that_vanishes_is_none(shop, monkeypatch, capsys):
     scandir = os.scandir
 

@@ -155,7 +155,7 @@ def d4rl(tmp_path, monkeypatch, runs):
 
 
 @pytest.mark.parametrize("source", ["auto", "d4rl"])
-def test_d4rl_on_disk_is_found_and_cut_at_falls(d4rl, source):
+def test_d4rl_on_disk_is_found_and_cut_at_falls(d4rl, source, monkeypatch):
     obs = write_d4rl(d4rl, "human")
     found = load.load_data("human", source, 4_000)
     assert found.is_public and found.label == found.raw.name == "D4RL pen-human" and found.slug == "d4rl-human"
@@ -163,21 +163,21 @@ def test_d4rl_on_disk_is_found_and_cut_at_falls(d4rl, source):
     assert (found.cut_episodes, found.dropped_steps) == (1, 7)
     assert torch.nonzero(found.data.terminals)[:, 0].tolist() == [14]
     np.testing.assert_allclose(found.data.obs, np.concatenate([obs[0][:10], obs[1][:5], obs[2][:8]]), rtol=1e-6)
+    monkeypatch.setitem(tasks.PUBLIC, "human", (*tasks.PUBLIC["human"], minari_files.digest(d4rl / "D4RL/pen/human-v2")))
     again = load.load_data("human", source, 4_000)
-    assert again.key == found.key and torch.equal(again.data.packed(), found.data.packed())
+    assert again.is_public and again.key == found.key and torch.equal(again.data.packed(), found.data.packed())
 
 
-@pytest.mark.parametrize(
-    "known", [("D4RL/pen/human-v1", 3, 30), ("D4RL/pen/human-v2", 25, 5_000), ("D4RL/pen/human-v2", 3, 31)]
-)
+@pytest.mark.parametrize("known", [("v1", 3, 30), ("v2", 25, 5_000), ("v2", 3, 31), ("v2", 3, 30, "0123456789ab")])
 def test_what_is_not_d4rls_keeps_a_name_of_its_own(d4rl, monkeypatch, known):
     write_d4rl(d4rl, "human")
     monkeypatch.setattr(minari_files, "find", lambda name, hint: d4rl / "D4RL/pen/human-v2")
+    known, said = (f"D4RL/pen/human-{known[0]}", *known[1:]), []
     monkeypatch.setitem(tasks.PUBLIC, "human", known)
-    said = []
     found = load.load_data("human", "d4rl", 4_000, say=said.append)
     assert (found.is_public, found.label, found.slug) == (False, "own pen-human", "own-human")
-    assert f"is not {known[0]} of {known[1]} episodes and {known[2]:,} steps" in said[0]
+    digest = f", with the digest {known[3]}" if known[3:] else ""
+    assert f"is not {known[0]} of {known[1]} episodes and {known[2]:,} steps{digest}: called" in said[0]
 
 
 def test_d4rls_sizes():

@@ -321,11 +321,7 @@ def test_03_trains_anew(run):
 @named("04", "04 alone", "04 arctanh")
 def test_04_sweeps_the_lams_it_was_given(run, name):
     own = promote.parameters(promote.read(NOTEBOOKS / "04_guidance.ipynb"))["lams"]
-    slug, lams = {
-        "04": ("human", [0.5, 1, 2]),
-        "04 alone": ("cloned", [2, *own]),
-        "04 arctanh": ("expert", [1, 1.5]),
-    }[name]
+    slug, lams = {"04": ("human", [0.5, 1, 2]), "04 alone": ("cloned", [2, *own]), "04 arctanh": ("expert", [1, 1.5])}[name]
     sweep = run.table(f"04_figure1_standin-{slug}").set_index("lam")
     assert f"stand-in pen-{slug}" in run.text
     assert sweep.index.tolist() == sorted({0, *lams})

@@ -1,6 +1,7 @@
 """Training with several processes against one: the same weights; and the command line."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,9 @@ def training(kind):
 
 
 def torchrun(processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *arguments]
+    readme = (HERE.parent / "README.md").read_text("utf-8")
+    how = re.search(r"^torchrun (.* --nproc-per-node) ", readme, re.MULTILINE)[1].split()
+    command = [sys.executable, "-m", "torch.distributed.run", *how, str(processes), *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
     return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=120)
 

@@ -9,17 +9,7 @@ import pytest
 from conftest import kept, texts, wait_for
 from matplotlib.figure import Figure
 from PIL import Image
-from small_study import (
-    SWEEPS,
-    explorer,
-    finish,
-    is_live,
-    nothing_fails_unseen,
-    sample,
-    sketched,
-    swept,
-    the_lab,
-)
+from small_study import SWEEPS, explorer, finish, is_live, nothing_fails_unseen, sample, sketched, swept, the_lab
 
 from pgdlib import dynamics
 from pgdlib.lab.explorer import hand, panel, player, stops

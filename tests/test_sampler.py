@@ -177,12 +177,44 @@ def test_a_noised_shift_comes_once_a_step_and_a_denoised_one_with_every_estimate
             assert [sigma for sigma, _, _ in some.seen] == pytest.approx(sampler.noise_levels(12)[:-1].tolist())
 
 
+class Pull(Shift):
+    """The explicit rule for a policy N(1, ...) in natural units: x + λ (1 - x)."""
+
+    def __call__(self, x, denoised, sigma, step):
+        return self.size * (1 - x)
+
+
+@pytest.mark.parametrize("solver, churn", PAIRS)
+def test_guided_steps_explode_at_the_limit_of_the_steps_themselves(solver, churn):
+    """Repeated, such a step multiplies x - 1 by 1 - λ: no solver may blow up below λ = 2, and well beyond it all must."""
+    stable, explodes = (drawn((20, 4, 2), 24, churn, guide=Pull("noised", lam), solver=solver) for lam in (1.9, 2.5))
+    assert not stable[1].any() and (stable[0] - 1).abs().max() < 5 and explodes[1].all()
+
+
+def test_a_shift_is_no_trend_to_the_multistep_solver():
+    """Of N(0, 1) data x is a sum of what the noise became and what each shift did: one at a time, from a start at rest."""
+
+    def after(first):  # x at the end, of a shift by 1 before the step `first` alone, as DPM-Solver++(2M) from there on
+        x, levels, last = 1.0, sampler.noise_levels(9).tolist(), None
+        for k in range(first, 8):
+            estimate, h = x / (1 + levels[k] ** 2), math.log(levels[k] / levels[k + 1])
+            trend = 0.0 if k == first else (estimate - last) * h / (2 * math.log(levels[k - 1] / levels[k]))
+            x, last = math.exp(-h) * x - math.expm1(-h) * (estimate + trend), estimate
+        return x / (1 + levels[8] ** 2)
+
+    plain = drawn((1, 1, 1), 9, solver="multistep")[0]
+    for step in range(9):
+        found = drawn((1, 1, 1), 9, guide=Shift("noised", 1.0, only=step), solver="multistep")[0]
+        assert (found - plain).item() == pytest.approx(after(step), abs=1e-6), step
+
+
 @pytest.mark.parametrize("size", [1e30, math.inf, math.nan])
 @pytest.mark.parametrize("only", [None, 2, 11])
-def test_divergence_is_finite_and_counted(size, only):
-    x, diverged = drawn((3, 4, 2), 12, guide=Shift("noised", size, row=1, only=only))
+@pytest.mark.parametrize("solver", sampler.SOLVERS)
+def test_divergence_is_finite_and_counted(solver, size, only):
+    x, diverged = drawn((3, 4, 2), 12, guide=Shift("noised", size, row=1, only=only), solver=solver)
     assert diverged.tolist() == [False, True, False] and x.isfinite().all()
-    assert torch.equal(x[[0, 2]], drawn((3, 4, 2), 12)[0][[0, 2]])
+    assert torch.equal(x[[0, 2]], drawn((3, 4, 2), 12, solver=solver)[0][[0, 2]])
 
 
 # Noise in blocks, trajectories in chunks

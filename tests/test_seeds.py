@@ -231,8 +231,7 @@ def test_many_seeds_are_those_of_the_normal_test():
 
 
 @pytest.mark.parametrize(
-    "name, value",
-    [("difference", 0), ("difference", NAN), ("std_x", 0), ("std_y", -1), ("std_x", math.inf)],
+    "name, value", [("difference", 0), ("difference", NAN), ("std_x", 0), ("std_y", -1), ("std_x", math.inf)]
 )
 def test_what_cannot_be_is_named(name, value):
     with pytest.raises(ValueError, match=rf"^{name}={value} is not allowed; it must be finite and (positive|not 0)"):

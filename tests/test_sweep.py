@@ -24,6 +24,7 @@ from scipy import stats
 from pgdlib.lab import artifacts
 from pgdlib.lab.sweep import __main__ as command
 from pgdlib.lab.sweep import plan, point, results, run
+from pgdlib.simulators import default_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = 'scale = "ci"\nx = 1.0\nseed = 0\nmany = [1, 2]\nnote = "auto"\ndevice = "auto"'
@@ -88,6 +89,7 @@ def test_the_same_values_twice_are_one_point(toy):
     ("texts", "message"),
     [
         (["lamb: [1]"], "unknown parameter lamb; toy takes scale, x, seed, many, note, device"),
+        (["see-d: 1"], "unknown parameter see-d; toy takes scale, x, seed, many, note, device; perhaps seed is meant"),
         (["x: []"], "parameter x=[] has no value to sweep over"),
         (["just text"], "-y 'just text' is not allowed; it must be a name and its values"),
         (["x: [1"], "-y 'x: [1' is no YAML"),
@@ -162,10 +164,13 @@ def test_cuda_is_left_to_the_machine_that_runs_the_point(toy, monkeypatch):
         plan.check(toy, planned(toy, "device: gpu"), elsewhere=True)
 
 
-def test_a_notebook_whose_first_cells_fail_is_refused(tmp_path, runs):
+def test_a_notebook_whose_first_cells_fail_is_refused(toy, tmp_path, monkeypatch):
     notebook = plan.Notebook(write(tmp_path / "toy.ipynb", check="nowhere\n" + CHECK))
     with pytest.raises(plan.BadSweep, match="toy fails before it checks its parameters: NameError: name 'nowhere'"):
         plan.check(notebook, planned(notebook))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(plan.BadSweep, match=r"^\[Errno 13\] .* cannot be written: .* PGD_RUNS can name another"):
+        plan.check(toy, planned(toy))
 
 
 def test_a_notebook_that_checks_nothing_is_swept_by_names_alone(tmp_path, runs):
@@ -273,7 +278,12 @@ def test_the_users_number_of_threads_holds_for_every_library(runs, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert {run.environment(3)[name] for name in run.THREADS} == {"7"}
     monkeypatch.setenv("MKL_NUM_THREADS", "2")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "")
     assert [run.environment(3)[name] for name in run.THREADS] == ["7", "2", "7", "7"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    for asked, threads in {"3": 3, "3,1": 3, " 2 , 1": 2, "99": 8, "": 8, "many": 8}.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert default_threads() == threads
 
 
 @pytest.mark.parametrize(
@@ -362,7 +372,10 @@ def test_a_sweep_is_read_by_its_path_or_as_the_newest(runs, tmp_path):
         "newest": "is not allowed: runs/ has no sweep at scale 'quick' with the table 04",
         path: "has no table 04; it has 02",
     }
-    wrong |= dict.fromkeys((tmp_path / "none.parquet", Path(__file__)), "is not a file that a sweep has written: ")
+    wrong |= {
+        tmp_path / "none.parquet": "is not a file; it must be",
+        Path(__file__): "is not a file that a sweep has written: ",
+    }
     for given, message in wrong.items():
         with pytest.raises(ValueError) as refused:
             results.read(given, "04", "quick")

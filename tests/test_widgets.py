@@ -72,17 +72,22 @@ def shown(monkeypatch, widget):
     return bundle
 
 
-def test_a_reader_gets_the_figure_alone(monkeypatch):
+def test_a_reader_gets_the_figure_alone(monkeypatch, capsys):
     bundle = shown(monkeypatch, ipywidgets.HTML())
+    assert capsys.readouterr().out == ""
     assert bundle.keys() == {"image/png", "text/plain"}
     assert Image.open(io.BytesIO(bundle["image/png"])).size == (110, 110)
 
 
 @pytest.mark.usefixtures("is_live")
-def test_a_frontend_gets_the_widget_too(monkeypatch):
+def test_a_frontend_gets_the_widget_too_and_once_a_line_for_where_it_does_not_show(monkeypatch, capsys):
+    widgets._tell.cache_clear()
+    shown(monkeypatch, ipywidgets.HTML())
+    assert "this front end runs no widgets" in capsys.readouterr().out
     widget = ipywidgets.HTML()
     bundle = shown(monkeypatch, widget)
     assert bundle.keys() == {"image/png", "text/plain", BOOK} and bundle[BOOK]["model_id"] == widget.model_id
+    assert capsys.readouterr().out == ""
 
 
 # Pictures that are kept

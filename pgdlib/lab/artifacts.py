@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,24 @@ def root():
         return Path(os.environ["PGD_RUNS"]).resolve()
     checkout = PACKAGE.parent
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "runs"
+
+
+def require_writable():
+    """Raise NotSaved at once where the root, or a folder of it that is no symlink, is another user's or read-only."""
+    place = next(f for f in (root(), *root().parents) if os.path.exists(f))
+    for folder in (place, *(place.glob("*/") if place == root() else ())):
+        if not (folder.is_symlink() or os.access(folder, os.R_OK | os.W_OK | os.X_OK)):
+            with explained(folder):
+                raise PermissionError(errno.EACCES, "")
+
+
+def given(parameter, path, allowed):
+    """The file that a parameter names, with ~ for the home. Raises ValueError that names the folder searched."""
+    file = Path(os.path.expanduser(path))
+    if not os.path.isfile(file):  # Path.is_file itself fails for a name that is too long
+        where = "" if file.is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(f"{parameter}={str(path)!r} is not a file{where}; it must be {allowed}")
+    return file
 
 
 def key(**inputs):
@@ -132,9 +151,10 @@ def load(path, own=False):
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no artifact at {path}")
-    open(path, "rb").close()  # says what the system has against it: that is no damage
+    with explained(path, what="read"):  # says what the system has against it: that is no damage
+        if not path.is_file():
+            raise FileNotFoundError(f"no artifact at {path}")
+        open(path, "rb").close()
     try:
         with safe_open(path, "pt") as f:
             header = f.metadata() or {}

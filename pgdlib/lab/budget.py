@@ -68,10 +68,8 @@ def require(config, batch, device, training=False):
     fewer = (config | {"features": features >> i} for i in range(1, features.bit_length()) if not (features >> i) % 8)
     fits = next((f"features={c['features']}" for c in fewer if needed(c, batch, device, training) <= there), "nothing like it")
     sizes = f"features={features} with horizon={config['horizon']}" + f" and batch_size={batch}" * training
-    raise ValueError(
-        f"{sizes} is not allowed on device={str(device)!r}: it needs {found / 1e9:.1f} GB of memory, "
-        f"there are {there / 1e9:.1f}; {fits} would fit"
-    )
+    why = f"it needs {found / 1e9:.1f} GB of memory, there are {there / 1e9:.1f}; {fits} would fit"
+    raise ValueError(f"{sizes} is not allowed on device={str(device)!r}: {why}")
 
 
 def pace(config, device, training=False, batch=256):

@@ -109,10 +109,8 @@ def returns_raised(returns, which="", unit="seeds"):
         flawed |= kept < seeds or high < 0
     words = f"{which}, {'; '.join(shown)}" if which else "; ".join(shown)
     measure = f"mean gain in return, guided less unguided, D4RL's scale ({words}; the paper's {paper:+.0f})"
-    rule = (
-        "reproduced if surely above zero, partly if a dataset surely loses or a seed diverged; "
-        f"not testable with so few {unit} if the interval holds both zero and the paper's gain"
-    )
+    rule = "reproduced if surely above zero, partly if a dataset surely loses or a seed diverged; "
+    rule += f"not testable with so few {unit} if the interval holds both zero and the paper's gain"
     undecided = np.isnan(gain[1]) or gain[1] <= 0 < paper <= gain[2]
     return _judged(f"C4 {which}", measure, rule, gain, gain[1] > 0 and not flawed, gain[1] > 0, not undecided)
 

@@ -29,11 +29,8 @@ class SimulatorVecEnv(VecEnv):
     """`n` environments of a `Simulator` as one Stable-Baselines3 `VecEnv`; ended episodes start anew at once."""
 
     def __init__(self, simulator: Simulator, n, seed=0, threads=None):
-        obs, actions = (
-            Box(-np.inf, np.inf, (simulator.obs_dim,), np.float32),
-            Box(-1.0, 1.0, (simulator.action_dim,), np.float32),
-        )
-        super().__init__(n, obs, actions)
+        obs = Box(-np.inf, np.inf, (simulator.obs_dim,), np.float32)
+        super().__init__(n, obs, Box(-1.0, 1.0, (simulator.action_dim,), np.float32))
         self._simulator, self._batch = simulator, simulator.batch(n, threads)
         self.seed(seed)
 
@@ -58,11 +55,9 @@ class SimulatorVecEnv(VecEnv):
         infos = [{} for _ in range(self.num_envs)]
         ended = np.flatnonzero(dones)
         for i in ended:
-            infos[i] = {
-                "terminal_observation": obs[i].astype(np.float32),
-                "TimeLimit.truncated": not fallen[i],
-                "episode": {"r": self._returns[i], "l": int(self._lengths[i]), "t": time.time()},
-            }
+            whole = {"r": self._returns[i], "l": int(self._lengths[i]), "t": time.time()}
+            last = obs[i].astype(np.float32)
+            infos[i] = {"terminal_observation": last, "TimeLimit.truncated": not fallen[i], "episode": whole}
         if len(ended):
             obs[ended] = self._batch.begin(*self._simulator.start(len(ended), self._rng), ids=ended)
             self._returns[ended], self._lengths[ended] = 0.0, 0
@@ -78,11 +73,10 @@ class SimulatorVecEnv(VecEnv):
     def get_attr(self, attr_name, indices=None):
         return [getattr(self, attr_name, None)] * self.num_envs
 
-    def set_attr(self, attr_name, value, indices=None):
-        raise NotImplementedError("SimulatorVecEnv's environments have no attributes of their own")
+    def set_attr(self, *_, **__):
+        raise NotImplementedError("SimulatorVecEnv's environments have no attributes or methods of their own")
 
-    def env_method(self, method_name, *args, indices=None, **kwargs):
-        raise NotImplementedError("SimulatorVecEnv's environments have no methods of their own")
+    env_method = set_attr
 
 
 class ObservationNormaliser(BaseFeaturesExtractor):

@@ -17,10 +17,9 @@ from pgdlib.policies import GaussianPolicy
 ACTIVATIONS = {"torch.nn.modules.activation.Tanh": "tanh", "torch.nn.modules.activation.ReLU": "relu"}
 PLAIN = "stable_baselines3.common.torch_layers.FlattenExtractor"
 NORMALISED = "pgdlib.lab.guide_ppo.ObservationNormaliser"
+MOMENTS = {f"stable_baselines3.common.{of}" for of in ("vec_env.vec_normalize.VecNormalize", "running_mean_std.RunningMeanStd")}
 TD3_STD = 0.1  # of TD3's and DDPG's actions, which have none: the noise that TD3's authors explore with
-OTHERWISE = (
-    "In Python any object with `log_prob(obs, actions)` is a guide, and `load.save_guide` keeps a `GaussianPolicy` of your own"
-)
+OTHERWISE = "In Python any object with `log_prob(obs, actions)` is a guide, and `load.save_guide` keeps a `GaussianPolicy`"
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,8 @@ def _checked(state, config, dims):
     kwargs, policy = config["policy_kwargs"], _class_name(config["policy_class"])
     kind = KINDS.get(policy, PPO)  # what it is not is found below, and named
     layers, default = _layers(state, kind), {v: k for k, v in ACTIVATIONS.items()}[kind.activation]
-    activation, extractor = (
-        _class_name(kwargs.get(key, default))
-        for key, default in (("activation_fn", default), ("features_extractor_class", PLAIN))
-    )
+    names = ("activation_fn", default), ("features_extractor_class", PLAIN)
+    activation, extractor = (_class_name(kwargs.get(key, usual)) for key, usual in names)
     needed = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")] + ["log_std"] * (kind is PPO)
     _need("mlp_extractor.shared_net.0.weight" not in state, "policy and value share layers of it (mlp_extractor.shared_net)")
     _need(not config["use_sde"], "its exploration is state-dependent (use_sde)")
@@ -103,6 +100,8 @@ def _checked(state, config, dims):
     found = state[f"{layers[0]}.weight"].shape[1], len(state[f"{layers[-1]}.bias"])
     text = "it is of another environment, with {} observations and {} actions; needed are {} and {}"
     _need(found == dims, text.format(*found, *dims))
+    seen = config["observation_space"].get("_shape")
+    _need(seen == [dims[0]], f"its observations have the shape {seen}; needed is a Box of one dimension")  # else transformed
     low, high = ({*re.findall(r"-?\d[\d.e+-]*", str(config["action_space"].get(k, "")))} for k in ("low", "high"))
     _need(low <= {"-1.", "-1.0"} and high <= {"1.", "1.0"}, f"its actions go from {low} to {high}; needed are -1 to 1")
     _need(activation in ACTIVATIONS, f"its activation is {activation}; known are {', '.join(ACTIVATIONS)}")
@@ -147,7 +146,7 @@ class _Inert(pickle.Unpickler):
         arrays = ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
         if module.split(".")[0] == "numpy" and name in arrays:
             return super().find_class(module, name)
-        return type(name, (_Attributes,), {})
+        return type(name, (_Attributes,), {"__module__": module})
 
 
 def _saved_moments(path, obs_dim):
@@ -157,7 +156,11 @@ def _saved_moments(path, obs_dim):
     if file is None:
         return None
     try:
-        kept = vars(_Inert(io.BytesIO(file.read_bytes())).load())
+        loaded = _Inert(io.BytesIO(file.read_bytes())).load()
+        kept, parts = vars(loaded), [loaded, *filter(None, [vars(loaded).get("obs_rms")])]
+        odd = {f"{type(part).__module__}.{type(part).__name__}" for part in parts} - MOMENTS
+        if odd:
+            raise TypeError(f"it holds a {', '.join(odd)}; known are only {', '.join(sorted(MOMENTS))}")
         if not kept["norm_obs"]:
             return torch.zeros(obs_dim), torch.ones(obs_dim), math.inf
         mean, var = (torch.as_tensor(getattr(kept["obs_rms"], of), dtype=torch.float64) for of in ("mean", "var"))

@@ -171,9 +171,7 @@ def _parser():
         command.add_argument("--kind", metavar="KIND", help="only these, such as sweeps; as `list` has it")
     command.add_argument("--older-than", type=_in(TIMES), metavar="30d", help="made so long ago or longer")
     command.add_argument("--unused-for", type=_in(TIMES), metavar="30d", help="last loaded so long ago or longer")
-    command.add_argument(
-        "--keep-under", type=_in(SIZES), metavar="5GB", help="only until the rest takes less, oldest use first"
-    )
+    command.add_argument("--keep-under", type=_in(SIZES), metavar="5GB", help="until the rest takes less, oldest use first")
     command.add_argument("--yes", action="store_true", help="do delete")
     verify = commands.add_parser("verify", help="read everything and check the checksums; exit code 1 if one does not hold")
     verify.add_argument("--set-aside", action="store_true", help="rename what is damaged, so that it is made again")
@@ -191,23 +189,19 @@ def _in(units):
     return parse
 
 
-def _table(found):
-    now = time.time()
+def _list(found, given):
+    now, found = time.time(), [i for i in found if given.kind in (None, i.kind)]
     print(f"{'kind':<12} {'MB':>9} {'age':>6} {'unused':>6} {'locked':<6} name")
     for i in found:
         locked = "yes" if locks.is_held(i.path) else ""
         print(f"{i.kind:<12} {i.size / 1e6:>9.1f} {_age(now - i.made):>6} {_age(now - i.used):>6} {locked:<6} {i.name}")
     print(f"{len(found)} artifacts, {sum(i.size for i in found) / 1e9:.3g} GB, in {artifacts.root()}")
+    return 0
 
 
 def _age(seconds):
     unit = next((u for u in "wdh" if seconds >= 2 * TIMES[u]), "m")
     return f"{max(0.0, seconds) / TIMES[unit]:.0f} {unit}"  # below zero: the clock was set back
-
-
-def _list(found, given):
-    _table([i for i in found if given.kind in (None, i.kind)])
-    return 0
 
 
 def _verify(found, given):
@@ -219,7 +213,9 @@ def _verify(found, given):
                 if damage(item):  # still: it may have been made again
                     print(f"  set aside as {artifacts.set_aside(item.path, reason).name}")
     print(f"{len(found)} artifacts, {len(reasons)} damaged")
-    return 1 if reasons else 0
+    if not found:
+        print(f"nothing was verified: {artifacts.root()} holds no artifact; is its disk mounted?", file=sys.stderr)
+    return 1 if reasons else 0 if found else 2
 
 
 def _prune(found, given):
@@ -227,7 +223,7 @@ def _prune(found, given):
         print("nothing is deleted: say which, by --older-than, --unused-for or --keep-under", file=sys.stderr)
         return 2
     found = prunable(found, given.older_than, given.unused_for, given.keep_under, given.kind)
-    _table(found)
+    _list(found, given)
     if not given.yes:
         print("nothing was deleted; --yes does")
         return 0

@@ -2,8 +2,6 @@
 
 import re
 from dataclasses import dataclass, field
-from os.path import isfile
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -30,12 +28,10 @@ def load_guide(guide="shipped", task=None, spec=None):
     """
     task = task or tasks.by_name("pen")
     needed = tuple(getattr(spec or task.simulator, k) for k in ("obs_dim", "action_dim"))
-    path = task.guide if guide == "shipped" else Path(guide)
     files = "a .safetensors guide or a Stable-Baselines3 .zip"
-    if path is None:
+    if (path := task.guide if guide == "shipped" else guide) is None:
         raise ValueError(f"guide='shipped' is not allowed: none ships for {task.name}; it must be {files}")
-    if not isfile(path):  # Path.is_file itself fails for a name that is too long
-        raise ValueError(f"guide={guide!r} is not a file; it must be 'shipped', {files}")
+    path = artifacts.given("guide", path, f"'shipped', {files}")
     if path.suffix == ".zip":
         policy = guide_zip.from_zip(path, *needed)
         return policy.requires_grad_(False), dict(kind="guide", source=path.name)
@@ -156,9 +152,7 @@ def _found(dataset, source, steps, progress, say):
                 raise
             say(f"D4RL's {dataset} data is not on disk and cannot be downloaded (source='d4rl' says why): using the stand-in")
     elif source == "d4rl":
-        raise ValueError(
-            f"source='d4rl' is not allowed for dataset={dataset!r}, which Minari has not; it must be 'auto' or 'local'"
-        )
+        raise ValueError(f"source='d4rl' is not allowed for dataset={dataset!r}, which Minari has not; use 'auto' or 'local'")
     policies, cards = _behaviour(dataset)
     weights = [artifacts.digest(policy.state_dict()) for policy in policies if policy]
     made = dict(name=dataset, steps=standins.steps_of(dataset, steps))
@@ -202,16 +196,14 @@ def _called(dataset, folder, made, tensors, say):
     task, known = tasks.of_dataset(dataset), tasks.PUBLIC.get(dataset)
     needed = task.simulator.obs_dim, task.simulator.action_dim
     if needed != (spec.obs_dim, spec.action_dim):
-        found = f"{spec.obs_dim} observations and {spec.action_dim} actions; needed are {needed[0]} and {needed[1]}"
-        raise ValueError(
-            f"dataset={dataset!r} in {folder} is of another environment than {task.simulator.name}: it has {found}"
-        )
+        found = f"it has {spec.obs_dim} observations and {spec.action_dim} actions; needed are {needed[0]} and {needed[1]}"
+        raise ValueError(f"dataset={dataset!r} in {folder} is of another environment than {task.simulator.name}: {found}")
     is_public = made is None and minari_files.is_known(folder, known, tensors["lengths"])
     whose = "stand-in" if made else "own" if not is_public else "D4RL" if known[0].startswith("D4RL") else "Minari"
     name = f"{whose} {'pen-' if task.name == 'pen' else ''}{dataset}"
     if whose == "own":
-        size = " of {:,} episodes and {:,} steps".format(*known[1:]) if known[1:] else ""
-        say(f"{folder} is not {known[0]}{size}: called {name!r} here, not D4RL")
+        text = " of {:,} episodes and {:,} steps" * (len(known) > 1) + ", with the digest {}" * (len(known) > 3)
+        say(f"{folder} is not {known[0]}{text.format(*known[1:])}: called {name!r} here, not D4RL")
     return name, task, is_public
 
 

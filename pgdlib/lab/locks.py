@@ -19,10 +19,11 @@ LEASE, RENEW, POLL, DAY = 180.0, 20.0, 0.1, 86_400.0  # s: a lease counts as lef
 NO_SUCH_CALL = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what file systems say of what they cannot do
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM}
 SHUT = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+SHARED = ". PGD_RUNS can name another; a shared folder needs a group (`chgrp -R`, `chmod -R g+rwX`, folders g+s) and umask 002"
 
 
 class NotSaved(OSError):
-    """A file could not be written. What was there before is whole, and nothing half-written is left."""
+    """A file could not be written, or read. What was there before is whole, and nothing half-written is left."""
 
 
 @contextlib.contextmanager
@@ -151,7 +152,7 @@ def _remove(folder):
 
 
 @contextlib.contextmanager
-def explained(path, needed=None):
+def explained(path, needed=None, what="written"):
     """Turn what a full disk, a read-only folder or a lack of memory raises into `NotSaved`; `needed` are bytes."""
     try:
         yield
@@ -159,7 +160,7 @@ def explained(path, needed=None):
         number = _number(e)
         if number not in FULL | SHUT or (isinstance(e, NotSaved) and needed is None):
             raise
-        text = f"{path} cannot be written: {os.strerror(number)}"
+        text = f"{path} cannot be {what}: {os.strerror(number)}{SHARED * (number in SHUT - {errno.EIO})}"
         if number in FULL:
             there = next(f for f in Path(path).absolute().parents if f.exists())
             text += f" ({_size(needed)} needed, {_size(shutil.disk_usage(there).free)} free)"

@@ -86,8 +86,9 @@ def is_whole(folder):
 
 
 def is_known(folder, known, lengths):
-    """Whether the Minari dataset in `folder`, of such `lengths`, is the `known` one (`tasks.PUBLIC`), by id and size."""
-    return (_metadata(folder).get("dataset_id"), len(lengths), int(lengths.sum()))[: len(known)] == known
+    """Whether the Minari dataset in `folder`, of such `lengths`, is the `known` one, by what `tasks.PUBLIC` has of it."""
+    found = _metadata(folder).get("dataset_id"), len(lengths), int(lengths.sum())
+    return (*found[: len(known)], *(digest(folder) for _ in known[3:])) == known
 
 
 def environment(folder):

@@ -95,8 +95,9 @@ def _shipped(kind, network, dataset, p, names, say):
 
 def _read(path, dataset):
     """(denoiser, losses, card) of the file `path`, if it was trained on `dataset`."""
+    file = artifacts.given("denoiser", path, "'shipped', 'train', or a .safetensors of a diffusion model")
     try:
-        found = _restored(edm.Denoiser, *artifacts.load(path))
+        found = _restored(edm.Denoiser, *artifacts.load(file))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:  # a foreign file breaks these in many ways
         raise ValueError(f"denoiser={str(path)!r} cannot be used: {type(e).__name__}: {e}") from e
     normaliser, train = found[0].normaliser, load.train_val(dataset)[0]

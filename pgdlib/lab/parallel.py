@@ -1,6 +1,6 @@
 """Train the denoiser into runs/, where the notebooks find it, with several processes, each on a GPU of its own if there are.
 
-torchrun --standalone --nproc-per-node 2 -m pgdlib.lab.parallel --dataset cloned --scale paper
+torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m pgdlib.lab.parallel --dataset cloned --scale paper
 
 The first process trains as one alone does. Of each batch the others compute a share of the gradients, by its weights and with
 its noise; they have no data and keep nothing.
@@ -99,5 +99,5 @@ def _leave():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, FileNotFoundError, yaml.YAMLError) as reason:
+    except (ValueError, OSError, yaml.YAMLError) as reason:
         sys.exit(" ".join(str(reason).split()) if os.environ.get("RANK", "0") == "0" else 1)

@@ -16,11 +16,7 @@ from pgdlib.measures import bootstrap
 
 # Jackson et al. (2024), Table 1, Adroit Pen: the return (D4RL's scale, not normalised) of IQL trained on synthetic data, mean
 # and standard error over 5 seeds. dataset -> (unguided, λ = 0), (guided, λ = 2).
-PAPER_TABLE_1 = {
-    "human": ((2232, 230), (2448, 130)),
-    "cloned": ((1649, 113), (1763, 89)),
-    "expert": ((3113, 134), (3166, 146)),
-}
+PAPER_TABLE_1 = {"human": ((2232, 230), (2448, 130)), "cloned": ((1649, 113), (1763, 89)), "expert": ((3113, 134), (3166, 146))}
 PAPER_GAINS = {name: guided - unguided for name, ((unguided, _), (guided, _)) in PAPER_TABLE_1.items()}
 PAPER_SEEDS = 5  # the std over seeds is a standard error times √5
 

@@ -3,6 +3,7 @@
 import ast
 import re
 from contextlib import suppress
+from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ import torch
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from pgdlib.guidance import RULES
+from pgdlib.lab import artifacts
 from pgdlib.lab.tasks import DATASETS, KINDS, PEN
 from pgdlib.sampler import SOLVERS
 from pgdlib.simulators.locomotion import RUNNERS
@@ -159,12 +161,19 @@ def check(namespace, **own):
     names = max(([n for n in cell if n in known] for cell in cells), key=len, default=[])
     names = names or [n for n in namespace if n in known]  # no notebook
     for name in sorted(set().union(*injected) - set(names)):
-        raise ValueError(f"unknown parameter {name}={_shown(namespace.get(name))}; this notebook takes {', '.join(names)}")
+        raise ValueError(f"unknown parameter {name}={_shown(namespace.get(name))}; this notebook takes {listed(name, names)}")
     given = {name: namespace[name] for name in names}
     for name, value in given.items():
         _require(name, value, known[name])
+    artifacts.require_writable()
     scaled = of_scale(given["scale"]) if "scale" in given else {}
     return SimpleNamespace(**{**scaled, **{k: v for k, v in given.items() if v is not None or k not in scaled}})
+
+
+def listed(name, known):
+    """The `known` names, and which of them was meant by one that is none of them."""
+    meant = get_close_matches(str(name).replace("-", "_"), known, 1)
+    return ", ".join(known) + "".join(f"; perhaps {n} is meant" for n in meant)
 
 
 def _assigned(cell):

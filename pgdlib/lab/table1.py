@@ -139,7 +139,7 @@ def train(kind, make_agent, rows, seeds, sources, p, device, inputs, progress=tq
     card = dict(kind=kind, stack=stack, rows=[vars(row) for row in rows], settings=settings)
     modules = {c.__module__.removeprefix("pgdlib.") for c in type(agent).__mro__ if c.__module__.startswith("pgdlib.")}
     code = artifacts.code_version("lab.table1", *sorted(modules))
-    sources_of = [(row.source, row.rule, row.lam) for row in rows]  # whatever they are called
+    sources_of = [[v for k, v in vars(row).items() if k != "name"] for row in rows]  # whatever they are called
     name = artifacts.key(**inputs, kind=kind, rows=sources_of, seeds=list(seeds), settings=settings, code=code)
     path = artifacts.root() / "agents" / f"{kind}-{p.scale}-{name}.safetensors"
     checkpoint = artifacts.root() / "checkpoints" / path.name

@@ -10,7 +10,7 @@ ASSETS = artifacts.PACKAGE / "assets"
 PEN = ("human", "cloned", "expert")  # names without a task are pen's, as in the paper
 KINDS = ("medium", "medium-replay", "medium-expert", "random", "expert")
 DATASETS = PEN + tuple(f"{name}-{kind}" for name in locomotion.RUNNERS for kind in KINDS)
-PUBLIC = {  # name -> Minari's id; of D4RL's, the episodes and steps too
+PUBLIC = {  # name -> Minari's id; of D4RL's, the episodes and steps too; the `minari_files.digest` could follow, where known
     "human": ("D4RL/pen/human-v2", 25, 5_000),
     "cloned": ("D4RL/pen/cloned-v2", 3_736, 500_000),
     "expert": ("D4RL/pen/expert-v2", 4_958, 499_206),

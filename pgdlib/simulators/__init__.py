@@ -74,7 +74,7 @@ def advance(
 def default_threads() -> int:
     """The number of cores this process may use; no more than OMP_NUM_THREADS, where it is set."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    asked = os.environ.get("OMP_NUM_THREADS", "")
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # OpenMP takes a list, a number for each level
     return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 

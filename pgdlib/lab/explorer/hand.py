@@ -207,7 +207,6 @@ class SideBySide:
 def save_gif(films, path, fps=10):
     """Write films of one length and width, one below the other, to `path` as an endless GIF, whole or not at all; the path."""
     path, film = Path(path), np.concatenate([np.stack(list(film)) for film in films], 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     palette = Image.fromarray(np.concatenate(film[:: max(1, len(film) // 8)])).quantize(255)  # what stays keeps its colours
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in film]
     with artifacts.replacing(path) as partial:

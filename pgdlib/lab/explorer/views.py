@@ -18,13 +18,8 @@ from pgdlib.lab.figures.style import DATA, GUIDED, MODEL, MUTED
 
 ESTIMATORS = {"state reconstructed (ours)": "normalised", "Appendix B (the paper's)": "appendix_b"}
 ESTIMATORS |= {"distance to the data": "distance"}  # where there is no simulator
-ROWS = {
-    "log-likelihood": "log_likelihood",
-    "error / variance, ours": "normalised",
-    "motion": "motion",
-    "error, Appendix B": "appendix_b",
-    "distance to the data": "distance",
-}
+ROWS = {"log-likelihood": "log_likelihood", "error / variance, ours": "normalised", "motion": "motion"}
+ROWS |= {"error, Appendix B": "appendix_b", "distance to the data": "distance"}
 SIZE = 5.0, 4.3  # of a picture, inches
 
 
@@ -64,9 +59,8 @@ def cloud(view, fig=None):
     `fig.axes[0]` holds the cloud; its limits are the same for every λ of a sweep.
     """
     fig, sweep, unguided = fig or Figure(SIZE, layout="none"), view.sweep, view.sweep.points[0.0]
-    grid = fig.add_gridspec(
-        2, 2, width_ratios=(5, 1), height_ratios=(1, 5), wspace=0.03, hspace=0.03, left=0.17, right=0.98, bottom=0.12, top=0.93
-    )
+    ratios = dict(width_ratios=(5, 1), height_ratios=(1, 5), wspace=0.03, hspace=0.03)
+    grid = fig.add_gridspec(2, 2, **ratios, left=0.17, right=0.98, bottom=0.12, top=0.93)
     ax, (x_limits, y_limits) = fig.add_subplot(grid[1, 0]), _limits(view)
     clouds, floor = {0.0: unguided.measures, view.lam: view.here.measures}, sweep.floor[view.estimator]
     for (lam, values), colour, marker in zip(clouds.items(), (DATA, MODEL), "os"):
@@ -114,9 +108,8 @@ def _limits(view):
     x, y = (np.concatenate([p.measures[name] for p in sane]) for name in ("log_likelihood", view.estimator))
     x, y = x[np.isfinite(x) & (x > lowest)], y[np.isfinite(y) & (y > 0)]
     x = np.append(np.quantile(x, [0.002, 1.0]) if len(x) else [], sweep.on_policy)
-    y = np.append(
-        np.quantile(y, [0.002, 0.998]) if len(y) else [], floor if floor > guidance.FAR * np.min(y, initial=np.inf) else []
-    )
+    near = [floor] if floor > guidance.FAR * np.min(y, initial=np.inf) else []
+    y = np.append(np.quantile(y, [0.002, 0.998]) if len(y) else [], near)
     y = y if len(y) else np.ones(1)
     margin = 0.06 * np.ptp(x) + 1e-3
     return (x.min() - margin, x.max() + margin), (0.7 * y.min(), 1.6 * y.max())

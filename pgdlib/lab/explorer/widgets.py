@@ -4,6 +4,7 @@ What a panel draws is made by pure functions (`views`); here is only what reacts
 a thread of its own, a `Job`: the kernel stays free, and the work can be cancelled.
 """
 
+import functools
 import html
 import io
 import os
@@ -49,6 +50,13 @@ def show(widget, figure):
     if live():
         bundle["application/vnd.jupyter.widget-view+json"] = widget.get_view_spec()
     display(bundle, raw=True)
+    if live():
+        _tell()
+
+
+@functools.cache  # once will do
+def _tell():
+    print("If a picture stands above, without a slider, this front end runs no widgets; JupyterLab (`make lab`) does.")
 
 
 def picture(name, width):
@@ -100,13 +108,9 @@ class Album:
 
 def slide(name, options, render, start=0, width=900):
     """A slider over `options`, texts, above the figure that `render(i)` draws for the one at place i."""
-    slider = w.SelectionSlider(
-        options=list(zip(options, range(len(options)))),
-        value=start,
-        description=name,
-        layout=w.Layout(width="100%", max_width=f"{width}px", margin="0"),
-        style={"description_width": "initial"},
-    )
+    layout = w.Layout(width="100%", max_width=f"{width}px", margin="0")
+    how = dict(value=start, description=name, layout=layout, style={"description_width": "initial"})
+    slider = w.SelectionSlider(options=list(zip(options, range(len(options)))), **how)
     slider.add_class("pgd-slider")
     image, album = picture("pgd-picture", width), Album(lambda i: png(render(i)))
 

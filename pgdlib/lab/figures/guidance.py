@@ -5,12 +5,8 @@ import numpy as np
 from pgdlib.lab.figures.style import DATA, LIKELIHOOD, MODEL, MUTED, figure, finished, interval, lines, looks, ring
 from pgdlib.lab.fronts import on_front
 
-LABELS = {
-    "reconstructed": "state reconstructed",
-    "appendix_b": "the paper's Appendix B",
-    "normalised": "reconstructed, / variance",
-    "distance": "distance to the data (std)",
-}
+LABELS = dict(reconstructed="state reconstructed", appendix_b="the paper's Appendix B")
+LABELS |= dict(normalised="reconstructed, / variance", distance="distance to the data (std)")
 FAR = 1e-6  # times the errors: a floor below it is that of an exact ruler
 TICKS = (0, 0.02, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 10, 20, 30, 50, 100)  # of λ
 

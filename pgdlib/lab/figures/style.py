@@ -29,7 +29,6 @@ def use_style():
 def save(fig, name, scale, table=None):
     """Write `fig`, and the `table` it was drawn from, to runs/figures/<scale>/<name>.png and .csv; the figure."""
     folder = artifacts.root() / "figures" / scale
-    folder.mkdir(parents=True, exist_ok=True)
     with artifacts.replacing(folder / f"{name}.png") as partial:
         fig.savefig(partial, format="png")
     if table is not None:

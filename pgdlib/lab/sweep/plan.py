@@ -12,7 +12,7 @@ import re
 import statistics
 from dataclasses import dataclass
 from datetime import timedelta
-from os.path import isfile  # Path.is_file fails for a name that is too long
+from os.path import expanduser, isfile  # Path.is_file fails for a name that is too long
 from pathlib import Path
 
 import papermill
@@ -21,6 +21,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from papermill.iorw import load_notebook_node
 
 from pgdlib.lab import artifacts
+from pgdlib.lab.settings import listed
 
 FOLDER = "points"  # in the folder of all runs
 # Points that agree in these use the same data and, mostly, the same models.
@@ -108,7 +109,7 @@ def parse(notebook, pairs, texts):
         given |= {name: values if isinstance(values, list) else [values] for name, values in swept.items()}
     for name, values in given.items():
         if name not in notebook.defaults:
-            raise BadSweep(f"unknown parameter {name}; {notebook.name} takes {', '.join(notebook.defaults)}")
+            raise BadSweep(f"unknown parameter {name}; {notebook.name} takes {listed(name, notebook.defaults)}")
         if not values:
             raise BadSweep(f"parameter {name}=[] has no value to sweep over")
     return given
@@ -124,7 +125,7 @@ def points(notebook, given):
     for values in itertools.product(*given.values()):
         chosen = dict(zip(given, values))
         settings = {**notebook.defaults, **chosen}
-        files = {k: _digest(v) for k, v in settings.items() if isinstance(v, str) and isfile(v)}
+        files = {k: _digest(f) for k, v in settings.items() if isinstance(v, str) and isfile(f := expanduser(v))}
         key = artifacts.key(parameters=settings, files=files, **notebook.identity)
         name = " ".join(f"{k}={chosen[k]}" for k in swept) or notebook.name
         found[key] = Point(key, name, settings, chosen, notebook.name, notebook.modules, notebook.identity)
@@ -148,7 +149,7 @@ def check(notebook, points, elsewhere=False):
             for i, cell in enumerate(notebook.code[: last + 1]):
                 exec(cell, namespace)
                 namespace.update(given if i == notebook.parameters else {})
-        except ValueError as e:
+        except (ValueError, artifacts.NotSaved) as e:
             wrong[str(e)] = None
         except Exception as e:
             raise BadSweep(f"{notebook.name} fails before it checks its parameters: {type(e).__name__}: {e}") from e

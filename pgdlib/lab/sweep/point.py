@@ -16,6 +16,7 @@ from nbclient.exceptions import DeadKernelError
 
 from pgdlib.lab import artifacts, inventory
 from pgdlib.lab.sweep import plan
+from pgdlib.simulators import default_threads
 
 # What all points share, in the folder of all runs; everything else that a notebook writes is its point's own.
 COMMON = (*inventory.KINDS, "minari")
@@ -35,7 +36,7 @@ def main(text, parent):
             sys.exit(f"{' and '.join(differs)} differ from those that the sweep was planned with: start it again")
         begun, clock = time.time(), time.monotonic()
         _run(point)
-        card = dict(begun=begun, seconds=time.monotonic() - clock, threads=int(os.environ.get("OMP_NUM_THREADS", 0)))
+        card = dict(begun=begun, seconds=time.monotonic() - clock, threads=default_threads())
         with artifacts.replacing(point.folder / "done.json") as partial:
             record = {**vars(point), **card, "versions": artifacts.versions()}
             partial.write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -6,7 +6,6 @@ from: its table and its number there, the data, the point's key, seconds, thread
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -55,7 +54,6 @@ def gather(points):
 
 def write(frame, path):
     """Write the frame whole or not at all. A column of numbers and texts, such as "auto", becomes one of texts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     mixed = [name for name in frame if pd.api.types.infer_dtype(frame[name], skipna=True).startswith("mixed")]
     frame = frame.assign(**{name: frame[name].map(str, na_action="ignore") for name in mixed})
     with artifacts.replacing(path) as partial:
@@ -74,6 +72,7 @@ def read(path, needed, scale, parameter="sweep"):
                 return found, frame
         where = f"runs/ has no sweep at scale {scale!r} with the table {needed}"
         raise ValueError(f"{parameter}='newest' is not allowed: {where}")
+    path = artifacts.given(parameter, path, "a sweep's Parquet file (those that ship are in a checkout's figures/ alone)")
     try:
         frame = pd.read_parquet(path)
         has = ", ".join(sorted(frame["run.table"].dropna().unique()))
@@ -81,7 +80,7 @@ def read(path, needed, scale, parameter="sweep"):
         raise ValueError(f"{parameter}={str(path)!r} is not a file that a sweep has written: {e}") from e
     if not _of_table(frame, needed).any():
         raise ValueError(f"{parameter}={str(path)!r} has no table {needed}; it has {has or 'none'}")
-    return Path(path), frame
+    return path, frame
 
 
 def table(frame, name, **columns):

@@ -93,7 +93,7 @@ def environment(threads):
     """What a process gets beside the environment that is there; the user's OMP_NUM_THREADS holds for every library."""
     path = os.pathsep.join(filter(None, (str(artifacts.PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     own = {"PGD_RUNS": str(artifacts.root()), "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
-    return {name: os.environ.get(name, os.environ.get("OMP_NUM_THREADS", str(threads))) for name in THREADS} | own
+    return {name: os.environ.get(name) or os.environ.get("OMP_NUM_THREADS") or str(threads) for name in THREADS} | own
 
 
 @contextlib.contextmanager
