@@ -42,19 +42,10 @@ class Planner(nn.Module):
         super().__init__()
         from diffusers import UNet1DModel
 
-        self.net = UNet1DModel(
-            in_channels=counts.SPEC.width,
-            out_channels=counts.SPEC.width,
-            block_out_channels=(WIDTH, 2 * WIDTH),
-            down_block_types=("DownResnetBlock1D",) * 2,
-            up_block_types=("UpResnetBlock1D",),
-            mid_block_type="MidResTemporalBlock1D",
-            out_block_type="OutConv1DBlock",
-            time_embedding_type="positional",
-            use_timestep_embedding=True,
-            act_fn="mish",
-            layers_per_block=0,
-        )
+        sizes = dict(in_channels=counts.SPEC.width, out_channels=counts.SPEC.width, block_out_channels=(WIDTH, 2 * WIDTH))
+        kinds = dict(down_block_types=("DownResnetBlock1D",) * 2, up_block_types=("UpResnetBlock1D",), layers_per_block=0)
+        kinds |= dict(mid_block_type="MidResTemporalBlock1D", out_block_type="OutConv1DBlock", act_fn="mish")
+        self.net = UNet1DModel(**sizes, **kinds, time_embedding_type="positional", use_timestep_embedding=True)
 
     def forward(self, x, noise):
         return self.net(x.float().mT, noise.expand(len(x))).sample.mT
@@ -109,7 +100,9 @@ def sampling(seconds, batches):
 def iql(seconds, seeds):
     """Rows of IQL, drawing the batches included."""
     import d3rlpy
+    import structlog
 
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # its log, out of the table
     _, (rows, *_) = learner(1, IQL_WIDTH, IQL_BATCH)
     spec, arrays = counts.SPEC, rows.numpy()
     ends = torch.zeros(len(rows)).numpy()
