@@ -18,7 +18,7 @@ LIMITS = {
     "functions over 40 lines": 0,
     "public functions of the core without types or docstring": 0,
     "lines of pgdlib that pgdlib.guidance loads": 800,
-    "lines of tests": 18_565,  # to come: 13,000
+    "lines of tests": 18_570,  # to come: 13,000
 }
 
 
