@@ -4,6 +4,7 @@ SCALE ?= quick
 WORKERS ?= 2
 NOTEBOOKS ?=
 MODELS ?=
+PEERS ?=
 
 BIN := .venv/bin
 # torch is demanded at its exact version in the same pip call as everything else: a looser demand could fetch another
@@ -13,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # The kernel is the one of .venv, even where the user has a kernel of the same name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help paper test coverage test-browser test-faults lint lab bench models figures notebooks clean
+.PHONY: help paper test coverage test-browser test-faults lint lab bench bench-peers models figures notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -65,6 +66,17 @@ lab: .venv/.installed  ## open the notebooks in JupyterLab
 
 bench: .venv/.installed  ## speed against plain baselines and the machine's limits, into runs/bench/
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+# k-diffusion demands torchvision, of which the index has builds for some builds of torch only, and an older numpy than ours.
+# Its samplers need neither.
+.venv-peers/.installed: benchmarks/peers.txt constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -q $(TORCH) -r benchmarks/peers.txt
+	.venv-peers/bin/pip install -q --no-deps k-diffusion==0.1.1.post1
+	@touch $@
+
+bench-peers: .venv-peers/.installed  ## speed against k-diffusion, diffusers and d3rlpy, in an environment of its own
+	.venv-peers/bin/python -m benchmarks.peers $(PEERS)
 
 models: .venv/.installed  ## train the models that ship in the package again (hours; goes on where it was stopped)
 	$(BIN)/python -m tools.models $(MODELS)

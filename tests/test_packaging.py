@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = [Requirement(r) for r in PROJECT["dependencies"]]
 EXTRAS = {extra: [Requirement(r) for r in rs] for extra, rs in PROJECT["optional-dependencies"].items()}
+PEERS = [Requirement(r.partition("#")[0]) for r in (ROOT / "benchmarks/peers.txt").read_text().splitlines() if r[0] != "#"]
 CAUGHT = {("minari_files.py", "huggingface_hub")}  # whose absence a caller handles
 CONDA = {"torch", "jupyterlab", "papermill", "minari", "gymnasium-robotics", "mujoco", "matplotlib", "seaborn", "ipywidgets"}
 
@@ -118,12 +119,14 @@ def test_every_import_is_declared(folder):
     anywhere = names([*DEPENDENCIES, *(r for extra in EXTRAS.values() for r in extra)])
     providers = importlib.metadata.packages_distributions()  # module -> the distributions that install it
     ours = {"pgdlib", "tools", "tests", "benchmarks", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
+    of_file = {"peers.py": declared | names(PEERS)}  # it runs in an environment of its own
     undeclared = {
         (file, module)
         for file, source in python_sources(folder)
         for module, optional in imported(ast.parse(source))
         if module not in sys.stdlib_module_names | ours
-        and not (anywhere if optional else declared) & {canonicalize_name(d) for d in providers.get(module, [module])}
+        and not (anywhere if optional else of_file.get(file, declared))
+        & {canonicalize_name(d) for d in providers.get(module, [module])}
     }
     assert undeclared <= CAUGHT
 

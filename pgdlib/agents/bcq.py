@@ -60,8 +60,7 @@ class BestOfSamples(Policy):
 class BCQ(nn.Module):
     """Twin Q whose targets take the best of actions like the data's: those of a conditional VAE, perturbed.
 
-    Defaults are the paper's. It differs in one width and one learning rate for all networks, for 400, 300 and 750 and 1e-3;
-    that rate falls for all that the policy is made of, its Q too (`stack.Learner`).
+    Defaults are the paper's, but one width and learning rate for all, which falls for the policy's parts, its Q too.
     """
 
     discount, polyak, least = 0.99, 0.005, 0.75  # least: the weight λ of the lesser of the twins, of the greater 1 - λ
