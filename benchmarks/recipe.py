@@ -5,7 +5,7 @@ python -m benchmarks.recipe [--denoiser shipped | --blocks 2 --optimiser adam --
 What is not given is quick's; what is made is kept in runs/. The noise is none that a notebook draws. Of each sampler it prints
 how far, in std, the samples' states are from those of the training data; the one-step error over the variance, the same of
 predicting that nothing moves (the samples' motion), and their ratio with its 95% interval, for all samples and for those that
-are no copies: half of *cloned* are copies of 25 demonstrations.
+are no copies: half of *cloned* are copies of 25 demonstrations. Then, for two rules, what guidance makes of both.
 """
 
 import time
@@ -20,7 +20,19 @@ GIVEN |= dict.fromkeys(("learning_rate", "p_mean", "p_std", "passes", "samples")
 SEED = 1_000_003  # of windows and noise
 LEVELS = (0.1, 0.3, 1.0, 5.0)
 SAMPLERS = (("heun", 32, 13.2), ("multistep", 24, 0.0), ("multistep", 24, 24.0), ("multistep", 16, 16.0))
+GUIDED = {"explicit": (0.05, 0.1, 0.15), "annealed": (0.2, 0.35, 0.5)}  # λ around the on-policy one
 COPY = 0.25  # root mean square of the distance to the nearest window of the training data, in their std, below which one is
+
+
+def guided(lab, solver, steps, churn, noise):
+    """Print what the sampler's guided trajectories come to."""
+    vars(lab.p).update(solver=solver, steps=steps, churn=churn, warmup=round(steps * 5 / 32))
+    for rule, lams in GUIDED.items():
+        for lam in lams:
+            values, _ = lab.judge(*lab.draw(rule, lam, lab.p.samples, noise=noise))
+            means = [measures.interval(values[name])[0] for name in ("log_likelihood", "normalised", "motion")]
+            words = "log-likelihood {:.3f}, error {:.5f}, motion {:.5f}".format(*means)
+            print(f"  {rule} λ = {lam}: {words}", flush=True)
 
 
 def main():
@@ -49,6 +61,7 @@ def main():
             middle, low, high = measures.bootstrap(measures.ratio_of_means, error, motion, paired=True)
             words = f"{name}: error {measures.interval(error)[0]:.5f}, motion {measures.interval(motion)[0]:.5f}, "
             print(f"  {words}ratio {middle:.3f} [{low:.3f}, {high:.3f}]", flush=True)
+        guided(lab, solver, steps, churn, noise)
     print(f"data: error {lab.floor['normalised']:.1e}, motion {lab.floor['motion']:.5f}")
 
 
