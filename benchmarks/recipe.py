@@ -29,7 +29,7 @@ def guided(lab, solver, steps, churn, noise):
     vars(lab.p).update(solver=solver, steps=steps, churn=churn, warmup=round(steps * 5 / 32))
     for rule, lams in GUIDED.items():
         for lam in lams:
-            values, _ = lab.judge(*lab.draw(rule, lam, lab.p.samples, noise=noise))
+            values, _ = lab.judge(*lab.draw(rule, lam, lab.p.samples, units="natural", noise=noise))
             means = [measures.interval(values[name])[0] for name in ("log_likelihood", "normalised", "motion")]
             words = "log-likelihood {:.3f}, error {:.5f}, motion {:.5f}".format(*means)
             print(f"  {rule} λ = {lam}: {words}", flush=True)

@@ -79,7 +79,7 @@ class Sources:
             return
         of, inputs = self.world_model, self.real[:, : self.world_model.into.stop]
         apart = ((inputs.mean(0) - of.mean[of.into]) / of.std[of.into]).abs().max()
-        if not apart < FOREIGN:
+        if not apart < FOREIGN:  # waits for a GPU, once
             raise ValueError(f"world_model is not allowed: it is of other data, with means up to {apart:.2g} std from these")
 
     def __call__(

@@ -18,7 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pgdlib import data, edm, fast, guidance, pgd, sampler, synthetic, worldmodel
 from pgdlib.agents import squashed
 from pgdlib.agents.bc import BC
+from pgdlib.agents.bcq import BCQ
+from pgdlib.agents.cql import CQL
+from pgdlib.agents.edac import EDAC
 from pgdlib.agents.iql import IQL
+from pgdlib.agents.rebrac import ReBRAC
 from pgdlib.agents.stack import Learner
 from pgdlib.agents.td3_bc import TD3BC
 from pgdlib.simulators import unknown
@@ -216,7 +220,7 @@ def test_a_tensor_left_behind_is_found(call):
 def test_training_of_the_denoiser(optimiser):
     model = a_denoiser().to(META)
     training = edm.Training(model, windows(model), edm.Recipe(STEPS, 4, 1e-3, optimiser=optimiser))
-    with watched():
+    with watched({"edm.Training.__iter__": 1}):  # for the losses, at the end
         assert list(training)[-1] == STEPS
 
 
@@ -244,7 +248,7 @@ def agents(kind, seeds=SEEDS, steps=STEPS):
     return Learner(agent, seeds, steps, batch_size=4)
 
 
-@pytest.mark.parametrize("kind", [IQL, TD3BC, BC])
+@pytest.mark.parametrize("kind", [IQL, TD3BC, BC, ReBRAC, CQL, EDAC, BCQ])
 def test_training_of_agents(kind):
     learner, transitions = agents(kind), toy([40], spec=SMALL).transitions().to(META)
     with watched():
@@ -252,11 +256,11 @@ def test_training_of_agents(kind):
 
 
 def test_the_world_model():
-    """The data of its validation come to the device at the end of its training."""
+    """The data of its validation come to the device at the end of its training, and its losses from there."""
     ensemble = worldmodel.Ensemble(7, 3, 3, 2, (8, 8)).to(META)
     recipe = worldmodel.Recipe(STEPS, 4, weight_decay=(1e-5,) * 3)
     training = worldmodel.Training(ensemble, toy([40], spec=SMALL), toy([20], seed=1, spec=SMALL), recipe)
-    with watched({"worldmodel.Ensemble.pairs": 1}):
+    with watched({"worldmodel.Ensemble.pairs": 1, "worldmodel.Training.__iter__": 1}):
         assert list(training)[-1] == STEPS
     policy = a_policy(SMALL).float().requires_grad_(False).to(META)
     with watched():
@@ -271,17 +275,19 @@ def test_rounds_of_policy_guided_diffusion():
     rows.append(pgd.Row("calibrated", "diffusion", "annealed", "calibrated"))
     learner = agents(TD3BC, SEEDS * len(rows), steps)
     diffusion = synthetic.Diffusion(denoiser(), "heun", STEPS, 2.0, 1)
-    simulator = unknown("other", 7, 3, 10)
-    sources = pgd.Sources(real, diffusion, ensemble, agents(BC).agent.policy, 4, 0.25, SEEDS, simulator)
+    simulator, behaviour = unknown("other", 7, 3, 10), agents(BC).agent.policy
     draws = 1 + 1 + 10 + 1  # one for all in the first round; then guided, and calibrated after the search for its λ
     allowed = {
         "guidance.Guide.__init__": 2 * draws,  # whether its λ is one
-        "synthetic.Diffusion.draw": 2,  # λ, which the row knows
+        "synthetic.Diffusion.draw": draws + 2,  # whether a λ is above zero; λ, which the row knows
         "synthetic.cut": 3 * len(SEEDS),  # how many transitions there are
         "synthetic._batch": 5 * 2 + 1,  # the facts, and the λ found
-        "synthetic.from_world_model": 2 * (4 * len(SEEDS)),  # to the simulator and back, for each run and all; the size
+        "synthetic._own": 2 * (3 * len(SEEDS)),  # to the simulator and back, for each run and all
+        "synthetic.from_world_model": 2 * len(SEEDS),  # how many transitions there are
+        "pgd.Sources.__post_init__": 1,  # whether the world model is of these data
         "pgd.Sources._unguided": 1,  # whether the policies of two rows begin alike
     }
     with watched(allowed):
+        sources = pgd.Sources(real, diffusion, ensemble, behaviour, 4, 0.25, SEEDS, simulator)
         for now in pgd.Rounds(learner, rows, sources, STEPS):
             list(learner.train(now.data, now.end))
