@@ -101,7 +101,10 @@ def each(n):
         data.loss_against_error: ((RNG.random(20), RNG.random(20)), ["denoising loss"]),
         data.sampler_quality: ((samplers(n),), ["network evaluations"] * 4),
         table1.curves: (([0, 10, 20], series(n, lambda k: RNG.random((3, 5))), [5, 10, 15]), ["training step"]),
-        table1.conservatism: (([0.5, 1, 2], series(n, lambda k: RNG.random((2, 3, 5)))), ["weight of staying near the data"]),
+        table1.conservatism: (
+            ([0.5, 1, 2], series(n, lambda k: RNG.random((2, 3, 5)))),
+            ["weight of staying near the data"] * n,
+        ),
         table1.table1: (
             (series(n, lambda k: SEEDS + k), (1500.0, 25.0), PAPER, PEN.simulator.score),
             ["return on D4RL's scale"],
