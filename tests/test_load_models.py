@@ -252,7 +252,7 @@ def test_a_denoiser_of_the_other_transform_is_read(runs):
 def test_files_that_hold_no_denoiser_are_refused(file, tmp_path):
     _, path = file
     refused(path.with_name("nowhere.safetensors"), "nowhere")
-    refused(tmp_path, "FileNotFoundError")
+    refused(tmp_path, "is not a file; it must be")
     refused(load.SHIPPED_GUIDE, "TypeError.*activation")
     refused(rewritten(path, card=lambda c: {k: v for k, v in c.items() if k != "config"}), "config")
     refused(rewritten(path, card=lambda c: {**c, "config": {**c["config"], "members": 3}}), "members")
