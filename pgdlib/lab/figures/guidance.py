@@ -106,7 +106,7 @@ def threshold(demonstration, measured, title):
     demonstration: label -> (multiples [L], distance from the target [L], in std); one curve for each number of steps.
     measured: label -> (multiples [L], share of diverged trajectories [L], ...).
     """
-    fig, [(left, right)] = figure(title, 11, 3.6, 1, 2, xlabel="λ / predicted limit")
+    fig, [(left, right)] = figure(title, 13, 3.6, 1, 2, xlabel="λ / predicted limit")
     lines(left, {label: (x, np.minimum(y, 1e12)) for label, (x, y) in demonstration.items()}, marker="")
     left.axhline(1, color=MUTED, linewidth=0.8)
     left.set(yscale="log", ylim=(1e-7, 1e7), ylabel="distance from the target (std)", title="one dimension, exact denoiser")
@@ -114,7 +114,8 @@ def threshold(demonstration, measured, title):
     right.set(ylabel="trajectories that diverged (%)", ylim=(-4, 104), title="the diffusion model")
     for ax in (left, right):
         ax.axvline(1, color="black", linewidth=1.2, label="predicted limit")
-        ax.legend()
+    left.legend()
+    right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))  # inside, it would lie on the curves
     return fig
 
 
