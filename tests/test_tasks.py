@@ -99,15 +99,6 @@ def test_data_that_minari_has_not_are_not_asked_for(runs):
         load.load_data("hopper-random", "d4rl", 2_000)
 
 
-def test_a_runner_without_a_guide_is_named(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "ASSETS", tmp_path)
-    for kind in ("medium", "expert"):
-        with pytest.raises(
-            ValueError, match=f"dataset='hopper-{kind}' cannot be made: no guide of hopper ships yet; train one"
-        ):
-            load.load_data(f"hopper-{kind}", "local", 2_000)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(tasks.ASSETS.glob("stages_*")), ids=lambda path: path.stem)
 def test_a_shipped_runner_returns_what_its_cards_say(path):
