@@ -60,7 +60,7 @@ GOOD = {
         ROOT,
         "notebooks/05_iql_benchmark.ipynb",
         "-p dataset human -p seeds 2 -p real_fraction 0.0625 -p real_steps 50 -y lams:\xa0[1.0] -y conservatism:\xa0[0.5,1,2] "
-        "-y agents:\xa0[td3_bc,edac,bcq] -y sources:\xa0[real,synther,pgd,mopo,morel,rambo]",
+        "-y agents:\xa0[td3_bc,edac,bcq] -y sources:\xa0[real,synther,pgd,mopo,morel]",
     ),
     "03 of a zip": ("zip", ROOT, "notebooks/03_ppo_guide.ipynb", "-p guide GUIDES/ppo.zip -p episodes 7"),
     "03 trained anew": ("anew", ROOT, "notebooks/03_ppo_guide.ipynb", "-p retrain True -p seed 3 -p episodes 5"),
@@ -397,7 +397,7 @@ def test_05_fills_table_1(run):
 def test_05_takes_other_agents_and_other_data(run):
     table = run.table("05_table1_td3_bc_standin-human_2seeds")
     rows = set(table["row"])
-    guided, *others = "explicit rule, λ = 1", "SynthER", "MOPO", "MOReL", "RAMBO"
+    guided, *others = "explicit rule, λ = 1", "SynthER", "MOPO", "MOReL"
     for agent in ("TD3+BC", "EDAC", "BCQ"):
         assert {f"{agent}, {data}" for data in ("real data", *others)} <= rows
         assert (f"{agent}, {guided}" in rows) == (agent != "BCQ"), "what has no density guides nothing"
