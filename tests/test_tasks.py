@@ -106,13 +106,15 @@ def test_a_shipped_runner_returns_what_its_cards_say(path):
     task, rng = tasks.by_name(name), np.random.default_rng(5)
     guide, card = load.load_guide("shipped", task)
     mean, low, high = (float(v) for v in re.findall(r"-?\d+", card["return, mean action"]))
-    returns = rollout(task.simulator, guide.act, 16, rng, whole=False).returns()
-    assert abs(returns.mean() - mean) < 4 * (returns.std() / 4 + (high - low) / 4) + 1
+    returns = rollout(task.simulator, guide.act, 64, rng, whole=False).returns()  # so many that rare ones, of a fall, are seen
+    assert abs(returns.mean() - mean) < 4 * (returns.std() / 8 + (high - low) / 4) + 1
     (medium,), (stages, _) = load._behaviour(f"{name}-medium")
     act = lambda obs: medium.act(obs, torch.Generator().manual_seed(int(rng.integers(2**31))))  # noqa: E731
     returns = rollout(task.simulator, act, 32, rng, whole=False).returns()
     assert card["training"][-1][1] / 4 < stages["returns"][-1] < card["training"][-1][1] / 2
-    assert abs(returns.mean() - stages["returns"][-1]) < 4 * returns.std() / 32**0.5 + 0.2 * stages["returns"][-1]
+    # The card's is of the last 100 episodes of a training that rose, so of policies some steps before.
+    earlier, later, error = stages["returns"][-1], card["training"][-1][1], 4 * returns.std() / 32**0.5
+    assert 0.8 * earlier - error < returns.mean() < 0.7 * later + error
 
 
 # Any dataset by its id
