@@ -31,14 +31,11 @@ CALIBRATION = 32  # trajectories of each run for one step of the search for its 
 
 @dataclass
 class Row:
-    """A row of the table: where the data of its agents come from. `rule` and `lam` are those of guided data.
-
-    ValueError for a source that is none, or a number out of range.
-    """
+    """A row of the table: where its agents' data come from. ValueError for a source that is none, or a number out of range."""
 
     name: str
     source: str  # "real", "diffusion", or of `penalties.METHODS`: "world model" (MBPO), "mopo", "morel", "rambo"
-    rule: str | None = None
+    rule: str | None = None  # of guided data
     lam: float | str | None = None  # a weight, or "calibrated"
     penalty: float | None = None  # λ of mopo or rambo, or what morel's halt costs; None: the method's own
     length: int | None = None  # steps of a rollout; None: the method's own

@@ -147,10 +147,7 @@ def _multistep(x, denoised, sigma, sigma_next, sigma_down, before):
 
 
 def _shifted(x, shift, sigma, before):
-    """x after a shift, and `before` of `_multistep`: its estimate moves along, as it would for data N(0, 1).
-
-    Else the jump would pass for a trend of the estimates and be extrapolated, and guidance explode sooner than its own limit.
-    """
+    """x after a shift, and `before` of `_multistep`, moved along as for data N(0, 1): the jump is no trend to extrapolate."""
     return x + shift, before and (before[0] + shift / (sigma**2 + 1), before[1])
 
 

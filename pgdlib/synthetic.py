@@ -114,10 +114,7 @@ def cut(spec: Spec, steps: Tensor, alive: Tensor) -> Tensor:
 
 
 def _batch(policy, first, data, facts, lam):
-    """A `Batch` of `data`, with the means of the facts of each trajectory [R n]: kept, ended, diverged, log_likelihood.
-
-    `first` [R n, obs_dim] are the states in which the policy's own actions count.
-    """
+    """A `Batch` of `data`; facts [R n]: kept, ended, diverged, log_likelihood; on-policy in states `first` [R n, obs_dim]."""
     means = torch.stack([v.unflatten(0, (policy.runs, -1)).nanmean(1).float() for v in facts]).cpu()  # one wait for a GPU
     on_policy = measures.on_policy_log_likelihood(policy, first).cpu()
     return Batch(data, *means, on_policy, torch.as_tensor(lam, dtype=torch.float32).cpu())

@@ -107,6 +107,15 @@ def assert_goes_on(whole, fresh, at):
     assert_same(fresh.state(), whole.state())
 
 
+def on(rounds, until=math.inf):
+    """Go on with the rounds up to step `until`."""
+    for now in rounds:
+        for step in rounds.learner.train(now.data, now.end):
+            if step == until:
+                return rounds
+    return rounds
+
+
 def toy(episodes, seed=0, spec=SPEC, **changes):
     """Random `Trajectories` with `episodes` of such lengths; `changes` replaces tensors. Those of the pen do not fall."""
     n, generator = sum(episodes), torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, Ideal, a_policy, assert_same, draw, toy
+from conftest import SMALL, Ideal, a_policy, assert_same, draw, on, toy
 
 from pgdlib import penalties, pgd, synthetic, worldmodel
 from pgdlib.agents.bc import BC
@@ -148,14 +148,6 @@ def rounds(kind, rows=ROWS, ensemble=None):
     agent = kind(SMALL, seeds, torch.zeros(7), torch.ones(7), hidden=(6,))
     where = pgd.Sources(REAL, diffusion, ensemble or an_ensemble(), policies(), 6, 0.0, SEEDS, OUTCOME)
     return pgd.Rounds(Learner(agent, seeds, 9, batch_size=4, learning_rate=1e-2), rows, where, 4)
-
-
-def on(made, until=math.inf):
-    for now in made:
-        for step in made.learner.train(now.data, now.end):
-            if step == until:
-                return made
-    return made
 
 
 @pytest.mark.parametrize("kind", [IQL, SAC, BCQ])

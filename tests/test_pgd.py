@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, Ideal, a_policy, assert_same, toy
+from conftest import SMALL, Ideal, a_policy, assert_same, on, toy
 
 from pgdlib import fast, penalties, pgd, synthetic, worldmodel
 from pgdlib.agents.bc import BC
@@ -59,15 +59,6 @@ class Noted:
         facts = torch.arange(policy.runs) + 10 * number + 100.0 * ord(row.name)
         batch = SimpleNamespace(**{name: facts + 0.1 * i for i, name in enumerate(FACTS)})
         return made, None if row.source == "real" else batch
-
-
-def on(rounds, until=math.inf):
-    """Go on with the rounds up to step `until`."""
-    for now in rounds:
-        for step in rounds.learner.train(now.data, now.end):
-            if step == until:
-                return rounds
-    return rounds
 
 
 def run(agent, sources, rows=ROWS, every=EVERY, until=math.inf, keep=None):

@@ -30,23 +30,17 @@ class ReBRAC(TD3BC):
         self.clone = policies(spec, generators(seeds, 1), obs_mean, obs_std, hidden)
 
     def losses(self, batch: Tensor, step: int, seeds: list) -> tuple[dict[str, Tensor], Tensor]:
-        """Those of Q, the clone and, every `delay` steps, the policy, [R], and the mean Q [R]; batch [R, B, ...]."""
-        spec, reward, terminal = self.spec, batch[..., self.spec.reward], batch[..., self.spec.terminal]
-        obs, next_obs = (self.policy.normalise(batch[..., s]) for s in (spec.obs, spec.next_obs))
-        with torch.no_grad():
-            noise = self.target_noise(batch, step, seeds)
-            next_actions = (self.target_policy(batch[..., spec.next_obs])[0] + noise).clamp(-1, 1)
-            mean, std = self.clone(batch[..., spec.next_obs])
-            away = ((next_actions - mean).square() + std.square()).sum(-1)
-            slow = self.target_q(torch.cat([next_obs, next_actions], -1)).amin(0) - self.beta_critic * away
-            aim = reward + self.discount * (1 - terminal) * slow
-        q = self.q(torch.cat([obs, batch[..., spec.actions]], -1))
-        cloned = self.clone.log_prob(batch[..., spec.obs], batch[..., spec.actions])
-        parts = dict(q=(q - aim).square().mean(2).sum(0), clone=-cloned.mean(1))
-        self.moves = step % self.delay == 0
-        if self.moves:
-            actions = self.policy(batch[..., spec.obs])[0]
-            own = self.q(torch.cat([obs, actions], -1), frozen=True).amin(0)
-            away = (actions - batch[..., spec.actions]).square().sum(-1)
-            parts["policy"] = self.beta_policy * away.mean(1) - own.mean(1) / own.detach().abs().mean(1)
-        return parts, q.detach()[0].mean(1)
+        """TD3+BC's and "clone", the clone's."""
+        parts, value = super().losses(batch, step, seeds)
+        cloned = self.clone.log_prob(batch[..., self.spec.obs], batch[..., self.spec.actions])
+        return {**parts, "clone": -cloned.mean(1)}, value
+
+    def penalty(self, batch: Tensor, next_actions: Tensor) -> Tensor:
+        """What the targets lose [R, B] for the mean square distance of `next_actions` from the clone's."""
+        mean, std = self.clone(batch[..., self.spec.next_obs])
+        return self.beta_critic * ((next_actions - mean).square() + std.square()).sum(-1)
+
+    def policy_loss(self, q: Tensor, squared: Tensor) -> Tensor:
+        """[R], of the lesser of the twins [2, R, B]; `squared` [R, B, action_dim] is summed over dimensions."""
+        own = q.amin(0)
+        return self.beta_policy * squared.sum(-1).mean(1) - own.mean(1) / own.detach().abs().mean(1)

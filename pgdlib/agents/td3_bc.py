@@ -38,19 +38,26 @@ class TD3BC(nn.Module):
         spec, reward, terminal = self.spec, batch[..., self.spec.reward], batch[..., self.spec.terminal]
         obs, next_obs = (self.policy.normalise(batch[..., s]) for s in (spec.obs, spec.next_obs))
         with torch.no_grad():
-            noise = self.target_noise(batch, step, seeds)
-            next_actions = (self.target_policy(batch[..., spec.next_obs])[0] + noise).clamp(-1, 1)
-            slow = self.target_q(torch.cat([next_obs, next_actions], -1)).amin(0)
+            next_actions = self.target_policy(batch[..., spec.next_obs])[0] + self.target_noise(batch, step, seeds)
+            next_actions = next_actions.clamp(-1, 1)
+            slow = self.target_q(torch.cat([next_obs, next_actions], -1)).amin(0) - self.penalty(batch, next_actions)
             aim = reward + self.discount * (1 - terminal) * slow
         q = self.q(torch.cat([obs, batch[..., spec.actions]], -1))
         parts = dict(q=(q - aim).square().mean(2).sum(0))
         self.moves = step % self.delay == 0
         if self.moves:
             actions = self.policy(batch[..., spec.obs])[0]
-            own = self.q(torch.cat([obs, actions], -1), frozen=True)[0]
-            scale = self.alpha / own.detach().abs().mean(1)
-            parts["policy"] = -scale * own.mean(1) + (actions - batch[..., spec.actions]).square().mean((1, 2))
+            own = self.q(torch.cat([obs, actions], -1), frozen=True)
+            parts["policy"] = self.policy_loss(own, (actions - batch[..., spec.actions]).square())
         return parts, q.detach()[0].mean(1)
+
+    def penalty(self, batch: Tensor, next_actions: Tensor) -> Tensor | float:
+        """What the targets lose [R, B] for `next_actions` [R, B, action_dim]: nothing."""
+        return 0.0
+
+    def policy_loss(self, q: Tensor, squared: Tensor) -> Tensor:
+        """[R], of the twins [2, R, B] at the policy's actions and the `squared` way to the data's [R, B, action_dim]."""
+        return -self.alpha / q[0].detach().abs().mean(1) * q[0].mean(1) + squared.mean((1, 2))
 
     @torch.no_grad()
     def after_step(self) -> None:
