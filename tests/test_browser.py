@@ -176,9 +176,11 @@ def test_what_fails_is_told(opened):
 
 def test_each_panel_is_one_output_with_a_picture_for_readers(panel):
     cells = {c["id"]: c for c in panel.cells()}
-    for name in PANELS:
-        (output,) = cells[name]["outputs"]
-        assert {"image/png", promote.WIDGET_VIEW} <= set(output["data"])
+    outputs = {name: cells[name]["outputs"] for name in PANELS}
+    for bundle, *_ in outputs.values():
+        assert {"image/png", promote.WIDGET_VIEW} <= set(bundle["data"])
+    (told,) = [output for of_one in outputs.values() for output in of_one[1:]]  # once: what to do where there is no slider
+    assert "without a slider" in told["text"]
 
 
 def test_the_slider_moves_both_pictures_and_the_numbers(panel):
