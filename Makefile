@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # The kernel is the one of .venv, even where the user has a kernel of the same name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help paper test coverage test-browser test-faults lint lab bench bench-peers models figures notebooks clean
+.PHONY: help paper test coverage test-browser test-faults lint lab bench bench-peers models figures notebooks book clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -86,6 +86,9 @@ figures: .venv/.installed  ## copy a run's figures, their data and the verdicts 
 
 notebooks: .venv/.installed  ## clean a run's executed notebooks into notebooks/
 	$(BIN)/python -m tools.promote
+
+book: .venv/.installed  ## README, executed notebooks and the library's reference as one site, into runs/book/html/
+	$(BIN)/python -m tools.book
 
 clean:  ## delete everything a run made (runs/) and the caches; .venv stays
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .coverage*
