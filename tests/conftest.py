@@ -8,8 +8,11 @@ import gc
 import json
 import math
 import os
+import shutil
+import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -36,6 +39,7 @@ matplotlib.use("agg")
 os.register_at_fork(before=gc.disable, after_in_parent=gc.enable)
 sys.modules["rfc3987_syntax"] = None  # jsonschema's optional check of web addresses, which takes 3 s to import
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
 SPEC = data.Spec(45, 24)  # of Adroit Pen
 SMALL = data.Spec(7, 3)  # of another environment
 
@@ -289,6 +293,28 @@ def minari_file(tmp_path_factory):
     rng = np.random.default_rng(0)
     episodes = adroit.rollout(replay(white(rng, 3, 6)), 3, rng, 6)
     return minari_files.write_minari(tmp_path_factory.mktemp("minari"), "standin/pen/toy-v0", [episodes], "a toy")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """(a wheel of the package, the folder that it was built from)"""
+    tmp_path = tmp_path_factory.mktemp("wheel")
+    source = tmp_path / "source"  # of the files alone: what an earlier build has left does not count
+    shutil.copytree(ROOT / "pgdlib", source / "pgdlib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source)
+    how = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", tmp_path]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *how, source], check=True, stdin=subprocess.DEVNULL)
+    (wheel,) = tmp_path.glob("*.whl")
+    return wheel, source
+
+
+@pytest.fixture(scope="session")
+def beside_wheel(wheel, tmp_path_factory):
+    """(a copy of the notebooks where no checkout is, the folder to which the wheel was unpacked, as pip does)"""
+    folder = tmp_path_factory.mktemp("beside")
+    zipfile.ZipFile(wheel[0]).extractall(folder / "site")
+    return shutil.copytree(ROOT / "notebooks", folder / "mine"), folder / "site"
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def at_likelihood():
 def test_at_likelihood_shows_a_mark_with_its_interval_for_each_rule():
     fig = figures.sweep.at_likelihood(at_likelihood(), "annealed", "A study")
     fig.canvas.draw()
-    assert {"human", "cloned", "explicit", "smoothed", "-2 nats", "-0.4 nats"} <= set(texts(fig))
+    assert {"human", "cloned", "explicit", "smoothed", "-2", "-0.4"} <= set(texts(fig))
     for ax, marks in zip(fig.axes, ({-2: [1.1], -0.4: [0.9]}, {-2: [1.2, 1.5], -0.4: [1.0]})):
         assert "error / that of annealed" in ax.get_xlabel()
         for container in ax.containers:

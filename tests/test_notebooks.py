@@ -30,6 +30,7 @@ pytestmark = pytest.mark.notebook
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 NO_DATA = "no D4RL data here"
+BESIDE = "where no checkout is, beside the package as a wheel holds it"
 
 # name -> (folder of artifacts, working folder, notebook, parameters beside `scale`); GUIDES is a folder
 GOOD = {
@@ -75,9 +76,9 @@ MORE = {
 }
 OWN = {"01": "", "02": "", "04": " -p guide GUIDES/own.safetensors", "05": "", "08": " -p guide GUIDES/own.safetensors"}
 for number, file in zip((file[:2] for file in FILES), FILES):
-    path = f"notebooks/{file}.ipynb"
-    GOOD[f"{number} of hopper"] = ("hopper", ROOT, path, "-p dataset hopper-medium" + MORE.get(number, ""))
+    GOOD[f"{number} of hopper"] = ("hopper", BESIDE, f"{file}.ipynb", "-p dataset hopper-medium" + MORE.get(number, ""))
     if number in OWN:
+        path = f"notebooks/{file}.ipynb"
         GOOD[f"{number} of own data"] = ("own", ROOT, path, "-p dataset my/own-v0" + MORE.get(number, "") + OWN[number])
 # name -> (notebook, parameter, what the message says)
 BAD = {
@@ -162,8 +163,8 @@ class Run:
         return [f for f in self.artifacts.rglob(pattern) if f.is_file() and f.suffix not in (".lock", ".used")]
 
 
-def papermill(folder, notebook, output, artifacts, parameters):
-    """Run `papermill notebook output ...` as a user would, in the working folder `folder`."""
+def papermill(folder, notebook, output, artifacts, parameters, **more):
+    """Run `papermill notebook output ...` as a user would, in the working folder `folder`, with `more` in the environment."""
     env = {
         "PGD_RUNS": artifacts,
         "MINARI_DATASETS_PATH": artifacts / NO_DATA,
@@ -175,7 +176,7 @@ def papermill(folder, notebook, output, artifacts, parameters):
     done = subprocess.run(
         command,
         cwd=folder,
-        env=os.environ | {k: str(v) for k, v in env.items()},
+        env=os.environ | {k: str(v) for k, v in {**env, **more}.items()},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -185,7 +186,7 @@ def papermill(folder, notebook, output, artifacts, parameters):
 
 
 @pytest.fixture(scope="module")
-def started(request, tmp_path_factory):
+def started(request, tmp_path_factory, beside_wheel):
     """name -> the future of its `Run`, for all names that selected tests have."""
     base = tmp_path_factory.mktemp("notebooks")
     sb3_zip(base / "ppo.zip")
@@ -198,6 +199,7 @@ def started(request, tmp_path_factory):
     played = episodes.rollout(locomotion.runner("hopper"), lambda obs: rng.uniform(-1, 1, (len(obs), 3)), 300, rng, 60)
     minari_files.write_minari(base / "own" / NO_DATA, "my/own-v0", [played], "of nothing that is known", whole=False)
     wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
+    mine, site = beside_wheel
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         futures = {}
         for name in [n for n in [*GOOD, *BAD] if n in wanted]:
@@ -208,7 +210,8 @@ def started(request, tmp_path_factory):
                 artifacts, folder, (notebook, parameters, _) = name, ROOT, BAD[name]
                 notebook = f"notebooks/{notebook}.ipynb"
             given = [p.replace("GUIDES", str(base)).replace("\xa0", " ") for p in parameters.split(" ") if p]
-            futures[name] = pool.submit(papermill, folder, notebook, base / f"{name}.ipynb", base / artifacts, given)
+            folder, more = (mine, {"PYTHONPATH": site}) if folder == BESIDE else (folder, {})
+            futures[name] = pool.submit(papermill, folder, notebook, base / f"{name}.ipynb", base / artifacts, given, **more)
         yield futures
         for future in futures.values():
             future.cancel()

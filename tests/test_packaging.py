@@ -1,12 +1,9 @@
 """pyproject.toml, environment.yml, constraints.txt and the imports agree with one another."""
 
 import ast
-import concurrent.futures
 import importlib.metadata
 import json
 import re
-import shutil
-import subprocess
 import sys
 import tomllib
 import zipfile
@@ -17,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from test_notebooks import GOOD, papermill
+from test_notebooks import papermill
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -131,20 +128,6 @@ def test_every_import_is_declared(folder):
     assert undeclared <= CAUGHT
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """(a wheel of the package, the folder that it was built from)"""
-    tmp_path = tmp_path_factory.mktemp("wheel")
-    source = tmp_path / "source"  # of the files alone: what an earlier build has left does not count
-    shutil.copytree(ROOT / "pgdlib", source / "pgdlib", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, source)
-    how = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", tmp_path]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *how, source], check=True, stdin=subprocess.DEVNULL)
-    (wheel,) = tmp_path.glob("*.whl")
-    return wheel, source
-
-
 @pytest.mark.notebook
 def test_a_wheel_holds_all_rooms_and_the_guides(wheel):
     wheel, source = wheel
@@ -154,23 +137,14 @@ def test_a_wheel_holds_all_rooms_and_the_guides(wheel):
 
 
 @pytest.mark.notebook
-def test_notebooks_run_beside_a_wheel_or_say_what_they_lack(wheel, tmp_path, monkeypatch):
-    """Copied to where no checkout is; what test_notebooks asks of 01 to 06."""
-    site, mine, figures = tmp_path / "site", tmp_path / "mine", ROOT / "figures"
-    zipfile.ZipFile(wheel[0]).extractall(site)  # as pip does
-    shutil.copytree(ROOT / "notebooks", mine)
-    monkeypatch.setenv("PYTHONPATH", str(site))
-
-    def run(name, given):
-        words = [word.replace("\xa0", " ") for word in f"-p scale ci {given}".split(" ") if word]
-        return papermill(mine, next(mine.glob(f"{name}_*")).name, tmp_path / f"{name}.ipynb", tmp_path / "runs", words)
-
-    given = {name: GOOD[name][3] for name in ("01", "03", "02", "04", "05", "06")}
-    given["07"] = f"-p sweep {figures}/07_sweep.parquet -p verdicts {figures}/07_sweep.parquet"
-    given["07"] += f" -p benchmark {figures}/07_table1.parquet"
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for name, done in zip(given, pool.map(run, *zip(*given.items()))):
-            assert done.code == 0, f"{name}: {done.stderr[-3000:]}"
-    lacks = run("07", "")
+def test_notebook_07_beside_a_wheel_is_told_of_files_or_says_what_it_lacks(beside_wheel, tmp_path):
+    """The others run there with hopper's data, in test_notebooks."""
+    mine, site, figures = *beside_wheel, ROOT / "figures"
+    given = {"sweep": "07_sweep", "verdicts": "07_sweep", "benchmark": "07_table1"}
+    given = [word for name, file in given.items() for word in ("-p", name, f"{figures}/{file}.parquet")]
+    how = tmp_path / "07.ipynb", tmp_path / "runs", ["-p", "scale", "ci"]
+    done = papermill(mine, "07_sweep.ipynb", *how[:2], how[2] + given, PYTHONPATH=site)
+    assert done.code == 0, done.stderr[-3000:]
+    lacks = papermill(mine, "07_sweep.ipynb", *how, PYTHONPATH=site)
     assert lacks.code and f"sweep='{site}/figures/07_sweep.parquet' is not a file; it must be " in lacks.stderr
     assert "those that ship are in a checkout's figures/ alone" in lacks.stderr

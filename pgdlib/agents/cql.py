@@ -13,12 +13,12 @@ from pgdlib.data import Spec
 class CQL(SAC):
     """SAC whose critics are pushed down at actions the policy may take and up at the data's (Eq. 4), with weight `alpha`.
 
-    The paper fixes no α for Adroit; 5, with 10 samples of each kind and a target without entropy, is what its code's README
-    and defaults have. lagrange: the gap τ to which α is tuned instead (Appendix F; 5 is usual for pen), None for a fixed α.
+    The paper fixes no α for Adroit (its code's default is 5); 1, with 10 samples of each kind and a target without entropy, is
+    CORL's for pen. lagrange: the gap τ to which α is tuned instead (Appendix F; 5 is usual for pen), None for a fixed α.
     It differs in two layers for three and one learning rate for two: the paper's policy has a tenth of its critics'.
     """
 
-    alpha, samples, soft_target = 5.0, 10, False
+    alpha, samples, soft_target = 1.0, 10, False
 
     def __init__(
         self, spec: Spec, seeds: list, obs_mean: Tensor, obs_std: Tensor, hidden: tuple = (256, 256),

@@ -32,8 +32,8 @@ def fronts(study, title):
 def at_likelihood(study, chosen, title):
     """Each rule's error over that of the rule `chosen` at equal likelihood: a panel for each dataset, rules in rows.
 
-    study: a frame with dataset, log_likelihood, rule and mean, low and high of `ratio`. Where a rule does not reach the
-    likelihood in every seed, it has no mark.
+    study: a frame with dataset, log_likelihood (0 unguided, 1 on-policy), rule, and mean, low and high of `ratio`. Where a
+    rule does not reach the likelihood in every seed, it has no mark.
     """
     levels = sorted(study["log_likelihood"].unique())
     shifts = np.linspace(-0.22, 0.22, len(levels)) if len(levels) > 1 else [0]
@@ -43,10 +43,10 @@ def at_likelihood(study, chosen, title):
     for rows, (ax,) in panels:
         for level, shift, colour, marker in styles:
             part = rows[rows["log_likelihood"] == level]
-            style = dict(fmt=marker, color=colour, markersize=4.5, elinewidth=1.2, label=f"{level:g} nats")
+            style = dict(fmt=marker, color=colour, markersize=4.5, elinewidth=1.2, label=f"{level:g}")
             marks(ax, part["rule"].map(places) + shift, *interval(part, "ratio"), **style)
         ax.axvline(1, color="black", linewidth=1)
-    return finished(fig, "log-likelihood under\nthe guide, a dimension")
+    return finished(fig, "share of the way to the\non-policy likelihood")
 
 
 def over_lam(study, title):
