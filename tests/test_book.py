@@ -1,7 +1,5 @@
 """The book in a real browser: its pages, at two widths, light and dark, without a network."""
 
-import json
-
 import pytest
 from browser import find_chromium
 from playwright.sync_api import sync_playwright
@@ -27,8 +25,7 @@ def html(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    how = dict(executable_path=find_chromium(), args=arguments)
-    with sync_playwright() as playwright, playwright.chromium.launch(**how) as opened:
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=find_chromium(), args=arguments) as opened:
         yield opened
 
 
@@ -49,7 +46,6 @@ def test_every_page_is_whole(html, browser):
             assert page.evaluate("document.documentElement.scrollWidth") <= width, path
         assert page.evaluate(BROKEN) == [] and faults == [], path
     assert len(folders[1]) == 9 and len(folders[-1]) == len({*book.modules("pgdlib"), *book.modules("pgdlib.lab")})
-    page.close()
 
 
 def test_a_claim_leads_to_the_cells_that_judge_it(html, browser):
@@ -59,7 +55,6 @@ def test_a_claim_leads_to_the_cells_that_judge_it(html, browser):
     assert links == ["notebooks/04_guidance.html#04-verdicts", "notebooks/05_iql_benchmark.html#05-own-c2"]
     page.goto(f"{html.as_uri()}/{links[0]}")
     assert "claims.error_not_raised(" in page.locator('[id="04-verdicts"]').inner_text()
-    page.close()
 
 
 def test_search_finds_without_a_network(html, browser):
@@ -67,5 +62,4 @@ def test_search_finds_without_a_network(html, browser):
     page.goto(f"{(html / 'search.html').as_uri()}?q=annealed")
     page.wait_for_selector("ul.search li a")
     found = [link.get_attribute("href").partition("?")[0] for link in page.locator("ul.search li a").all()]
-    assert any("08_rules" in link for link in found) and any("pgdlib.guidance" in link for link in found), json.dumps(found)
-    page.close()
+    assert any("08_rules" in link for link in found) and any("pgdlib.guidance" in link for link in found), found

@@ -49,6 +49,7 @@ OPTIONS = {
     "myst_enable_extensions": ["dollarmath"],
     "myst_heading_anchors": 4,
     "default_role": "code",
+    "highlight_language": "text",  # where a block of README names none
     "autodoc_member_order": "bysource",
     "autodoc_preserve_defaults": True,
 }
@@ -99,7 +100,7 @@ def stage(source):
         for name in modules(package):
             page = f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n   :members:\n"
             (source / f"reference/{name}.rst").write_text(page, "utf-8")
-    (source / "index.md").write_text(front + CONTENTS.format("Speed", "benchmarks/NOTES"), "utf-8")
+    (source / "index.md").write_text(front + CONTENTS.format("What was measured and tried", "benchmarks/NOTES"), "utf-8")
     shutil.copyfile(ROOT / "benchmarks/NOTES.md", source / "benchmarks/NOTES.md")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
