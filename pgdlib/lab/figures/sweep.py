@@ -104,7 +104,7 @@ def quality(effects, names, title):
             bars = np.nan_to_num(np.abs(np.stack([low, high]) - y))
             ax.errorbar(part["error"], y, bars, **styles[variant] | {"linestyle": ""}, elinewidth=0.8, label=variant)
         ax.set_title(words)
-    axes[0, 0].invert_xaxis()
+    axes[0, 0].set_xlim(1.4 * effects["error"].max(), effects["error"].min() / 1.4)  # also where all are of one model
     for ax in axes.flat[len(names) :]:
         ax.remove()
     fig.supxlabel("unguided error / variance")
