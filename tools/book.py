@@ -19,7 +19,10 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
+from tools import promote
+
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STYLE = """
 html[data-theme="dark"] .cell_output caption { color: black; }  /* the theme puts tables on a light ground */
 .indextable { table-layout: fixed; width: 100%; overflow-wrap: anywhere; }
@@ -57,15 +60,15 @@ OPTIONS = {
 
 def judges():
     """claim, such as "C1" -> links to the cells of notebooks that judge it, by its rule in `claims.py`."""
-    rules = ast.parse((ROOT / "pgdlib/lab/claims.py").read_text("utf-8")).body
-    rules = {f.name: (ast.get_docstring(f) or "").split()[0] for f in rules if isinstance(f, ast.FunctionDef) and f.body}
-    found = {}
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        for cell in nbformat.read(path, as_version=4).cells:
-            for name in re.findall(r"claims\.(\w+)\(", cell.source) if cell.cell_type == "code" else ():
-                link = f"[{path.stem[:2]}](notebooks/{path.name}#{cell.id})"
-                found.setdefault(rules.get(name), []).append(link)
-    return {claim: list(dict.fromkeys(links)) for claim, links in found.items() if re.fullmatch(r"C\d+", claim or "")}
+    body = ast.parse((ROOT / "pgdlib/lab/claims.py").read_text("utf-8")).body
+    functions = [f for f in body if isinstance(f, ast.FunctionDef)]
+    rules = {f.name: found[0] for f in functions if (found := re.match(r"C\d+", ast.get_docstring(f) or ""))}
+    links = {}
+    for path in NOTEBOOKS:
+        for cell in promote.code_cells(nbformat.read(path, as_version=4)):
+            for name in rules.keys() & re.findall(r"claims\.(\w+)\(", cell.source):
+                links.setdefault(rules[name], []).append(f"[{path.stem[:2]}](notebooks/{path.name}#{cell.id})")
+    return links
 
 
 def linked(text, up=""):
@@ -92,17 +95,16 @@ def stage(source):
     front = linked((ROOT / "README.md").read_text("utf-8"))
     for claim, links in judges().items():
         front = re.sub(rf"^\| {claim} \|", f"| {claim}: {', '.join(links)} |", front, flags=re.MULTILINE)
-    front += CONTENTS.format(
-        "Notebooks", "\n".join(f"notebooks/{p.stem}" for p in sorted((ROOT / "notebooks").glob("*.ipynb")))
-    )
+    front += CONTENTS.format("Notebooks", "\n".join(f"notebooks/{path.stem}" for path in NOTEBOOKS))
     for caption, package in PLACES.items():
-        front += CONTENTS.format(caption, "\n".join(f"reference/{name}" for name in modules(package)))
-        for name in modules(package):
+        names = modules(package)
+        front += CONTENTS.format(caption, "\n".join(f"reference/{name}" for name in names))
+        for name in names:
             page = f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n   :members:\n"
             (source / f"reference/{name}.rst").write_text(page, "utf-8")
     (source / "index.md").write_text(front + CONTENTS.format("What was measured and tried", "benchmarks/NOTES"), "utf-8")
     shutil.copyfile(ROOT / "benchmarks/NOTES.md", source / "benchmarks/NOTES.md")
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in NOTEBOOKS:
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":  # JupyterLab's anchors have capitals, Sphinx's have none
