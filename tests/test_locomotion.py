@@ -6,6 +6,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from conftest import replay
 
 from pgdlib import dynamics
 from pgdlib.simulators import advance, locomotion
@@ -21,14 +22,10 @@ def actions_of(simulator, n, steps, seed=0):
     return 0.7 * drawn[:, 1:] + 0.5 * drawn[:, :-1]
 
 
-def played(simulator, n=24, steps=60, seed=0):
-    """obs [n, steps + 1, obs_dim], actions and qpos, qvel of as many steps, whatever ends."""
-    batch, actions = simulator.batch(n, 1), actions_of(simulator, n, steps, seed)
-    obs, states = [batch.set_state(*simulator.start(n, np.random.default_rng(seed)))], [batch.state()]
-    for t in range(steps):
-        obs.append(batch.step(actions[:, t]))
-        states.append(batch.state())
-    return np.stack(obs, 1), actions, *(np.stack(of, 1) for of in zip(*states))
+def played(simulator, n=24, steps=60, seed=0, whole=True):
+    """`Episodes` of random actions, whatever ends where they are `whole`."""
+    actions, rng = actions_of(simulator, n, steps, seed), np.random.default_rng(seed)
+    return rollout(simulator, replay(actions), n, rng, steps, threads=1, whole=whole)
 
 
 @every
@@ -50,8 +47,8 @@ def test_a_batch_is_the_gym_environment_over_whole_episodes(name):
 def windows(name, steps=32):
     """obs, actions [72, 32, ...] and qvel of rollouts as data hold them, in float32; and the variance."""
     simulator = locomotion.runner(name)
-    parts = [x[:, : 3 * steps].reshape(-1, steps, x.shape[-1]) for x in played(simulator, steps=3 * steps)]
-    obs, actions, _, qvel = (x.astype(np.float32) for x in parts)
+    parts = (vars(played(simulator, steps=3 * steps))[k].astype(np.float32) for k in ("obs", "actions", "qvel"))
+    obs, actions, qvel = (x[:, : 3 * steps].reshape(-1, steps, x.shape[-1]) for x in parts)
     return simulator, obs, actions, qvel, obs.reshape(-1, obs.shape[-1]).var(0)
 
 
@@ -115,6 +112,14 @@ def test_random_actions_return_what_d4rl_says(name, random):
     assert simulator.references[0] == random and abs(returns.mean() - random) < 4 * returns.std() / 8
 
 
+def test_an_episode_that_has_ended_stands_still():
+    whole, short = (played(locomotion.runner("hopper"), whole=whole) for whole in (True, False))
+    lengths = whole.lengths().tolist()
+    assert lengths == short.lengths().tolist() and len({*lengths}) > 5 and short.rewards.shape[1] == max(lengths) < 60
+    for made, own, n in zip(whole.obs, short.obs, lengths):
+        assert (own[: n + 1] == made[: n + 1]).all() and (own[n:] == own[n]).all()
+
+
 def test_readmes_environment_of_ones_own():
     text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
     (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "from_gym" in code]
@@ -126,7 +131,7 @@ def test_readmes_environment_of_ones_own():
 
 def test_quaternions_and_actions_of_another_range():
     simulator = locomotion.from_gym("Ant", lambda: gymnasium.make("Ant-v5", include_cfrc_ext_in_observation=False))
-    obs, actions, *_ = played(simulator, 4, 20)
+    obs, actions = (made := played(simulator, 4, 20)).obs, made.actions
     assert dynamics.dynamics_error(simulator, obs[:, :20], actions, obs.var((0, 1))).normalised.max() < 1e-10
     env = gymnasium.make("Humanoid-v5").unwrapped  # of actions to 0.4
     bare = dict.fromkeys(("cinert", "cvel", "qfrc_actuator", "cfrc_ext"), False)

@@ -15,8 +15,8 @@ class Simulator:
 
     A state is qpos and qvel first, and what else the domain has (pen: its target). A batch, `batch(n, threads)`, is n
     simulations in closed loop (`simulators.batch.Batch`): `begin(*state, ids)` starts episodes, `set_state(*state)` gives the
-    observations [n, obs_dim] there, `place(*state)` does without them, `step(actions [n, action_dim])` gives the next
-    observations, NaN for what it cannot simulate, and `state()` copies of the state.
+    observations [n, obs_dim] there, `place(*state)` does without them, `step(actions [n, action_dim], ids)` steps simulations
+    ids (all) and gives all observations, NaN for what it cannot simulate, and `state()` gives copies of the state.
     """
 
     name: str

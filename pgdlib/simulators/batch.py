@@ -57,13 +57,13 @@ class Batch:
         """Copies of qpos and qvel [n, ...], and of what else a domain's state has."""
         return self._qpos.copy(), self._qvel.copy()
 
-    def step(self, actions: np.ndarray) -> np.ndarray:
-        """One control step with `actions` [n, action_dim]; the observations [n, obs_dim]."""
+    def step(self, actions: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
+        """One control step of simulations `ids` (sorted; all) with `actions` [n, action_dim]; the observations [n, obs_dim]."""
         finite = np.isfinite(actions).all(-1)  # MuJoCo prints and logs a warning for each other one, each step anew
         self._broken |= ~finite
         actions = np.where(finite[:, None], np.clip(actions, -1.0, 1.0), 0.0)
         self._ctrl[:] = self._centre + actions * self._reach
-        return self._observe_after(self._batch.step, nstep=self._substeps)
+        return self._observe_after(self._batch.step, ids=ids if ids is None else ids.astype(np.int32), nstep=self._substeps)
 
     def _observe_after(self, call, **kwargs):
         self._warnings[:] = 0

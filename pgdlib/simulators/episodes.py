@@ -36,17 +36,17 @@ def rollout(
 ) -> Episodes:  # fmt: skip
     """`n` episodes of `horizon` steps (by default the simulator's), with `act(obs [n, obs_dim]) -> actions [n, action_dim]`.
 
-    They begin with the states `start`, by default those that `rng` draws. Not `whole`: they stop when the last has ended.
+    They begin with the states `start`, by default those that `rng` draws. Not `whole`: each goes no further than its end.
     """
     batch = simulator.batch(n, threads)
     start = simulator.start(n, rng) if start is None else start
-    obs, states, actions, ended = [batch.begin(*start)], [batch.state()], [], []
+    obs, states, actions, ended, going = [batch.begin(*start)], [batch.state()], [], [], np.arange(n)
     for _ in range(simulator.horizon if horizon is None else horizon):
         actions.append(np.asarray(act(obs[-1]), dtype=np.float64))
-        obs.append(batch.step(actions[-1]))
+        obs.append(batch.step(actions[-1], going))
         states.append(batch.state())
         ended.append(simulator.ended(obs[-1]))
-        if not whole and np.any(ended, 0).all():
+        if not whole and not len(going := np.flatnonzero(~ended[-1])):
             break
     obs, actions = np.stack(obs, 1), np.stack(actions, 1)
     rewards = simulator.reward(obs[:, :-1], actions.clip(-1, 1), obs[:, 1:])

@@ -58,6 +58,7 @@ class _Stage:
         self._model = copy.copy(simulator.batch(1, 1).model)  # the simulator keeps its own
         self._model.vis.global_.offwidth, self._model.vis.global_.offheight = size
         self._camera, self._data = mujoco.MjvCamera(), mujoco.MjData(self._model)
+        self._model.vis.quality.shadowsize = 0  # a shadow takes longer than all the rest
         self._dress(self._model)
         self._renderer = _renderer(self._model, size)
 
@@ -80,7 +81,6 @@ class _Hand(_Stage):
     """The hand, the pen and the target."""
 
     def _dress(self, model):
-        model.vis.quality.shadowsize = 0  # a shadow takes longer than all the rest
         model.vis.headlight.ambient[:], model.vis.headlight.diffuse[:] = 0.3, 0.4
         model.geom_group[np.isin(model.geom_bodyid, [0, model.body("table").id])] = 5  # a group that is not drawn
         model.mat("MatViz").rgba, model.mat("MatViz").specular = (0.87, 0.74, 0.62, 1.0), 0.2
