@@ -20,7 +20,9 @@ RECIPES = {  # kind and data: what differs from quick's settings
     "denoiser_cloned": LONG | dict(train_steps=24_000),
     "denoiser_expert": LONG | dict(train_steps=12_000),  # what it is to learn is one policy's
     "denoiser_human": LONG | dict(batch_size=64, train_steps=500),  # more would only copy its 25 episodes
-    "denoiser_hopper-medium": dict(features=128, batch_size=64, passes=None, train_steps=10_000),
+    "denoiser_hopper-medium": LONG | dict(batch_size=64, train_steps=10_000),
+    "denoiser_walker2d-medium": LONG | dict(batch_size=64, train_steps=6_000),
+    "denoiser_halfcheetah-medium": LONG | dict(batch_size=64, train_steps=6_000),
     "worldmodel_cloned": {},  # three times as many steps err no less on data kept back
 }
 SEEDS = dict(hopper=1)  # of PPO, where not 0
