@@ -57,18 +57,18 @@ def bisect(log_likelihoods: Callable, targets: Tensor, lowest: float = 1e-3, hig
 
 
 def calibrate(draw: Callable, target: float, tolerance: float = 0.02, first: int = 64, most: int = 16_384) -> Calibration:
-    """The λ at which the mean of `draw(λ, n, number)`, log-likelihoods [n] of n guided trajectories, is `target`.
+    """The λ at which the mean of `draw(λ, n, number)` is `target`: log-likelihoods of n guided trajectories less the diverged.
 
     "Is" means within `tolerance` of |target| (of 0.1 nats, if |target| is smaller). `bisect`, all on the `first` trajectories
     of number 0, finds a first λ. How many trajectories are needed to see the tolerance follows from their spread: as many as
     make the standard error of the mean half of it. So many are then drawn from other noise, number 1, 2, ..., and λ is moved
-    along the slope of the likelihood in log λ, until the mean holds. OutOfReach if it does not.
+    along the slope of the likelihood in log λ, until the mean holds. OutOfReach if it does not. NaN: all diverged.
     """
     allowed, trace = tolerance * max(abs(target), 0.1), []
 
     def ask(lam, n, number):
         values = np.asarray(draw(float(lam), n, number), dtype=np.float64)
-        trace.append((float(lam), n, float(values.mean()), float(values.std(ddof=1) / math.sqrt(n))))
+        trace.append((float(lam), n, float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))))
         return trace[-1][2]
 
     def found(entry):

@@ -151,10 +151,11 @@ class Study:
         def likelihoods(lam, n, number):
             parts = Parts(f"{all_parts.folder.name}/{lam!r}-{n}-{number}", self.device)
             noise = fast.stream(self.device, "calibration", self.p.seed, number)
-            x, _ = self.draw(rule, lam, n, noise=noise, watch=watch, parts=parts)
+            x, diverged = self.draw(rule, lam, n, noise=noise, watch=watch, parts=parts)
             steps = self.normaliser.denormalise(x)
             alive = measures.alive(steps[..., self.spec.terminal])
-            return measures.log_likelihood(self.policy, steps[..., self.spec.obs], steps[..., self.spec.actions], alive).cpu()
+            found = measures.log_likelihood(self.policy, steps[..., self.spec.obs], steps[..., self.spec.actions], alive)
+            return torch.where(diverged, torch.nan, found)[~diverged | diverged.all()].cpu()
 
         try:
             found = calibrate.calibrate(likelihoods, self.on_policy, 0.2 if self.p.scale == "ci" else tolerance)
