@@ -1,19 +1,25 @@
-"""Where the time of the networks' paths goes, by kind of operation, and at which rate the products run.
+"""Where the time of the networks' paths goes, by kind of operation, and at which rate the products run; and that of judging.
 
 python -m benchmarks.profile [--threads 1] [--calls 20]
 
 A kind's share is of the time in torch's operations; bookkeeping is what moves no data. The rate is that of all
 matrix products and convolutions, of the work that `counts` knows, over that of a square product of 2,048 in the same type.
+Judging is `dynamics.dynamics_error` of trajectories that random actions made; what is not MuJoCo's own step is ours to mend.
 """
 
 import argparse
+import cProfile
+import pstats
 import time
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import counts, networks, stacked_seeds, timing
-from pgdlib import fast
+from pgdlib import dynamics, fast
+from pgdlib.simulators import locomotion, pen
+from pgdlib.simulators.episodes import rollout
 
 KINDS = {  # by the beginning of an operation's name
     "products": "mm bmm addmm baddbmm linear mkldnn_ convolution _convolution",
@@ -64,6 +70,19 @@ def paths():
         yield f"IQL, {seeds} seeds, width 128", step, counts.iql(seeds, 256, 128)
 
 
+def judged(simulator, threads, n=512, steps=8):
+    """Of short trajectories, so that nothing falls: (microseconds for each judged step, share in MuJoCo's own)."""
+    rng = np.random.default_rng(0)
+    made = rollout(simulator, lambda obs: rng.uniform(-1, 1, (n, simulator.action_dim)), n, rng, steps, threads=threads)
+    given = made.obs[:, :-1], made.actions, np.ones(simulator.obs_dim)
+    with cProfile.Profile() as profiler:
+        dynamics.dynamics_error(simulator, *given, threads=threads)
+    of = pstats.Stats(profiler).stats
+    total = sum(own for _, _, own, _, _ in of.values())
+    stepping = sum(own for (*_, name), (_, _, own, _, _) in of.items() if "_batch.step" in name)
+    return 1e6 * total / (n * (steps - 1)), stepping / total
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -82,6 +101,11 @@ def main():
         shares = [f"{seconds[k] / total:.0%}" for k in names]
         rate = f"{work / seconds['products'] / best:.0%}"
         print(f"| {name} | {1e3 * wall:.1f} | {' | '.join(shares)} | {rate} |", flush=True)
+    print("\n| judging | microseconds a step | in MuJoCo's own step |\n|---|---|---|")
+    for simulator in (pen.PEN, *map(locomotion.runner, locomotion.RUNNERS)):
+        judged(simulator, given.threads)  # the first is slower
+        each, share = judged(simulator, given.threads)
+        print(f"| {simulator.name} | {each:.0f} | {share:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

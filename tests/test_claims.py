@@ -383,15 +383,16 @@ WEIGHTS = np.array([0.25, 0.5, 1.0, 2.0, 4.0])
 
 
 @pytest.mark.parametrize(
-    "guided, noise, verdict, effect",
-    [(0.5, 5, REPRODUCED, -1), (0.25, 5, REPRODUCED, -2), (1.0, 5, NOT, 0), (2.0, 5, NOT, 1), (0.5, 40, PARTLY, None)],
+    "guided, noise, verdict",
+    [(0.5, 5, REPRODUCED), (0.25, 5, REPRODUCED), (1, 5, NOT), (2, 5, NOT), (0.5, 40, PARTLY), (0.5, 80, UNTESTED)],
 )
-def test_less_conservatism_is_a_lower_best_weight(guided, noise, verdict, effect):
+def test_less_conservatism_is_a_lower_best_weight(guided, noise, verdict):
     one, other = ((peaked(1.0, noise, 2 * i), peaked(guided, noise, 2 * i + 1)) for i in range(2))
     claim = claims.less_conservatism({"A": one, "B": other}, WEIGHTS)
     expected = np.mean([np.log2(WEIGHTS[np.argmax(g.mean(1))] / WEIGHTS[np.argmax(u.mean(1))]) for u, g in (one, other)])
     assert claim.id == "C10" and "A, B" in claim.measure and claim.effect == pytest.approx(expected)
-    assert claim.verdict == verdict and claim.low <= claim.effect <= claim.high and (effect is None or claim.effect == effect)
+    assert claim.verdict == verdict and claim.low <= claim.effect <= claim.high
+    assert noise > 5 or claim.effect == np.log2(guided)
 
 
 def test_a_run_that_diverged_is_its_agents_worst():

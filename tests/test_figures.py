@@ -101,6 +101,7 @@ def each(n):
         data.loss_against_error: ((RNG.random(20), RNG.random(20)), ["denoising loss"]),
         data.sampler_quality: ((samplers(n),), ["network evaluations"] * 4),
         table1.curves: (([0, 10, 20], series(n, lambda k: RNG.random((3, 5))), [5, 10, 15]), ["training step"]),
+        table1.agents: ((series(n, lambda k: {"real": SEEDS, "SynthER": SEEDS + k}),), ["return, D4RL's scale"]),
         table1.conservatism: (
             ([0.5, 1, 2], series(n, lambda k: RNG.random((2, 3, 5)))),
             ["weight of staying near the data"] * n,

@@ -208,7 +208,7 @@ def test_the_seeds_needed_have_the_power_and_one_fewer_has_not(case):
 @pytest.mark.parametrize("difference", [2.0, 1.0])
 def test_the_pairs_needed_have_the_power_and_one_fewer_has_not(difference):
     """The noncentral t is exact here, so that the simulation's own error, 0.25%, is all."""
-    n = seeds.paired_seeds_needed(difference, 1.0)
+    n = seeds.seeds_needed(difference, 1.0)
 
     def found(n):
         return power_of(lambda rng, draws: stats.ttest_1samp(rng.normal(difference, 1, (draws, n)), 0, axis=1).pvalue)
@@ -225,19 +225,16 @@ def test_five_seeds_have_a_little_less_power():
 def test_many_seeds_are_those_of_the_normal_test():
     """(z(0.975) + z(0.8))² σ² / difference², a little more for Student's t; and two are the fewest."""
     z = (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) ** 2
-    assert 0 < seeds.paired_seeds_needed(0.01, 1.0) - z * 1e4 < 4
+    assert 0 < seeds.seeds_needed(0.01, 1.0) - z * 1e4 < 4
     assert 0 < seeds.seeds_needed(0.02, 2.0, 1.0) - z * 5 / 0.0004 < 4
-    assert seeds.seeds_needed(1e6, 1.0, 1.0) == seeds.paired_seeds_needed(-1e6, 1.0) == 2
+    assert seeds.seeds_needed(1e6, 1.0, 1.0) == seeds.seeds_needed(-1e6, 1.0) == 2
 
 
-@pytest.mark.parametrize(
-    "name, value", [("difference", 0), ("difference", NAN), ("std_x", 0), ("std_y", -1), ("std_x", math.inf)]
-)
-def test_what_cannot_be_is_named(name, value):
+@pytest.mark.parametrize("given", [(0, 1.0), (NAN, 1.0, 1.0), (1.0, 0, 1.0), (1.0, 1.0, -1), (1.0, math.inf, 1.0), (1.0, -1)])
+def test_what_cannot_be_is_named(given):
+    name, value = next((("std", "difference")[i == 0], v) for i, v in enumerate(given) if v != 1)
     with pytest.raises(ValueError, match=rf"^{name}={value} is not allowed; it must be finite and (positive|not 0)"):
-        seeds.seeds_needed(**(dict(difference=1.0, std_x=1.0, std_y=1.0) | {name: value}))
-    with pytest.raises(ValueError, match=r"^std_of_differences=-1 is not allowed; it must be finite and positive"):
-        seeds.paired_seeds_needed(1.0, -1)
+        seeds.seeds_needed(*given)
 
 
 # The paper's numbers

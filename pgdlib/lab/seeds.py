@@ -8,6 +8,7 @@ scores lies in it in 84% of all cases, not in 95%): it is good for a picture, an
 
 import bisect
 import math
+from functools import partial
 
 import numpy as np
 from scipy import stats
@@ -56,12 +57,8 @@ def probability_of_improvement(x, y):
 
     P is U / (S S'), U of Mann and Whitney; over all pairs of seeds, not the same seed's alone. The interval is a bootstrap's.
     """
-
-    def share_above(x, y):
-        u = stats.mannwhitneyu(x, y, axis=-1, method="asymptotic").statistic  # the method is of p, which is not asked for
-        return u / (x.shape[-1] * y.shape[-1])
-
-    return bootstrap(share_above, x, y)
+    above = partial(stats.mannwhitneyu, axis=-1, method="asymptotic")  # the method is of p, which is not asked for
+    return bootstrap(lambda x, y: above(x, y).statistic / (x.shape[-1] * y.shape[-1]), x, y)
 
 
 def sign_flip_test(differences, seed=0):
@@ -96,27 +93,18 @@ def paired_interval(x, y):
     return mean, mean - half, mean + half
 
 
-def seeds_needed(difference, std_x, std_y):
-    """The fewest seeds (2 or more) of each of two rows with which Welch's t-test finds a difference of their means.
+def seeds_needed(difference, *stds):
+    """The fewest seeds (2 or more) with which a t-test finds a difference of means: of pairs, of whose differences one std is
+    given, or of two rows with a std each (Welch's test, so many seeds for each row).
 
     "Finds" is p < 5%, two-sided, in 80% of all cases, if scores are independent and normal with these stds. By the noncentral
     t, with the degrees of freedom that the true stds give; Welch's test estimates them, which costs it up to 2 points of power
     with 5 seeds and 10 with 3. ValueError names what is not finite, a difference of 0, a std that is not positive.
     """
-    return _fewest(difference, std_x=std_x, std_y=std_y)
-
-
-def paired_seeds_needed(difference, std_of_differences):
-    """The fewest pairs (2 or more) with which the paired t-test finds a mean difference; the rest as in `seeds_needed`."""
-    return _fewest(difference, std_of_differences=std_of_differences)
-
-
-def _fewest(difference, **stds):
-    """The smallest n >= 2 at which the t-test of a difference, of which `stds` add up to the std, has a power of 80%."""
-    for name, value in dict(difference=difference, **stds).items():
-        if not math.isfinite(value) or value == 0 or (name in stds and value < 0):
-            raise ValueError(f"{name}={value} is not allowed; it must be finite and {'positive' if name in stds else 'not 0'}")
-    variances = np.square(list(stds.values()), dtype=np.float64)
+    for name, value in [("difference", difference), *(("std", std) for std in stds)]:
+        if not math.isfinite(value) or value == 0 or (name == "std" and value < 0):
+            raise ValueError(f"{name}={value} is not allowed; it must be finite and {'positive' if name == 'std' else 'not 0'}")
+    variances = np.square(stds, dtype=np.float64)
     freedom = variances.sum() ** 2 / (variances**2).sum()  # for each seed more than one: 1 for one std, 1 to 2 for two
 
     def enough(n):

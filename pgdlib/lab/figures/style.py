@@ -45,6 +45,18 @@ def figure(title, width, height, rows=1, columns=1, sharex=False, sharey=False, 
     return fig, axes
 
 
+def grid(title, n, width, height, columns=3, sharex=True, **how):
+    """(figure, axes [n]): panels of that size, at most so many to a row; x, if shared, is told under each column's lowest."""
+    columns, rows = min(n, columns), -(-n // columns)
+    fig, axes = figure(title, width * columns + 2.4, height * rows + 0.4, rows, columns, sharex, **how)
+    for ax in axes.flat[n:]:
+        ax.remove()
+    for ax in axes.flat[n - columns : n]:  # matplotlib would tell it in the last row alone
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel(how.get("xlabel", ""))
+    return fig, axes.flat[:n]
+
+
 def finished(fig, legend=None):
     """The figure, with plain ticks on log axes and one legend right of all axes: each label once, `legend` its title."""
     handles = {}

@@ -4,7 +4,7 @@ import numpy as np
 
 from pgdlib import measures
 from pgdlib.lab import seeds
-from pgdlib.lab.figures.style import figure, finished, lines, looks, marks
+from pgdlib.lab.figures.style import figure, finished, grid, lines, looks, marks
 
 
 def curves(steps, returns, resamples, title):
@@ -17,10 +17,23 @@ def curves(steps, returns, resamples, title):
     return finished(fig)
 
 
+def agents(returns, title):
+    """Mean returns ± SE of agents on each kind of data, which stand in rows: agent -> kind -> [S], NaN where diverged."""
+    kinds = list(dict.fromkeys(kind for own in returns.values() for kind in own))
+    fig, [[ax]] = figure(title, 8.5, 0.6 * len(kinds) + 1, xlabel="return, D4RL's scale (± SE over seeds)")
+    for shift, (agent, look) in zip(np.linspace(-0.3, 0.3, len(returns)), looks(returns).items()):
+        mean, error = np.array([seeds.mean_se(values) for values in returns[agent].values()]).T
+        y = [kinds.index(kind) + shift for kind in returns[agent]]
+        marks(ax, y, mean, mean - error, mean + error, fmt=look["marker"], color=look["color"], markersize=5, label=agent)
+    ax.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(len(kinds) - 0.5, -0.5))
+    ax.hlines(np.arange(1, len(kinds)) - 0.5, 0, 1, "0.8", linewidth=0.8, transform=ax.get_yaxis_transform())
+    return finished(fig)
+
+
 def conservatism(weights, returns, title):
     """Mean returns ± SE at the `weights` [C] of staying near the data: agent -> (unguided, guided), [C, S] each."""
     axis = dict(xscale="log", xlabel="weight of staying near the data", ylabel="return, D4RL's scale (± SE)")
-    fig, [axes] = figure(title, 1.5 + 3.3 * len(returns), 3.2, 1, len(returns), **axis)
+    fig, axes = grid(title, len(returns), 3.3, 3, sharex=False, **axis)
     for ax, (agent, pair) in zip(axes, returns.items()):
         found = [np.array([seeds.mean_se(of_weight) for of_weight in each]).T for each in pair]
         named = zip(("unguided data", "data guided toward the agent"), found)
@@ -46,8 +59,7 @@ def table1(rows, behaviour, paper, score, title):
         error = np.nan_to_num(se)
         marks(ax, [at], [mean], [mean - error], [mean + error], fmt="o" if at < len(own) else "s", color=colour, capsize=3)
         number = f"{mean:,.0f}" + ("" if np.isnan(se) else f" ± {se:,.0f}")
-        number = f"{number:>16}  {score(mean):6.1f}"
-        ax.annotate(number, (1.01, at), xycoords=("axes fraction", "data"), va="center", **text)
+        ax.annotate(f"{number:>16}  {score(mean):6.1f}", (1.01, at), xycoords=("axes fraction", "data"), va="center", **text)
     for at, colour, values in zip(y[1:], colours[1:], rows.values()):
         ax.plot(values, np.full(len(values), at + 0.22), "|", color=colour, markersize=7)
         _, low, high = measures.bootstrap(seeds.interquartile_mean, values)

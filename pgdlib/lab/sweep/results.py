@@ -65,12 +65,13 @@ def read(path, needed, scale, parameter="sweep"):
 
     A table's name may go on after `needed`, or one of several. ValueError that names `parameter` if there is no such file.
     """
+    wanted = needed if isinstance(needed, str) else " or ".join(needed)
     if path == "newest":
         for found in sorted((artifacts.root() / FOLDER).glob("*.parquet"), key=lambda path: -path.stat().st_mtime):
             frame = pd.read_parquet(found)
             if (_of_table(frame, needed) & (frame["p.scale"] == scale)).any():
                 return found, frame
-        where = f"runs/ has no sweep at scale {scale!r} with the table {needed}"
+        where = f"runs/ has no sweep at scale {scale!r} with the table {wanted}"
         raise ValueError(f"{parameter}='newest' is not allowed: {where}")
     path = artifacts.given(parameter, path, "a sweep's Parquet file (those that ship are in a checkout's figures/ alone)")
     try:
@@ -79,7 +80,7 @@ def read(path, needed, scale, parameter="sweep"):
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{parameter}={str(path)!r} is not a file that a sweep has written: {e}") from e
     if not _of_table(frame, needed).any():
-        raise ValueError(f"{parameter}={str(path)!r} has no table {needed}; it has {has or 'none'}")
+        raise ValueError(f"{parameter}={str(path)!r} has no table {wanted}; it has {has or 'none'}")
     return path, frame
 
 
