@@ -18,6 +18,7 @@ from io import BytesIO
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from papermill.translators import PythonTranslator
 from PIL import Image, ImageChops, ImageStat
 
@@ -90,7 +91,14 @@ def smaller_png(text):
     except (OSError, SyntaxError, ValueError):  # not a PNG, or a broken one
         return text
     seen = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
-    indexed, new = seen.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE), BytesIO()
+    common = [colour for _, colour in sorted(seen.getcolors(seen.width * seen.height), reverse=True)[:32]]  # stay exact
+    indexed = seen.quantize(256 - len(common), Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    colours, index = np.asarray(seen), np.asarray(indexed) + len(common)
+    for i, colour in enumerate(common):
+        index[(colours == colour).all(-1)] = i
+    palette = [channel for colour in common for channel in colour] + indexed.getpalette()
+    indexed, new = Image.fromarray(index), BytesIO()
+    indexed.putpalette(palette[: 3 * (int(index.max()) + 1)])
     indexed.save(new, "PNG", optimize=True, dpi=image.info.get("dpi"))
     off = ImageStat.Stat(ImageChops.difference(seen, indexed.convert("RGB")))
     same = max(high for _, high in off.extrema) <= MAX_OFF and max(off.mean) < MAX_MEAN_OFF
