@@ -48,7 +48,7 @@ test: lint  ## lint, unit tests, slow ones, every notebook at ci scale, then in 
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not notebook and not browser and not faults" -n $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "slow and not notebook and not browser and not faults" -n $(WORKERS) --durations=0
 	$(BIN)/pytest -q -m "notebook and not browser and not faults" --durations=0
-	$(BIN)/pytest -q -m browser --durations=0
+	$(BIN)/pytest -q -m browser -n $(WORKERS) --dist loadfile --durations=0
 
 coverage: .venv/.installed  ## lines and branches of the core that the unit tests reach
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not notebook and not browser and not faults" -n $(WORKERS) \

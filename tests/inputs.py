@@ -42,7 +42,7 @@ LISTS = dict(
     agents=("iql", "td3_bc", "rebrac", "cql", "edac", "bcq"),
     sources=("real", "synther", "pgd", "mbpo", "mopo", "morel", "rambo"),
 )
-FILES = ("guide", "denoiser", "sweep", "verdicts", "benchmark")
+FILES = ("guide", "denoiser", "sweep", "benchmark")
 REAL = dict(churn=(0, None), draw_churn=(0, None), real_fraction=(0, 1), agent_rate=(1e-8, 1), polyak=(1e-6, 1))
 WHOLE = dict(seed=(0, 2**32 - 1), seeds=(1, 1000), horizon=(4, 10_000), long=(8, 2**32 - 1), data_steps=(2_000, 2**32 - 1))
 WHOLE |= dict.fromkeys(("steps", "draw_steps", "samples", "episodes", "test_episodes"), (2, 2**32 - 1))
@@ -195,7 +195,7 @@ def allows(name, value):
         return value in ("human", "cloned", "expert", *runners) or bool(is_id)
     if name in (*FILES, "dataset"):
         return isinstance(value, str) and value != "" and "\ud800" not in value  # half a character is none
-    if name == "sweeps":
+    if name == "verdicts":
         return isinstance(value, list) and value != [] and all(allows("sweep", v) for v in value)
     if name in ("lams", "conservatism"):
         range_ = (0, None) if name == "lams" else (Fraction(0.001), 1000)

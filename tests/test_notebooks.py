@@ -18,7 +18,6 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import sb3_zip
 from stable_baselines3 import SAC
 
@@ -30,6 +29,7 @@ pytestmark = pytest.mark.notebook
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 NO_DATA = "no D4RL data here"
+GUIDANCE = "notebooks/04_guidance.ipynb"
 BESIDE = "where no checkout is, beside the package as a wheel holds it"
 
 # name -> (folder of artifacts, working folder, notebook, parameters beside `scale`); GUIDES is a folder
@@ -37,20 +37,10 @@ GOOD = {
     "01": ("shared", NOTEBOOKS, "01_data.ipynb", "-p dataset human -p horizon 12"),
     "03": ("shared", ROOT, "notebooks/03_ppo_guide.ipynb", ""),
     "02": ("shared", ROOT, "notebooks/02_diffusion.ipynb", "-p dataset human -p train_steps 7 -p samples 6"),
-    "04": ("shared", ROOT, "notebooks/04_guidance.ipynb", "-p lam 2.0 -p dataset human -y lams:\xa0[0.5,1.0]"),
+    "04": ("shared", ROOT, GUIDANCE, "-p lam 2.0 -p dataset human -y lams:\xa0[0.5,1.0]"),
     "04 alone": ("alone", NOTEBOOKS, "04_guidance.ipynb", "-p lam 2.0"),
-    "04 auto": (
-        "auto",
-        ROOT,
-        "notebooks/04_guidance.ipynb",
-        "-p dataset expert -p units raw -p rule proximal -y lams:\xa0[0.1]",
-    ),
-    "04 of SAC": (
-        "zip",
-        ROOT,
-        "notebooks/04_guidance.ipynb",
-        "-p dataset human -p transform arctanh -p guide GUIDES/sac.zip -y lams:\xa0[0.1]",
-    ),
+    "04 auto": ("auto", ROOT, GUIDANCE, "-p dataset expert -p units raw -p rule proximal -y lams:\xa0[0.1]"),
+    "04 of SAC": ("zip", ROOT, GUIDANCE, "-p dataset human -p transform arctanh -p guide GUIDES/sac.zip -y lams:\xa0[0.1]"),
     "08": ("shared", ROOT, "notebooks/08_rules.ipynb", "-p dataset human -y lams:\xa0[0.5,1.0]"),
     "09": ("shared", ROOT, "notebooks/09_quality.ipynb", ""),
     "06": ("shared", NOTEBOOKS, "06_world_model.ipynb", "-p dataset human -p model_steps 40 -p long 12 -p rule smoothed"),
@@ -83,39 +73,17 @@ for number, file in zip((file[:2] for file in FILES), FILES):
 BAD = {
     "unknown": ("04_guidance", "-p lamb 2.0", "unknown parameter lamb=2.0; this notebook takes lam, rule, dataset, "),
     "negative": ("04_guidance", "-p lam -1", "parameter lam=-1 is not allowed; it must be 'auto' or a number of at least 0"),
-    "text": ("04_guidance", "-p lam abc", "parameter lam='abc' is not allowed; it must be 'auto' or a number of at least 0"),
-    "no λ": ("04_guidance", "-y lams:\xa0[]", "parameter lams=[] is not allowed; it must be a list, not empty, of a number"),
-    "rule": ("04_guidance", "-p rule implicit", "parameter rule='implicit' is not allowed; it must be one of 'explicit', "),
     "solver": ("06_world_model", "-p solver euler", "parameter solver='euler' is not allowed; it must be one of 'heun', "),
-    "long": ("06_world_model", "-p long 3", "parameter long=3 is not allowed; it must be a whole number from 8 to"),
     "dataset": ("01_data", "-p dataset pen", "parameter dataset='pen' is not allowed; it must be one of 'human', 'cloned', "),
-    "seed": ("01_data", f"-p seed {10**20}", f"parameter seed={10**20} is not allowed; it must be a whole number from 0 to "),
     "scale": (
         "02_diffusion",
         "-p scale huge",
         "parameter scale='huge' is not allowed; it must be one of 'ci', 'quick', 'paper'",
     ),
-    "device": (
-        "02_diffusion",
-        "-p device cuda",
-        "parameter device='cuda' is not allowed here: PyTorch finds no CUDA device; use",
-    ),
-    "negative λ": (
-        "05_iql_benchmark",
-        "-y lams:\xa0[0,-2]",
-        "parameter lams=[0, -2] is not allowed; it must be a list, not empty",
-    ),
-    "no λ at all": ("05_iql_benchmark", "-y lams:\xa0[]", "parameter lams=[] is not allowed; it must be a list, not empty"),
-    "no seed": ("05_iql_benchmark", "-p seeds 0", "parameter seeds=0 is not allowed; it must be a whole number from 1 to 1000"),
     "agent": (
         "05_iql_benchmark",
         "-y agents:\xa0[sac]",
         "parameter agents=['sac'] is not allowed; it must be a list, not empty, of",
-    ),
-    "fraction": (
-        "05_iql_benchmark",
-        "-p real_fraction 1.5",
-        "parameter real_fraction=1.5 is not allowed; it must be a number from 0 to 1",
     ),
     "denoiser": ("05_iql_benchmark", "-p denoiser GUIDES/half.safetensors", "half.safetensors' cannot be used: "),
     "window": (
@@ -431,8 +399,6 @@ def test_04_makes_what_it_misses(run):
 
 @named(*BAD)
 def test_bad_input_is_named_and_nothing_is_made(run, name):
-    if name == "device" and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
     *_, message = BAD[name]
     assert run.code == 1
     assert message in run.stderr, run.stderr[-3000:]

@@ -88,7 +88,7 @@ def stage(source):
     shutil.rmtree(source, ignore_errors=True)
     for folder in ("notebooks", "reference", "benchmarks"):
         (source / folder).mkdir(parents=True)
-    shutil.copytree(ROOT / "figures", source / "figures", ignore=shutil.ignore_patterns("*.csv", "*.parquet", "*.json"))
+    shutil.copytree(ROOT / "figures", source / "figures", ignore=shutil.ignore_patterns("*.parquet", "*.json"))
     (source / "static").mkdir()
     (source / "static/book.css").write_text(STYLE)
     shutil.copyfile(ROOT / "CITATION.cff", source / "CITATION.cff")
