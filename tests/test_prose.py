@@ -101,7 +101,7 @@ def figures(tmp_path):
         table.to_csv(tmp_path / f"04_figure1_{name}toy.csv", index=False)
     runs = [("toy", row, seed, x) for row, xs in RETURNS.items() for seed, x in enumerate(xs)]
     columns = ["dataset", "row", "seed", "d4rl_return"]
-    pd.DataFrame(runs, columns=columns).to_csv(tmp_path / "05_table1_iql_toy_3seeds.csv", index=False)
+    pd.DataFrame(runs, columns=columns).to_csv(tmp_path / "05_table1_iql_toy-human_3seeds.csv", index=False)
     verdict = {
         "id": "C1",
         "claim": "Up",

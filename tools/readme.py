@@ -99,7 +99,7 @@ def _calibrated(sweep):
 
 def benchmark(figures):
     """Table 1: each row's return, and how much more it is than that of unguided samples."""
-    (path,) = figures.glob("05_table1_iql_*.csv")
+    (path,) = figures.glob("05_table1_iql_*-human_*.csv")  # the default run
     runs = pd.read_csv(path)
     returns = runs.pivot(index="seed", columns="row", values="d4rl_return")[runs["row"].unique()]
     unguided = returns["IQL, unguided (λ = 0)"]

@@ -81,9 +81,8 @@ PARAMETERS = {  # name: (what is allowed, what it is)
     "seeds": (whole(1, 1000), "agents of each row"),
     "real_fraction": (number(0, 1), "share of real data in synthetic batches"),
     "sweep": (TEXT, "Parquet file of a sweep of 08, shipped, or newest at this scale"),
-    "verdicts": (TEXT, "the same of 04"),
     "benchmark": (TEXT, "the same of 05"),
-    "sweeps": (TEXTS, "Parquet files of sweeps of 02, 04 and 06, or shipped"),
+    "verdicts": (TEXTS, "Parquet files of sweeps of 02, 04, 06 and 08, or shipped"),
 }
 # `ci` proves that the path runs, `quick` is for a laptop's CPU, `paper` holds the paper's Tables 2 to 4.
 SETTINGS = {  # name: (what is allowed beside None, its values at ci, quick and paper, what it is)

@@ -122,7 +122,7 @@ def threshold(demonstration, measured, title):
 def fronts(curves, unguided, on_policy, chosen, title):
     """Dynamics error against log-likelihood, one curve for each rule; and each rule's error over that of the `chosen` one.
 
-    curves: rule -> (log-likelihood, error, low, high), [L] each, λ rising; shown as far as the likelihood rises.
+    curves: rule -> (log-likelihood, error, low, high), [L] each, λ rising, as far as the likelihood rises; bars: interval.
     unguided: (log-likelihood, error) at λ = 0. Likelihoods are in nats per action dimension, errors over the data's variance.
     """
     fig, [(left, right)] = figure(title, 13, 4, 1, 2, xlabel=LIKELIHOOD)
@@ -134,7 +134,8 @@ def fronts(curves, unguided, on_policy, chosen, title):
         curve = np.column_stack([start, np.stack(curves[rule])])
         curve = curve[:, curve[0] >= np.fmax.accumulate(curve[0])]  # past the threshold likelihood falls by thousands
         style = {rule: look | (dict(linewidth=2.2, zorder=3) if rule == chosen else dict(linewidth=1.4))}
-        lines(left, {rule: curve}, style)
+        lines(left, {rule: curve[:2]}, style)
+        left.vlines(*curve[[0, 2, 3]], color=look["color"], linewidth=1, alpha=0.6)
         lines(right, {rule: (grid, on_front(curves[rule], unguided, grid) / best)}, style, marker="")
     ring(left, *unguided, "λ = 0")
     if any(np.isfinite(ln.get_xydata()).all(1).any() for ln in left.get_lines()):  # a logarithm of nothing has no scale

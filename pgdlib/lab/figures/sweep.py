@@ -6,8 +6,9 @@ and of `relative`, the dynamics error over the unguided one of the same seed.
 
 import numpy as np
 import seaborn as sns
+from matplotlib import ticker
 
-from pgdlib.lab.figures.style import DATA, LIKELIHOOD, MARKERS, figure, finished, interval, lines, looks, marks, ring
+from pgdlib.lab.figures.style import DATA, LIKELIHOOD, MARKERS, finished, grid, interval, lines, looks, marks, ring
 
 ERROR = "dynamics error / that at λ = 0\n(the same seed, so the same model)"
 X, Y = "log_likelihood", "relative"
@@ -16,16 +17,15 @@ X, Y = "log_likelihood", "relative"
 def fronts(study, title):
     """Dynamics error against likelihood: a panel for each dataset, a line for each rule, a mark for each λ of a `study`.
 
-    A line ends where the likelihood falls, which is past the rule's threshold. Intervals are left to the other figures:
-    those of eight rules hide one another here.
+    A line ends where the likelihood falls, which is past the rule's threshold. Intervals: in the other figures.
     """
-    fig, panels = _panels(study, title, xlabel=LIKELIHOOD, sharex=True)
+    fig, panels = _panels(study, title, sharex=False, xlabel=LIKELIHOOD)
     for rows, (ax,) in panels:
         rows = _risen(rows)
         curves = {rule: (part[f"{X}.mean"], part[f"{Y}.mean"]) for rule, part in rows.groupby("rule", sort=False)}
         lines(ax, curves, looks(study["rule"].unique()))
         ring(ax, *rows.loc[rows["lam"] == 0, [f"{X}.mean", f"{Y}.mean"]].head(1).to_numpy().T, "λ = 0")
-    fig.axes[0].set_ylabel(ERROR)
+    fig.supylabel(ERROR)
     return finished(fig)
 
 
@@ -38,21 +38,21 @@ def at_likelihood(study, chosen, title):
     levels = sorted(study["log_likelihood"].unique())
     shifts = np.linspace(-0.22, 0.22, len(levels)) if len(levels) > 1 else [0]
     styles = list(zip(levels, shifts, sns.color_palette("viridis", len(levels)), MARKERS))
-    fig, panels = _panels(study, title, sharex=True, sharey=True, xlabel=f"error / that of {chosen}\nat the same likelihood")
+    fig, panels = _panels(study, title, sharey=True, xlabel=f"error / that of {chosen}\nat the same likelihood")
     places = _name_rows(fig, study["rule"])
     for rows, (ax,) in panels:
         for level, shift, colour, marker in styles:
             part = rows[rows["log_likelihood"] == level]
             style = dict(fmt=marker, color=colour, markersize=4.5, elinewidth=1.2, label=f"{level:g}")
-            marks(ax, part["rule"].map(places) + shift, *interval(part, "ratio"), **style)
+            marks(ax, part["rule"].map(places).astype(float) + shift, *interval(part, "ratio"), **style)
         ax.axvline(1, color="black", linewidth=1)
     return finished(fig, "share of the way to the\non-policy likelihood")
 
 
 def over_lam(study, title):
-    """Likelihood and dynamics error of a `study` over λ, a column for each dataset; bands are the intervals."""
+    """Likelihood and dynamics error of a `study` over λ, side by side for each dataset; bands are the intervals."""
     styles = looks(study["rule"].unique())
-    fig, panels = _panels(study, title, 2, sharex=True, xscale="log")
+    fig, panels = _panels(study, title, 2, xscale="log", xlabel="λ, in each rule's own sense")
     for rows, axes in panels:
         for ax, measure in zip(axes, (X, Y)):
             for rule, part in rows[rows["lam"] > 0].groupby("rule", sort=False):
@@ -62,9 +62,8 @@ def over_lam(study, title):
             if len(shown):
                 room = 0.1 * (np.ptp(shown) or 1)
                 ax.set_ylim(shown.min() - room, shown.max() + room)
-        axes[1].set_xlabel("λ, in each rule's own sense")
-    for ax, label in zip(panels[0][1], (LIKELIHOOD, ERROR)):
-        ax.set_ylabel(label)
+        for ax, label in zip(axes, (LIKELIHOOD, ERROR)):
+            ax.set_ylabel(label)
     return finished(fig)
 
 
@@ -74,7 +73,7 @@ def gains(runs, study, paper, title):
     runs: a frame with dataset, row, seed, gain, low, high, one line a run, thin; study: their means over runs, dataset, row and
     mean, low and high of `gain`, thick; paper: dataset -> the gain that the paper reports, a dotted line.
     """
-    fig, panels = _panels(study, title, sharex=True, sharey=True, xlabel="return less that of unguided\n(D4RL's scale)")
+    fig, panels = _panels(study, title, sharey=True, xlabel="return less that of unguided\n(D4RL's scale)")
     places = _name_rows(fig, study["row"])
     for means, (ax,) in panels:
         dataset = means["dataset"].iloc[0]
@@ -95,29 +94,28 @@ def quality(effects, names, title):
 
     effects: a frame with id, variant, error, effect, low and high; names: id -> what its effect is.
     """
-    rows, columns = -(-len(names) // 3), min(3, len(names))
-    fig, axes = figure(title, 3.4 * columns + 2.4, 2.5 * rows + 0.5, rows, columns, sharex=True, xscale="log")
+    fig, axes = grid(title, len(names), 3.4, 2.5, xscale="log")
     styles = looks(effects["variant"].unique())
-    for ax, (name, words) in zip(axes.flat, names.items()):
+    for ax, (name, words) in zip(axes, names.items()):
         for variant, part in effects[effects["id"] == name].groupby("variant", sort=False):
             y, low, high = (part[k].to_numpy(dtype=float) for k in ("effect", "low", "high"))
             bars = np.nan_to_num(np.abs(np.stack([low, high]) - y))
             ax.errorbar(part["error"], y, bars, **styles[variant] | {"linestyle": ""}, elinewidth=0.8, label=variant)
         ax.set_title(words)
-    axes[0, 0].set_xlim(1.4 * effects["error"].max(), effects["error"].min() / 1.4)  # also where all are of one model
-    for ax in axes.flat[len(names) :]:
-        ax.remove()
+    axes[0].set_xlim(1.4 * effects["error"].max(), effects["error"].min() / 1.4)  # also where all are of one model
     fig.supxlabel("unguided error / variance")
-    return finished(fig)
+    finished(fig)
+    axes[0].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))  # of all: they share it, and are narrow
+    return fig
 
 
-def _panels(study, title, rows=1, **how):
-    """A figure, and for each dataset the rows of the frame `study` and the axes [rows] under its name."""
+def _panels(study, title, measures=1, **how):
+    """A figure, and for each dataset the rows of the frame `study` and its axes [measures] under its name."""
     names, parts = zip(*study.groupby("dataset", sort=False))
-    fig, axes = figure(title, 4.4 * len(names) + 2.4, 3.4 * rows + 0.4, rows, len(names), **how)
-    for ax, name in zip(axes[0], names):
+    fig, axes = grid(title, measures * len(names), 4.4, 3.4, 3 if measures == 1 else measures, **how)
+    for ax, name in zip(axes, np.repeat(names, measures)):
         ax.set_title(name)
-    return fig, list(zip(parts, axes.T))
+    return fig, list(zip(parts, axes.reshape(-1, measures)))
 
 
 def _name_rows(fig, names):
