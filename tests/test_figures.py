@@ -103,7 +103,7 @@ def each(n):
         table1.curves: (([0, 10, 20], series(n, lambda k: RNG.random((3, 5))), [5, 10, 15]), ["training step"]),
         table1.agents: ((series(n, lambda k: {"real": SEEDS, "SynthER": SEEDS + k}),), ["return, D4RL's scale"]),
         table1.conservatism: (
-            ([0.5, 1, 2], series(n, lambda k: RNG.random((2, 3, 5)))),
+            ([0.5, 1, 2], series(n, lambda k: RNG.random((3, 3, 5))), SEEDS),
             ["weight of staying near the data"] * n,
         ),
         table1.table1: (

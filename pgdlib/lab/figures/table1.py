@@ -30,14 +30,15 @@ def agents(returns, title):
     return finished(fig)
 
 
-def conservatism(weights, returns, title):
-    """Mean returns ± SE at the `weights` [C] of staying near the data: agent -> (unguided, guided), [C, S] each."""
+def conservatism(weights, returns, cloning, title):
+    """Mean returns ± SE at `weights` [C] of staying near the data: agent -> (real, unguided, guided) [C, S]; `cloning` [S]."""
     axis = dict(xscale="log", xlabel="weight of staying near the data", ylabel="return, D4RL's scale (± SE)")
     fig, axes = grid(title, len(returns), 3.3, 3, sharex=False, **axis)
-    for ax, (agent, pair) in zip(axes, returns.items()):
-        found = [np.array([seeds.mean_se(of_weight) for of_weight in each]).T for each in pair]
-        named = zip(("unguided data", "data guided toward the agent"), found)
+    for ax, (agent, parts) in zip(axes, returns.items()):
+        found = (np.array([seeds.mean_se(of_weight) for of_weight in each]).T for each in parts)
+        named = zip(("real data", "unguided data", "data guided toward the agent"), found)
         lines(ax, {name: (weights, mean, mean - error, mean + error) for name, (mean, error) in named})
+        ax.axhline(np.nanmean(cloning), color="0.35", linestyle=":", label="cloning")
         ax.set_title(agent, fontsize="medium")
     return finished(fig)
 
