@@ -17,7 +17,7 @@ def place(tmp_path, monkeypatch):
     for name in paper.run.THREADS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(paper, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(paper, "LONGEST", ["two"])
+    monkeypatch.setattr(paper, "FIRST", ["two"])
     monkeypatch.setattr(paper, "LAST", "last")
     monkeypatch.setattr(paper.run, "CORES", 6)
     for name in ("one", "two", "last"):
@@ -65,4 +65,4 @@ def test_one_that_fails_ends_the_rest(place, capsys):
 def test_an_unknown_notebook_is_refused(capsys):
     with pytest.raises(SystemExit):
         paper.main(["07_other"])
-    assert "'07_other' is not known; it must be one of 02_diffusion, 05_iql" in capsys.readouterr().err
+    assert "'07_other' is not known; it must be one of 03_ppo_guide, 02_diffusion" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from pgdlib.lab import artifacts, settings
 from pgdlib.lab.sweep import run
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-LONGEST = ["02_diffusion", "05_iql_benchmark", "08_rules", "06_world_model"]  # begin first
+FIRST = ["03_ppo_guide", "02_diffusion", "05_iql_benchmark", "08_rules", "06_world_model"]  # figures soon, then the longest
 LAST = "04_guidance"  # alone, with all cores: it gathers the verdicts of the others
 
 
@@ -40,7 +40,7 @@ def together(names, scale, folder):
 
 
 def main(argv=None):
-    known = sorted((path.stem for path in NOTEBOOKS.glob("*.ipynb")), key=lambda name: ([*LONGEST, name].index(name), name))
+    known = sorted((path.stem for path in NOTEBOOKS.glob("*.ipynb")), key=lambda name: ([*FIRST, name].index(name), name))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", choices=settings.SCALES, default="quick")
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=f"of {', '.join(known)}; all by default")
