@@ -102,15 +102,10 @@ def figures(tmp_path):
     runs = [("toy", row, seed, x) for row, xs in RETURNS.items() for seed, x in enumerate(xs)]
     columns = ["dataset", "row", "seed", "d4rl_return"]
     pd.DataFrame(runs, columns=columns).to_csv(tmp_path / "05_table1_iql_toy-human_3seeds.csv", index=False)
-    verdict = {
-        "id": "C1",
-        "claim": "Up",
-        "measure": "m",
-        "effect": 1.5,
-        "verdict": "reproduced",
-        "dataset": "toy",
-        "scale": "ci",
-    }
+    verdict = dict(id="C1", claim="Up", measure="m", effect=1.5, verdict="reproduced", dataset="toy", scale="ci")
+    of_task = dict(floor=1e-14, error=0.25, motion=0.5, effect=-1.5, low=[-2.0, np.nan], high=[-1.0, np.nan])
+    tasks = pd.DataFrame(dict(variant=["toy", "other"], id=["C1", "C9"], verdict="partly") | of_task)
+    tasks.to_csv(tmp_path / "07_claims.csv", index=False)
     results = tmp_path / "results"
     results.mkdir()
     (results / "claims_toy.json").write_text(json.dumps({"C1": verdict}))
@@ -131,6 +126,8 @@ def test_blocks_hold_the_numbers_of_their_files(figures):
     made = blocks(figures)
     assert "| C1 | Up | m | 1.5 | reproduced |" in made["claims"] and "On toy, scale `ci`" in made["claims"]
     assert made["findings"] == "* It rises by 2.\n* It falls."
+    assert "| 1e-14 | 1e-14 |" in made["by_task"] and "| C9 |  | −1.5, partly |" in made["by_task"]
+    assert "| C1 | −1.5 [−2, −1], partly |  |" in made["by_task"]
     first, *_, last = [line.split(" | ")[:2] for line in made["guidance"].splitlines()[4:]]
     assert first == ["| real data (the floor)", "1.25 [0.500, 2.00]"]
     assert last == ["| the paper's rule: λ = 1.5", "0.00125 [−0.499, 0.501]"]

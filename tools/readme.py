@@ -24,6 +24,11 @@ from pgdlib.lab.models import ASSETS
 
 KINDS = ("claims", "floors", "findings")
 BLOCK = re.compile(r"(<!-- (\w+): made by `make figures` -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
+OF_TASK = {
+    "floor": "the floor: error of real data / variance",
+    "error": "error of unguided samples / variance",
+    "motion": "the same, if nothing moved",
+}
 MEASURES = {
     "log_likelihood": "log-likelihood, nats per action dimension",
     "normalised": "error / variance, state reconstructed",
@@ -71,6 +76,21 @@ def claims(figures):
     one = next(iter(found[0].values()))
     intro = f"On {one['dataset']}, scale `{one['scale']}`; effects with 95% intervals:\n\n"
     return intro + table([["", *[k for k in rows[0] if k]], *[row.values() for row in rows]])
+
+
+def by_task(figures):
+    """The claims on each task that notebook 07 shows, under the floor and its model's unguided error; of the first seed."""
+    runs = pd.read_csv(figures / "07_claims.csv").drop_duplicates(["variant", "id"])
+    lines = [["", *(names := runs["variant"].unique())]]
+    of_task = runs.groupby("variant", sort=False)[["floor", "error", "motion"]].first()
+    lines += [[words, *(f"{v:.2g}" for v in of_task[k])] for k, words in OF_TASK.items()]
+    for name, part in runs.groupby("id"):
+        cells = dict.fromkeys(names, "")
+        for row in part.itertuples():
+            effect = f"{row.effect:.3g}" + f" [{row.low:.3g}, {row.high:.3g}]" * (row.low < row.high)
+            cells[row.variant] = f"{effect}, {row.verdict}".replace("-", "−")
+        lines.append([name, *cells.values()])
+    return table(lines)
 
 
 def guidance(figures):
@@ -163,4 +183,4 @@ def _results(figures, kind):
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-BLOCKS = {block.__name__: block for block in (claims, guidance, benchmark, findings, parameters, models, guides)}
+BLOCKS = {block.__name__: block for block in (claims, by_task, guidance, benchmark, findings, parameters, models, guides)}
