@@ -30,7 +30,8 @@ FILE = Path(__file__).with_name("golden.json")
 
 def machine():
     """What decides rounding."""
-    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, bf16 {_bfloat16()}"
+    tiles = torch.cpu._is_amx_tile_supported()  # they add up in another order
+    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, bf16 {_bfloat16()}, {tiles}"
 
 
 def _bfloat16():
