@@ -92,7 +92,7 @@ def smaller_png(text):
         return text
     seen = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
     common = [colour for _, colour in sorted(seen.getcolors(seen.width * seen.height), reverse=True)[:32]]  # stay exact
-    indexed = seen.quantize(256 - len(common), Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    indexed = seen.quantize(256 - len(common), Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     colours, index = np.asarray(seen), np.asarray(indexed) + len(common)
     for i, colour in enumerate(common):
         index[(colours == colour).all(-1)] = i
