@@ -51,7 +51,7 @@ def test_every_page_is_whole(html, browser):
 def test_a_claim_leads_to_the_cells_that_judge_it(html, browser):
     page = browser.new_page()
     page.goto(f"{(html / 'index.html').as_uri()}#the-papers-claims")
-    links = [link.get_attribute("href") for link in page.locator("td:text-is('C2') >> nth=0").locator("a").all()]
+    links = [link.get_attribute("href") for link in page.locator("td:has-text('C2'):has(a) >> nth=0").locator("a").all()]
     assert links == ["notebooks/04_guidance.html#04-verdicts", "notebooks/05_iql_benchmark.html#05-own-c2"]
     page.goto(f"{html.as_uri()}/{links[0]}")
     assert "claims.error_not_raised(" in page.locator('[id="04-verdicts"]').inner_text()
