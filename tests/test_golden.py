@@ -30,8 +30,8 @@ FILE = Path(__file__).with_name("golden.json")
 
 def machine():
     """What decides rounding."""
-    tiles = torch.cpu._is_amx_tile_supported()  # they add up in another order
-    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, bf16 {_bfloat16()}, {tiles}"
+    version, tiles = torch.__version__.partition("+")[0], torch.cpu._is_amx_tile_supported()  # they add up in another order
+    return f"torch {version}, {torch.backends.cpu.get_cpu_capability()}, bf16 {_bfloat16()}, {tiles}"
 
 
 def _bfloat16():
