@@ -112,7 +112,9 @@ def made():
 @pytest.mark.parametrize("name", json.loads(FILE.read_text())["values"] if FILE.exists() else [])
 def test_is_what_it_was(made, name):
     golden = json.loads(FILE.read_text())
-    assert np.allclose(made[name]["moments"], golden["values"][name]["moments"], rtol=0.02, atol=1e-4)
+    moments = golden["values"][name]["moments"]
+    off = 1e-4 * np.array([max(1, 3 * moments[1]), 1, 1])  # a mean near zero is rounded as the values are, of which it is one
+    assert (np.abs(np.subtract(made[name]["moments"], moments)) <= off + 0.02 * np.abs(moments)).all()
     if machine() == golden["machine"]:
         assert made[name]["digest"] == golden["values"][name]["digest"]
 
