@@ -22,7 +22,7 @@ LIMITS = {
     "functions over 40 lines": 0,
     "public functions of the core without types or docstring": 0,
     "lines of pgdlib that pgdlib.guidance loads": 770,
-    "lines of tests": 19_460,  # to come: 13,000
+    "lines of tests": 19_457,  # to come: 13,000
 }
 
 
