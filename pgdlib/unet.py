@@ -17,7 +17,7 @@ class UNet(nn.Module):
 
     `blocks` levels of resolution, the first with `features` channels, each deeper one with twice as many at half the length.
     T must be divisible by 2**(blocks - 1). One number alone [1] stands for all trajectories. All is computed in the type of
-    the trajectories; the embedding, and the statistics of group norm, in that of the weights.
+    the trajectories; the embedding in that of the weights, the statistics of group norm in float32 or better.
     """
 
     def __init__(self, channels: int, features: int = 1024, blocks: int = 2, kernel_size: int = 3, groups: int = 8):

@@ -82,13 +82,12 @@ def by_task(figures):
     """The claims on each task that notebook 07 shows, under the floor and its model's unguided error; of the first seed."""
     runs = pd.read_csv(figures / "07_claims.csv").drop_duplicates(["variant", "id"])
     lines = [["", *(names := runs["variant"].unique())]]
-    of_task = runs.groupby("variant", sort=False)[["floor", "error", "motion"]].first()
+    of_task = runs.groupby("variant", sort=False)[[*OF_TASK]].first()
     lines += [[words, *(f"{v:.2g}" for v in of_task[k])] for k, words in OF_TASK.items()]
     for name, part in runs.groupby("id"):
         cells = dict.fromkeys(names, "")
-        for row in part.itertuples():
-            effect = f"{row.effect:.3g}" + f" [{row.low:.3g}, {row.high:.3g}]" * (row.low < row.high)
-            cells[row.variant] = f"{effect}, {row.verdict}".replace("-", "−")
+        for row in part.to_dict("records"):
+            cells[row["variant"]] = f"{verdicts.effect(row)}, {row['verdict']}".replace("-", "−")
         lines.append([name, *cells.values()])
     return table(lines)
 
