@@ -36,6 +36,7 @@ def main(text, parent):
             sys.exit(f"{' and '.join(differs)} differ from those that the sweep was planned with: start it again")
         begun, clock = time.time(), time.monotonic()
         _run(point)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the rest is written whole: it takes less time than stopping may
         card = dict(begun=begun, seconds=time.monotonic() - clock, threads=default_threads())
         with artifacts.replacing(point.folder / "done.json") as partial:
             record = {**vars(point), **card, "versions": artifacts.versions()}
