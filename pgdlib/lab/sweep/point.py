@@ -37,10 +37,9 @@ def main(text, parent):
         begun, clock = time.time(), time.monotonic()
         _run(point)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the rest is written whole: it takes less time than stopping may
-        card = dict(begun=begun, seconds=time.monotonic() - clock, threads=default_threads())
+        card = dict(vars(point), begun=begun, seconds=time.monotonic() - clock, threads=default_threads())
         with artifacts.replacing(point.folder / "done.json") as partial:
-            record = {**vars(point), **card, "versions": artifacts.versions()}
-            partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            partial.write_text(json.dumps({**card, "versions": artifacts.versions()}, indent=1), encoding="utf-8")
 
 
 def _follow(parent):
