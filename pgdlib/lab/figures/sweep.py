@@ -94,7 +94,7 @@ def quality(effects, names, title):
 
     effects: a frame with id, variant, error, effect, low and high; names: id -> what its effect is.
     """
-    fig, axes = grid(title, len(names), 3.4, 2.5, xscale="log")
+    fig, axes = grid(title, len(names), 3.4, 2.5, 4 if len(names) % 3 == 1 else 3, xscale="log")  # none alone in its row
     styles = looks(effects["variant"].unique())
     for ax, (name, words) in zip(axes, names.items()):
         for variant, part in effects[effects["id"] == name].groupby("variant", sort=False):
