@@ -375,8 +375,7 @@ def test_states_shift_toward_the_policys(p, before, after, verdict):
 
 def peaked(best, noise, seed):
     """Returns [5, 8] at `WEIGHTS` that are highest at the weight `best`."""
-    mean = -20 * np.abs(np.log2(WEIGHTS) - np.log2(best))
-    return mean[:, None] + noise * np.random.default_rng(seed).normal(size=(5, 8))
+    return -20 * np.abs(np.log2(WEIGHTS / best))[:, None] + noise * np.random.default_rng(seed).normal(size=(5, 8))
 
 
 WEIGHTS = np.array([0.25, 0.5, 1.0, 2.0, 4.0])
@@ -395,11 +394,12 @@ def test_less_conservatism_is_a_lower_best_weight(guided, noise, verdict):
     assert noise > 5 or claim.effect == np.log2(guided)
 
 
-def test_a_run_that_diverged_is_its_agents_worst():
+def test_a_run_that_diverged_is_its_agents_worst_and_what_costs_return_is_half_of_the_claim():
     unguided, guided = peaked(1.0, 1, 0), peaked(1.0, 1, 1)
     guided[2, :6] = math.nan  # at the best weight most diverge
     claim = claims.less_conservatism({"A": (unguided, guided)}, WEIGHTS)
     assert abs(claim.effect) == 1 and claims.less_conservatism({"A": (unguided, peaked(1.0, 1, 1))}, WEIGHTS).effect == 0
+    assert claims.less_conservatism({"A": (unguided, peaked(0.5, 1, 1) - 20)}, WEIGHTS).verdict == PARTLY  # at a loss
 
 
 # All with an interval

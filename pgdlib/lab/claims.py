@@ -170,29 +170,29 @@ def less_conservatism(returns, weights):
     """C10 from returns, agent -> (unguided, guided), [C, S] each: of S seeds at `weights` [C] of what holds it to the data.
 
     The best weight has the highest mean return. The effect is by how many powers of two guidance lowers it (then below zero),
-    the mean over agents. A run that diverged, NaN, counts as its agent's worst.
+    the mean over agents. An agent loses if its returns, paired by seed, are surely lower with guidance, each at its own best
+    weight: then that is not where it gets along with less. A run that diverged, NaN, counts as its agent's worst.
     """
-    best, cells = np.log2(weights), []
-    for pair in map(np.asarray, returns.values()):
-        cells += [*np.where(np.isnan(pair), np.nanmin(pair), pair).reshape(-1, pair.shape[-1])]
+    best = np.log2(weights)
+    agents = [np.where(np.isnan(pair), np.nanmin(pair), pair) for pair in map(np.asarray, returns.values())]  # [2, C, S]
+    loses = any(paired_interval(*(of[of.mean(-1).argmax()] for of in pair[::-1]))[2] < 0 for pair in agents)
 
     def change(*cells):
         means = np.stack([v.mean(-1) for v in cells], -1)
         unguided, guided = np.moveaxis(best[means.reshape(*means.shape[:-1], -1, 2, len(best)).argmax(-1)], -1, 0)
         return (guided - unguided).mean(-1)
 
-    found = bootstrap(change, *cells, paired=True)
+    found = bootstrap(change, *(cell for pair in agents for cell in pair.reshape(-1, pair.shape[-1])), paired=True)
     measure = f"powers of two by which the best weight on staying near the data changes ({', '.join(returns)})"
-    rule = "reproduced if surely below zero, partly if surely not above; not testable with so few seeds if it may be either"
-    return _judged("C10", measure, rule, found, found[2] < 0, found[0] < 0, not found[1] < 0 < found[2])
+    rule = "reproduced if surely below zero, partly if surely not above, or an agent loses; not testable if it may be either"
+    return _judged("C10", measure, rule, found, found[2] < 0 and not loses, found[0] < 0, not found[1] < 0 < found[2])
 
 
 def record(claims, dataset, slug, scale):
     """Add `claims` to runs/results/<scale>/claims_<slug>.json; those of the same id are replaced. Returns the path."""
     path = artifacts.root() / "results" / scale / f"claims_{slug}.json"
     with artifacts.lock(path):
-        of_all = dict(dataset=dataset, scale=scale)
-        new = {claim.id: asdict(claim) | dict(claim=CLAIMS[claim.id.split()[0]], **of_all) for claim in claims}
+        new = {c.id: asdict(c) | dict(claim=CLAIMS[c.id.split()[0]], dataset=dataset, scale=scale) for c in claims}
         _write(path, dict(sorted({**load(path), **new}.items())))
     return path
 
