@@ -162,18 +162,19 @@ def newton(policy: nn.Module, obs: Tensor, actions: Tensor, weight: Tensor, iter
     """Solve a - actions = weight ∇ log π(a|obs) for a [..., action_dim], all in environment space, by damped Newton steps.
 
     The curvature of log π is taken dimension by dimension from the last two gradients, and bounded where log π is not
-    concave. Steps are at most 1 long, the reach of an action, then 2 and so on until one goes too far, then half of that one.
+    concave. Steps are at most 1 long, the reach of an action, then 2 and so on until one goes too far, then half of that one;
+    none leaves ±`policy.limit`, if there is one: beyond it log π is flat, and would hold what is there.
     """
-    a, gradient = actions, _gradient(policy, obs, actions)
-    probe = 1e-2  # for the first curvature
-    curvature = (gradient - _gradient(policy, obs, a + probe)) / probe
-    step, reach, growth = torch.zeros_like(a), torch.full_like(a, 0.5), torch.full_like(a, 2.0)
+    limit, step = getattr(policy, "limit", math.inf), torch.zeros_like(actions)
+    a, reach, growth = actions.clamp(-limit, limit), torch.full_like(step, 0.5), torch.full_like(step, 2.0)
+    gradient = _gradient(policy, obs, a)
+    curvature = (gradient - _gradient(policy, obs, a + 1e-2)) / 1e-2  # the first
     for _ in range(iterations):
         newest = (actions + weight * gradient - a) / (1 + weight * curvature).clamp_min(0.1)
         too_far = newest * step < 0
         growth = torch.where(too_far, 1.0, growth)
         reach = torch.where(too_far, step.abs() / 2, growth * reach)
-        step = newest.clamp(-reach, reach)
+        step = (a + newest.clamp(-reach, reach)).clamp(-limit, limit) - a
         before, a = gradient, a + step
         gradient = _gradient(policy, obs, a)
         moved = step.abs() > 1e-6  # of smaller steps the difference of gradients says nothing
@@ -184,5 +185,4 @@ def newton(policy: nn.Module, obs: Tensor, actions: Tensor, weight: Tensor, iter
 def _gradient(policy, obs, actions):
     with torch.enable_grad():
         actions = actions.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(policy.log_prob(obs, actions).sum(), actions)
-    return gradient
+        return torch.autograd.grad(policy.log_prob(obs, actions).sum(), actions)[0]
