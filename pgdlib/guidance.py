@@ -162,13 +162,18 @@ def newton(policy: nn.Module, obs: Tensor, actions: Tensor, weight: Tensor, iter
     """Solve a - actions = weight ∇ log π(a|obs) for a [..., action_dim], all in environment space, by damped Newton steps.
 
     The curvature of log π is taken dimension by dimension from the last two gradients, and bounded where log π is not
-    concave. Steps are at most 1 long, the reach of an action, then 2 and so on until one goes too far, then half of that one;
-    none leaves ±`policy.limit`, if there is one: beyond it log π is flat, and would hold what is there.
+    concave. Steps are at most 1 long, the reach of an action, then 2 and so on until one goes too far, then half of that one.
+    Beyond ±`policy.limit`, if there is one, log π is flat: from there it begins at the limit, and stays within, if already
+    that is better. Noise far outside is not worth the way.
     """
-    limit, step = getattr(policy, "limit", math.inf), torch.zeros_like(actions)
-    a, reach, growth = actions.clamp(-limit, limit), torch.full_like(step, 0.5), torch.full_like(step, 2.0)
+    limit = getattr(policy, "limit", math.inf)
+    a = actions.clamp(-limit, limit)
+    way = ((a - actions).square() / (2 * weight)).sum(-1)
+    enters = (policy.log_prob(obs, a) - policy.log_prob(obs, actions) >= way)[..., None]
+    a, limit = torch.where(enters, a, actions), torch.where(enters, limit, math.inf)
     gradient = _gradient(policy, obs, a)
     curvature = (gradient - _gradient(policy, obs, a + 1e-2)) / 1e-2  # the first
+    step, reach, growth = torch.zeros_like(a), torch.full_like(a, 0.5), torch.full_like(a, 2.0)
     for _ in range(iterations):
         newest = (actions + weight * gradient - a) / (1 + weight * curvature).clamp_min(0.1)
         too_far = newest * step < 0

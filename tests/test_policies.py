@@ -209,3 +209,18 @@ def test_every_rule_pushes_toward_a_squashed_gaussian(rule, runs):
     moved = x + guidance.Guide(rule, policy, normaliser, 0.1, 10)(x, x, 0.5, 3)
     before, after = (measures.log_likelihood(policy, normaliser.obs(v), normaliser.actions(v)) for v in (x, moved))
     assert (after > before).all() and torch.equal(moved[..., spec.obs], x[..., spec.obs])
+
+
+@pytest.mark.parametrize("weight", [1e-3, 0.01, 0.1])
+@pytest.mark.parametrize("start", [-1.2, -1.0, -0.9, 1.0, 1.001, 60.0])
+def test_the_implicit_step_leaves_the_edge_of_a_squashed_gaussian(start, weight):
+    """Against a grid that holds the start, too: where tanh is flat nothing holds an action, unless the way is too long."""
+    policy, obs = SquashedGaussian(7, 1, (16,), generators=[torch.Generator().manual_seed(0)]).double(), draw(0, 32, 7).double()
+    policy.requires_grad_(False).widen(0.3)  # of a wide one there would be several minima
+    found = guidance.newton(policy, obs, torch.full((32, 1), start, dtype=torch.float64), torch.tensor(weight))
+    grid = torch.cat([torch.linspace(-0.9999, 0.9999, 4_001, dtype=torch.float64), torch.tensor([start])]).expand(32, -1)
+    cost = [
+        (a - start).square() / (2 * weight) - policy.log_prob(obs[:, None].expand(-1, a.shape[1], -1), a[..., None])
+        for a in (found, grid)
+    ]
+    assert (cost[0][:, 0] <= cost[1].amin(1) + 1e-3).all() and bool((found.abs() < 1).all()) == (start != 60)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FURTHER = "penalties.py"  # other model-based methods
 FIRST = {"__init__.py", "stack.py", "squashed.py", "bc.py", "iql.py", "td3_bc.py"}  # agents that count as core
 LIMITS = {
-    "lines of the core": 3_340,  # to come: 2,600
+    "lines of the core": 3_345,  # to come: 2,600
     "lines of the longest further agent": 110,
     "lines of the further model-based methods": 140,
     "lines of pgdlib/lab": 6_045,  # to come: 3,600
@@ -21,8 +21,8 @@ LIMITS = {
     "lines of the longest file": 266,  # claims: the rules of all ten stand in one place
     "functions over 40 lines": 0,
     "public functions of the core without types or docstring": 0,
-    "lines of pgdlib that pgdlib.guidance loads": 770,
-    "lines of tests": 19_457,  # to come: 13,000
+    "lines of pgdlib that pgdlib.guidance loads": 775,
+    "lines of tests": 19_472,  # to come: 13,000
 }
 
 
