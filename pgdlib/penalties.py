@@ -18,12 +18,12 @@ from pgdlib.policies import Policy, selected
 from pgdlib.simulators import Simulator
 
 # Of each method: what `Row.penalty` is by default, and the steps of a rollout, None for as many as a window has successors.
-# MOPO (Yu et al. 2020) has λ and steps of 1 or 5, by dataset; MOReL (Kidambi et al. 2020) tunes its halt penalty for each task,
-# 0 for Hopper in the authors' own code (mjrl, projects/morel), and has long rollouts; RAMBO (Rigter et al. 2022) has rollouts
-# of 2 or 5 steps, and λ = 3e-4 for a model that is made worse all training long: one that begins anew in every round would
-# hardly move.
+# MOPO (Yu et al. 2020) has λ and steps of 1 or 5, by dataset; MOReL (Kidambi et al. 2020) tunes its halt penalty for each task
+# (in the authors' own code, mjrl's projects/morel, a halt has the reward 0 in both examples, of Hopper) and has long rollouts;
+# RAMBO (Rigter et al. 2022) has rollouts of 2 or 5 steps, and λ = 3e-4 for a model that is made worse all training long: one
+# that begins anew in every round would hardly move.
 METHODS = {"world model": (0.0, None), "mopo": (1.0, 5), "morel": (50.0, None), "rambo": (0.1, 5)}
-SPREAD = 3.0  # std of the data's discrepancy above its mean, beyond which a state is unknown; that code: 3 times its maximum
+SPREAD = 3.0  # std of the data's discrepancy above its mean, beyond which a state is unknown; theirs: 0.5 or 3 of its maximum
 SOME = 10_000  # transitions that tell the data's discrepancy
 UPDATES, BATCH, RATE, DISCOUNT = 50, 256, 3e-4, 0.99  # of RAMBO's adversary in each round
 

@@ -19,7 +19,7 @@ class SquashedGaussian(GaussianPolicy):
     `GaussianPolicy`.
     """
 
-    is_gaussian, limit = False, 0.999  # guidance leads to no action beyond the limit, where tanh has no slope
+    is_gaussian, limit = False, 0.999  # guidance's implicit steps stay within, beyond tanh has no slope
 
     def __init__(
         self, obs_dim: int, action_dim: int, hidden: Sequence = (256, 256), activation: str = "relu", obs_clip: float = 10.0,

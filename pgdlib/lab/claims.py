@@ -171,7 +171,7 @@ def less_conservatism(returns, weights):
 
     The best weight has the highest mean return. The effect is by how many powers of two guidance lowers it (then below zero),
     the mean over agents. An agent loses if its returns, paired by seed, are surely lower with guidance, each at its own best
-    weight: then that is not where it gets along with less. A run that diverged, NaN, counts as its agent's worst.
+    weight: then guidance costs it return, whatever the weight. A run that diverged, NaN, counts as its agent's worst.
     """
     best = np.log2(weights)
     agents = [np.where(np.isnan(pair), np.nanmin(pair), pair) for pair in map(np.asarray, returns.values())]  # [2, C, S]
