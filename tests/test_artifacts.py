@@ -284,7 +284,10 @@ def test_versions_without_git_and_in_the_repository_of_another(monkeypatch, tmp_
         patch.setattr(artifacts, "PACKAGE", package)
         before = index.stat()
         assert artifacts.versions()["git"].endswith("-dirty") and index.stat() == before
+        (tmp_path / ".git").rename(tmp_path / "gone")
+        assert artifacts.versions()["git"].endswith("-dirty"), "a process has one commit: that of its code"
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(artifacts, "_commit", artifacts._commit.__wrapped__)
     assert artifacts.versions()["git"] == "unknown"
 
 

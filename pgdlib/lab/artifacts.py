@@ -109,21 +109,20 @@ def _parsed(path):
     return ast.unparse(tree), imported(tree)
 
 
-def _git(*words):
-    """What git says; without its lock, which a run that is killed here would leave (`describe --dirty` takes it always)."""
-    command = ["git", "--no-optional-locks", *words]
-    return subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def versions():
     """Versions of what decides a result, and the commit of this checkout, "unknown" if it is none or git is missing."""
     packages = ("torch", "numpy", "mujoco", "gymnasium", "gymnasium-robotics", "minari")
-    commit = ""
-    if (PACKAGE.parent / ".git").exists():  # else this package lies in somebody else's repository, or in none
-        with contextlib.suppress(OSError):
-            commit = _git("describe", "--always")
-            commit += "-dirty" * bool(_git("status", "--porcelain", "--untracked-files=no"))
-    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}, "git": commit or "unknown"}
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}, "git": _commit(PACKAGE)}
+
+
+@cache  # as it was when this process first asked, as its code
+def _commit(package):
+    """Asked without git's lock, which a run that is killed here would leave."""
+    command, said = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "-uno"], "# oid unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if (package.parent / ".git").exists():  # else this package lies in somebody else's repository, or in none
+            said = subprocess.run(command, cwd=package, capture_output=True, text=True, check=True).stdout
+    return re.search(r"oid (unknown|.{7})", said)[1] + "-dirty" * bool(re.search(r"^[^#]", said, re.MULTILINE))
 
 
 def save(path, tensors, card):
