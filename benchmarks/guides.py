@@ -1,6 +1,6 @@
 """What guidance costs with guides of different origin, and whether anything makes it cheaper.
 
-python -m benchmarks.guides [--guides ppo td3_bc iql] [--samples 192] [--mixed 25000]
+python -m benchmarks.guides [--guides ppo td3_bc iql] [--samples 192] [--mixed 25000] [--out runs/bench/guides]
 
 On the *cloned* stand-in and the model that ships, with noise that no notebook draws. The guides: the PPO that ships; TD3+BC
 of the expert stand-in; IQL of the human one, as an agent of notebook 05. For each the error of a network of the last two steps
@@ -12,6 +12,8 @@ trajectories are on-policy and half-way there. The remedies:
     distilled   the guide's actions in *noised* states, by a network of state and σ, in place of its actions in them as they are
     mixed       a model of so many steps of the shipped PPO's own episodes beside the data, and one of the same training without
 
+All points go to a CSV file, which `--draw` draws: dynamics error and motion against likelihood, a column for each guide.
+
 Half an hour on two cores, the training of the mixed models not counted.
 """
 
@@ -19,14 +21,17 @@ import argparse
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
-from pgdlib import data, dynamics, fast, guidance, sampler, worldmodel
+from pgdlib import data, dynamics, fast, guidance, measures, sampler, worldmodel
 from pgdlib.agents import iql, stack, td3_bc
 from pgdlib.lab import fronts, load, models, settings, study
+from pgdlib.lab.figures import style
 from pgdlib.simulators import pen
 
 SEED = 2_000_003  # of noise
@@ -197,6 +202,36 @@ def at(points, measure, target):
     return lambda ids: fronts.error_at(x[:, ids], y[:, ids], target)
 
 
+def keep(rows, guide, name, points, zero, lab):
+    """Append to `rows` the points of a rule: error over the unguided one, motion over the data's, with their intervals."""
+    ends = zero["log_likelihood"].mean(), lab.on_policy
+    for lam, values in points.items():
+        likelihood = values["log_likelihood"].mean()
+        row = dict(guide=guide, rule=name, lam=lam, way=(likelihood - ends[0]) / (ends[1] - ends[0]))
+        for measure, over in (("normalised", np.nanmean(zero["normalised"])), ("motion", lab.floor["motion"])):
+            bounds = [bound / over for bound in measures.interval(values[measure])]
+            row |= dict(zip((f"{measure}.mean", f"{measure}.low", f"{measure}.high"), bounds))
+        rows.append(row | dict(log_likelihood=likelihood))
+
+
+def draw(points):
+    """Error and motion over the way from the unguided likelihood to the on-policy one: a column for each guide."""
+    style.use_style()
+    columns = points.groupby("guide", sort=False)
+    fig, axes = style.figure("What guidance costs, by guide", 3.6 * columns.ngroups + 3.2, 6.6, 2, columns.ngroups, True, "row")
+    looks, names = style.looks(points["rule"].unique()), ("error / unguided error", "motion / the data's")
+    for column, (guide, own) in zip(axes.T, columns):
+        for ax, measure in zip(column, ("normalised.mean", "motion.mean")):
+            style.lines(ax, {rule: (part["way"], part[measure]) for rule, part in own.groupby("rule", sort=False)}, looks)
+            ax.axhline(1, color="black", linewidth=1)
+            ax.set_xlim(-0.04, 1.04)
+        column[0].set(title=guide, yscale="log")
+        column[1].set_xlabel("share of the way to the\non-policy likelihood")
+    for ax, name in zip(axes[:, 0], names):
+        ax.set_ylabel(name)
+    return style.finished(fig)
+
+
 def tell(name, points, plain, zero, lab):
     """One row of the table: errors over the unguided one and over annealed's at the same likelihood; motion over the data's."""
     start, n = zero["log_likelihood"].mean(), len(zero["motion"])
@@ -221,8 +256,8 @@ def one_step_error(ensemble, obs, actions, alive, variance):
     return float((off.mean(0) / torch.from_numpy(variance)).mean())
 
 
-def judge_guide(name, policy, lab, ensemble, denoisers):
-    """The lines of one guide."""
+def judge_guide(name, policy, lab, ensemble, denoisers, rows):
+    """Print the lines of one guide, and append its points to `rows`."""
     x, alive = lab.windows(lab.val, 384, SEED)
     obs, actions = (lab.normaliser.denormalise(x)[..., part] for part in (lab.spec.obs, lab.spec.actions))
     noise = torch.Generator().manual_seed(0)
@@ -238,7 +273,11 @@ def judge_guide(name, policy, lab, ensemble, denoisers):
     print(f"{errors[1]:.4f} on this guide's true rollouts; unguided samples have {np.nanmean(zero['normalised']):.4f}.\n")
     print("| rule | on-policy, over unguided | half-way, over annealed | on-policy, over annealed | motion over the data's |")
     print("|---|---|---|---|---|")
-    row = partial(tell, plain=plain, zero=zero, lab=lab)
+
+    def row(rule, points):
+        keep(rows, name, rule, points, zero, lab)
+        tell(rule, points, plain, zero, lab)
+
     row("annealed", plain)
     for rule in ("explicit", "proximal", "smoothed"):
         row(rule, front(lab, rule))
@@ -263,7 +302,13 @@ def main():
     parser.add_argument("--guides", nargs="+", default=["ppo", "td3_bc", "iql"], choices=["ppo", "td3_bc", "iql"])
     parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--mixed", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/guides"), help="of the CSV file and the figure, no suffix")
+    parser.add_argument("--draw", action="store_true", help="only the figure, of the CSV file")
     given = parser.parse_args()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    if given.draw:
+        draw(pd.read_csv(f"{given.out}.csv")).savefig(f"{given.out}.png")
+        return
     guidance.Guide = Guide
     p = settings.defaults("quick", **HOW | {"samples": given.samples})
     dataset, device = load.load_data("cloned", "local", p.data_steps, say=quiet), torch.device("cpu")
@@ -274,8 +319,11 @@ def main():
     if given.mixed:
         for steps in (0, given.mixed):
             denoisers[f"a model of quick's training with {steps:,} steps of PPO's"] = mixed_model(dataset, steps)
+    rows = []
     for name, lab in labs.items():
-        judge_guide(name, lab.policy, lab, ensemble, denoisers)
+        judge_guide(name, lab.policy, lab, ensemble, denoisers, rows)
+    pd.DataFrame(rows).to_csv(f"{given.out}.csv", index=False, float_format="%.5g")
+    draw(pd.DataFrame(rows)).savefig(f"{given.out}.png")
 
 
 if __name__ == "__main__":
