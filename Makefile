@@ -45,8 +45,7 @@ lint: .venv/.installed  ## ruff, check and format; the rules of imports; sizes
 # One thread a worker: torch's threads would fight over the cores. The notebooks' tests run one at a time, for they start two
 # notebooks at once themselves.
 test: lint  ## lint, unit tests, slow ones, every notebook at ci scale, then in a browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not notebook and not browser and not faults" -n $(WORKERS)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "slow and not notebook and not browser and not faults" -n $(WORKERS) --durations=0
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not notebook and not browser and not faults" -n $(WORKERS) --durations=60
 	$(BIN)/pytest -q -m "notebook and not browser and not faults" --durations=0
 	$(BIN)/pytest -q -m browser -n $(WORKERS) --dist loadfile --durations=0
 
