@@ -14,7 +14,7 @@ LIMITS = {
     "lines of the core": 3_345,  # to come: 2,600
     "lines of the longest further agent": 110,
     "lines of the further model-based methods": 140,
-    "lines of pgdlib/lab": 6_045,  # to come: 3,600
+    "lines of pgdlib/lab": 6_044,  # to come: 3,600
     "rooms on the first level of pgdlib": 17,
     "modules on a circle of imports": 0,
     "imports from core to lab": 0,
@@ -22,7 +22,7 @@ LIMITS = {
     "functions over 40 lines": 0,
     "public functions of the core without types or docstring": 0,
     "lines of pgdlib that pgdlib.guidance loads": 775,
-    "lines of tests": 19_472,  # to come: 13,000
+    "lines of tests": 19_471,  # to come: 13,000
 }
 
 

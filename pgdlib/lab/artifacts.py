@@ -122,7 +122,7 @@ def _commit(package):
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         if (package.parent / ".git").exists():  # else this package lies in somebody else's repository, or in none
             said = subprocess.run(command, cwd=package, capture_output=True, text=True, check=True).stdout
-    return re.search(r"oid (unknown|.{7})", said)[1] + "-dirty" * bool(re.search(r"^[^#]", said, re.MULTILINE))
+    return re.search(r"oid \(?(\w{7})", said)[1] + "-dirty" * bool(re.search(r"^[^#]", said, re.MULTILINE))
 
 
 def save(path, tensors, card):
