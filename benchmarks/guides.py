@@ -322,7 +322,7 @@ def main():
     rows = []
     for name, lab in labs.items():
         judge_guide(name, lab.policy, lab, ensemble, denoisers, rows)
-    pd.DataFrame(rows).to_csv(f"{given.out}.csv", index=False, float_format="%.5g")
+        pd.DataFrame(rows).to_csv(f"{given.out}.csv", index=False, float_format="%.5g")
     draw(pd.DataFrame(rows)).savefig(f"{given.out}.png")
 
 
